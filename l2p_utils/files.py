@@ -1,0 +1,124 @@
+"""Writing that survives a kill: temporary sibling first, rename last; and reading what was written.
+
+Beside a result stand the settings that made it. A reader of these files sees either the whole
+output or none of it, never half.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PROVENANCE = "provenance.json"
+
+
+class UserError(ValueError):
+    """Something that the caller can mend: says what was given, what was expected and what to do."""
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; rename it to `path` when the block succeeds.
+
+    The block may make a file or a folder of it. If the block raises, the temporary is deleted and
+    what stood at `path` before stays untouched. An existing folder is moved aside for the instant
+    of the rename, since a folder cannot be replaced in one step.
+
+    Raises
+    ------
+    UserError
+        When the disk is full, naming the path and that finished results are kept.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    temporary = path.with_name(f".{path.stem}.{token}.tmp{path.suffix}")
+    try:
+        yield temporary
+        if not temporary.exists():
+            raise RuntimeError(f"nothing was written to {temporary} for {path}")
+        if path.is_dir():
+            _replace_folder(temporary, path, path.with_name(f".{path.name}.{token}.old"))
+        else:
+            os.replace(temporary, path)
+    except Exception as error:
+        if _disk_is_full(error):
+            raise UserError(
+                f"The disk is full: {path} could not be written. What was finished before is kept; "
+                "free some space (`make clean` removes runs/) and start the same command again."
+            ) from error
+        raise
+    finally:
+        remove(temporary)
+
+
+def _replace_folder(new: Path, path: Path, aside: Path) -> None:
+    os.rename(path, aside)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(aside, path)
+        raise
+    remove(aside)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Whether an error means so: by its number, or by its text where a library wraps the number."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors raises an exception of its own: "... I/O error: ... (os error 28)".
+    return "(os error 28)" in str(error) or os.strerror(errno.ENOSPC) in str(error)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises
+    ------
+    UserError
+        When the file is not JSON (half-written by another program, edited by hand).
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}). Delete it and run again to make it anew."
+        ) from error
+
+
+def settings_match(folder: str | Path, settings: dict[str, Any]) -> bool:
+    """Whether `folder` was made with exactly these `settings` (as its provenance.json tells).
+
+    `settings` is compared after a round trip through JSON, so tuples equal lists. A missing or
+    unreadable provenance counts as "no": the stage is then made again.
+    """
+    provenance = Path(folder) / PROVENANCE
+    if not provenance.is_file():
+        return False
+    try:
+        stored = read_json(provenance)
+    except UserError:
+        return False
+    return isinstance(stored, dict) and stored.get("settings") == json.loads(json.dumps(settings))
