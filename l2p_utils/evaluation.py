@@ -113,7 +113,9 @@ def encode_collection(
     )
 
 
-def subset(collection: Collection, max_queries: int | None, max_documents: int | None) -> Collection:
+def subset(
+    collection: Collection, max_queries: int | None, max_documents: int | None
+) -> Collection:
     """Part of a collection: the queries and documents with the smallest id hashes.
 
     Every judged-relevant document of a kept query is kept, also beyond `max_documents`.
@@ -358,7 +360,9 @@ def _run_task(
         start = time.perf_counter()
         if task.collection not in encoded:
             encoded.clear()  # one collection's vectors at a time
-            encoded[task.collection] = encode_collection(model, everything, profile.precision, False)
+            encoded[task.collection] = encode_collection(
+                model, everything, profile.precision, False
+            )
         encoding = time.perf_counter() - start
         rows, per_query = evaluate_collection(
             _restrict(encoded[task.collection], collection),

@@ -41,7 +41,7 @@ class ModelSettings(_Settings):
 
 
 class MiningSettings(_Settings):
-    """The paper's candidate rules; `max_queries` and `max_documents` take a part of the collection."""
+    """The paper's candidate rules; `max_queries`, `max_documents` take a part of the collection."""
 
     hard_candidates: int = Field(100, ge=1)
     random_candidates: int = Field(30, ge=0)
@@ -214,6 +214,11 @@ class Profile(_Settings):
         raise UserError(
             f"The profile {self.name!r} has no model {name!r}; it has {self.model_names}."
         )
+
+
+def from_root(path: str | Path) -> Path:
+    """`path` as seen from the project's root, wherever a notebook runs; absolute ones stay."""
+    return ROOT / Path(path).expanduser()
 
 
 def slug(collection: str) -> str:

@@ -74,7 +74,9 @@ def maxsim_scores(
     # Neighbours in length share a block: little padding.
     for block in _blocks(np.argsort(lengths, kind="stable"), lengths, len(tokens), block_bytes):
         padded = torch.nn.utils.rnn.pad_sequence([documents[i].float() for i in block], True)
-        best = (tokens @ padded.flatten(0, 1).T).unflatten(1, padded.shape[:2])  # (tokens, docs, vectors)
+        best = (tokens @ padded.flatten(0, 1).T).unflatten(
+            1, padded.shape[:2]
+        )  # (tokens, docs, vectors)
         padding = torch.arange(padded.shape[1]) >= torch.from_numpy(lengths[block])[:, None]
         if padding.any():
             best.masked_fill_(padding, -torch.inf)
@@ -168,7 +170,9 @@ def plaid_search(
         start = time.perf_counter()
         found = index([query.float() for query in queries], k=min(top_k, len(kept)))
         seconds = time.perf_counter() - start
-    ranked = [sorted(hits, key=lambda hit: (hit["score"], hit["id"]), reverse=True) for hits in found]
+    ranked = [
+        sorted(hits, key=lambda hit: (hit["score"], hit["id"]), reverse=True) for hits in found
+    ]
     return Ranking(
         [[hit["id"] for hit in hits] for hits in ranked],
         [[float(hit["score"]) for hit in hits] for hits in ranked],

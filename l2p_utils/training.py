@@ -402,7 +402,9 @@ def train(
     settings = profile.warm_up if warm_up else profile.training
     target = profile.folder / "models" / name
     mined = load_mined(mined_folder(profile, collection))
-    model = untrained_model(profile) if warm_up else load_model(profile.folder / "models" / BASELINE)
+    model = (
+        untrained_model(profile) if warm_up else load_model(profile.folder / "models" / BASELINE)
+    )
     start = profile.folder / "models" / ("embedded" if warm_up else BASELINE)
     made_with = {
         "model": name,

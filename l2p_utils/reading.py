@@ -1,0 +1,486 @@
+"""What figures, tables and findings say, in words computed from their numbers.
+
+Takes a `figures.Source`, result rows or judged claims; gives Markdown and small tables. The paper's
+numbers and a run's go through the same sentences, so no text can outlive the rows it speaks of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from l2p_utils.claims import FAILS, FINDINGS, HOLDS, NOT_RUN, UNDECIDED, claims_table
+from l2p_utils.figures import Source, missing
+from l2p_utils.files import UserError
+from l2p_utils.results import BASELINE, ROLES, default_variant, relative_ndcg
+
+# ---------------------------------------------------------------- numbers behind the words
+
+
+def curves(source: Source, exhibit: str) -> pd.DataFrame:
+    """Relative NDCG@10 (%) of the curves that `source` has of `exhibit`.
+
+    Returns
+    -------
+    Index (dataset, label, pool_method); one column a pool factor. A factor that some curve lacks is
+    left out, so that means over factors compare like with like.
+    """
+    frame = source.frame[source.frame["exhibit"] == exhibit]
+    frame = frame[(frame["dataset"] != "Average") & frame["relative"].notna()]
+    keys = ["dataset", "label", "pool_method"]
+    wide = frame.pivot_table("relative", keys, "pool_factor", sort=False)
+    return wide[sorted(wide.columns)].dropna(axis="columns") if len(wide) else wide
+
+
+def _pooled(wide: pd.DataFrame) -> list[int]:
+    return [int(factor) for factor in wide.columns if factor > 1]
+
+
+def _span(factors: Iterable[int]) -> str:
+    """Factors as text: `[2, 3, 4]` → "2–4", `[2, 4]` → "2, 4"."""
+    factors = sorted(factors)
+    if len(factors) > 2 and factors == list(range(factors[0], factors[-1] + 1)):
+        return f"{factors[0]}–{factors[-1]}"
+    return ", ".join(str(factor) for factor in factors)
+
+
+def _points(number: float) -> str:
+    """A signed difference in points; a true minus sign, no "−0.0"."""
+    return f"{round(number, 1) + 0.0:+.1f}".replace("-", "−")
+
+
+def _delta(number: float) -> str:
+    return f"{round(number, 3) + 0.0:+.3f}".replace("-", "−")
+
+
+def _listed(values: pd.Series) -> str:
+    return ", ".join(f"{name} {value:.1f} %" for name, value in values.items())
+
+
+def _leaders(values: pd.DataFrame) -> str:
+    """Which line is highest at which column (pool factor), in the order of the factors."""
+    best = values.idxmax()
+    factors = {name: _span(best.index[best == name].astype(int)) for name in best.unique()}
+    return "; ".join(f"{name} at PF {places}" for name, places in factors.items())
+
+
+# ---------------------------------------------------------------- figures and tables in words
+
+
+def describe(sources: Iterable[Source], exhibit: str) -> str:
+    """What a figure or table shows, one source after another in the same sentences (Markdown).
+
+    Raises
+    ------
+    UserError
+        When there are no words for `exhibit`.
+    """
+    if exhibit not in _WORDS:
+        raise UserError(f"no words for {exhibit!r}: expected one of {list(_WORDS)}.")
+    parts = []
+    for source in sources:
+        wide = curves(source, exhibit)
+        lines = _WORDS[exhibit](source, wide) if len(wide) and _pooled(wide) else []
+        gaps = missing(source, exhibit)
+        lines += [f"Not run: {gaps}."] if gaps else []
+        who = "The paper" if source.is_paper else "This run"
+        parts.append(f"**{who}**\n\n" + "\n".join(f"- {line}" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _inference(source: Source, wide: pd.DataFrame) -> list[str]:
+    """Figure 1: the three methods on the baseline."""
+    mean = wide.groupby("pool_method", sort=False).mean()  # (methods, factors)
+    pooled, count = _pooled(wide), wide.index.get_level_values("dataset").nunique()
+    overall = mean[pooled].mean(axis=1).sort_values(ascending=False)
+    last, first = pooled[-1], pooled[0]
+    lines = [
+        f"Kept of the unpooled NDCG@10, mean of PF {_span(pooled)} and {count} collections: "
+        f"{_listed(overall)}.",
+        f"At PF {first}: {_listed(mean.loc[overall.index, first])}. "
+        f"At PF {last}: {_listed(mean.loc[overall.index, last])}.",
+        f"Highest on average: {_leaders(mean[pooled])}.",
+    ]
+    weakest = overall.index[-1]
+    places = wide.xs(weakest, level="pool_method")[last].droplevel("label")
+    if count > 1:
+        low, high = places.idxmin(), places.idxmax()
+        lines.append(
+            f"Collections differ: {weakest} at PF {last} keeps {places[low]:.1f} % on "
+            f"{source.names[low][1]} and {places[high]:.1f} % on {source.names[high][1]}."
+        )
+    return lines
+
+
+def _models(source: Source, wide: pd.DataFrame) -> list[str]:
+    """Figures 2 and 3, Tables 1, 3 and 4: trained models beside one baseline."""
+    lines, pooled = [], _pooled(wide)
+    for dataset, part in wide.groupby(level="dataset", sort=False):
+        method = part.loc[(dataset, "Baseline")].index[0]
+        part, where = part.droplevel(["dataset", "pool_method"]), source.names[dataset][1]
+        part = part.rename({"Baseline": f"baseline ({method})"})
+        base, trained = part.iloc[0], part.iloc[1:]
+        if trained.empty:
+            continue
+        lines.append(f"**{where}**: highest is {_leaders(part)}.")
+        lines.append(f"{where}: {_ahead(base[pooled], trained[pooled])}.")
+        lines += _fixed(where, trained)
+    return lines
+
+
+def _ahead(base: pd.Series, trained: pd.DataFrame) -> str:
+    """Which models lie above the baseline at all, some or none of the pooled factors."""
+    counts = (trained > base).sum(axis="columns")
+    everywhere, nowhere = counts[counts == len(base)].index, counts[counts == 0].index
+    some = [f"{label} ({count} of {len(base)})" for label, count in counts.items()]
+    some = [text for text, count in zip(some, counts, strict=True) if 0 < count < len(base)]
+    factors = f"PF {_span(base.index.astype(int))}"
+    groups = {
+        f"above the {base.name} at each of {factors}": everywhere,
+        "at some of them": some,
+        "at none": nowhere,
+    }
+    return "; ".join(f"{place}: {', '.join(names) or '–'}" for place, names in groups.items())
+
+
+def _fixed(where: str, trained: pd.DataFrame) -> list[str]:
+    """The model trained for all factors against the best one trained for a single factor."""
+    multi = [label for label in trained.index if label.endswith("PF1-6")]
+    single = [label for label in trained.index if label[-4:] in (" PF2", " PF3")]
+    if len(multi) != 1 or not single:
+        return []
+    means = trained.mean(axis=1)
+    best = means[single].idxmax()
+    return [
+        f"{where}, one model for all factors, mean of PF {_span(trained.columns.astype(int))}: "
+        f"{multi[0]} {means[multi[0]]:.1f} %, the best model for one factor ({best}) "
+        f"{means[best]:.1f} %: {_points(means[multi[0]] - means[best])} points."
+    ]
+
+
+def _across(source: Source, wide: pd.DataFrame) -> list[str]:
+    """Table 2: differences to the baseline at the same factor, on other collections and its own."""
+    frame = source.frame[source.frame["exhibit"] == "table2"].dropna(subset=["delta"])
+    lines = []
+    for label, cells in frame.groupby("label", sort=False):
+        own = cells["dataset"] == cells["trained_on"]
+        for name, part in (
+            (" pooled, on the others", cells[~own & (cells["pool_factor"] > 1)]),
+            (" unpooled, on the others", cells[~own & (cells["pool_factor"] == 1)]),
+            (" pooled, on its own", cells[own & (cells["pool_factor"] > 1)]),
+        ):
+            if len(part):
+                lines.append(f"**{source.rename(label)}**,{name}: {_deltas(source, part)}")
+    return lines
+
+
+def _deltas(source: Source, cells: pd.DataFrame) -> str:
+    count = int((cells["delta"].round(3) >= 0).sum())
+    low, high = cells.loc[cells["delta"].idxmin()], cells.loc[cells["delta"].idxmax()]
+    ends = (
+        f"{_delta(cell.delta)} ({source.names[cell.dataset][1]}, PF {cell.pool_factor})"
+        for cell in (low, high)
+    )
+    return (
+        f"Δ ≥ 0 in {count} of {len(cells)} cells, from {' to '.join(ends)}; "
+        f"mean {_delta(cells['delta'].mean())}."
+    )
+
+
+def _plaid(source: Source, wide: pd.DataFrame) -> list[str]:
+    """Figure 4: baselines, then each trained model against the baseline under its own method."""
+    lines, pooled = [], _pooled(wide)
+    means = wide[pooled].mean(axis=1)
+    for dataset, part in means.groupby(level="dataset", sort=False):
+        part, where = part.droplevel("dataset"), source.names[dataset][1]
+        text = f"**{where}**, mean of PF {_span(pooled)}: baseline {_listed(part['Baseline'])}"
+        trained = part.drop("Baseline")
+        if len(trained):
+            best = trained.idxmax()
+            text += f"; the best trained model is {source.rename(best[0])}, {trained[best]:.1f} %"
+        lines.append(f"{text}.")
+    return lines
+
+
+_WORDS = {
+    "figure1": _inference,
+    "figure2": _models,
+    "figure3": _models,
+    "figure4": _plaid,
+    "table1": _models,
+    "table2": _across,
+    "table3": _models,
+    "table4": _models,
+}
+
+# ---------------------------------------------------------------- small tables
+
+
+def means_table(sources: Iterable[Source], exhibit: str) -> pd.DataFrame:
+    """Relative NDCG@10 (%) of an exhibit's curves: unpooled, on average, at the largest factor.
+
+    Returns
+    -------
+    One line a data set and model; for each source the columns ``PF 1``, ``mean of PF …`` and
+    ``PF …``. Trained models have the difference, in points, to the baseline under the same pool
+    method (else the exhibit's only baseline) in brackets. "not run" where nothing is.
+    """
+    tables = {}
+    for source in sources:
+        name = "the paper" if source.is_paper else "this run"
+        tables[name] = _means(curves(source, exhibit), source)
+    table = pd.concat(tables, axis=1).fillna("not run")
+    return table.rename_axis(index=["", "model", "pooled with"])
+
+
+def _means(wide: pd.DataFrame, source: Source) -> pd.DataFrame:
+    if wide.empty:
+        return pd.DataFrame(index=wide.index)
+    pooled = _pooled(wide)
+    numbers = pd.DataFrame({"PF 1": wide[1]} if 1 in wide else {}, index=wide.index)
+    if pooled:
+        numbers[f"mean of PF {_span(pooled)}"] = wide[pooled].mean(axis=1)
+        numbers[f"PF {pooled[-1]}"] = wide[pooled[-1]]
+    return pd.DataFrame(
+        [_with_gain(numbers, key) for key in numbers.index], numbers.index, numbers.columns
+    )
+
+
+def _with_gain(numbers: pd.DataFrame, key: tuple[str, str, str]) -> list[str]:
+    dataset, label, method = key
+    mine = numbers.loc[key]
+    if label == "Baseline":
+        return [f"{value:.1f}" for value in mine]
+    baselines = numbers.loc[(dataset, "Baseline")]
+    base = baselines.loc[method] if method in baselines.index else baselines.iloc[0]
+    return [f"{x:.1f} ({_points(x - y)})" for x, y in zip(mine, base, strict=True)]
+
+
+def roles_table(paper: Source, rows: pd.DataFrame) -> pd.DataFrame:
+    """Which collection plays which data set's part, how large it is, and both unpooled baselines.
+
+    Collections that were not run have empty cells.
+    """
+    unpooled = paper.frame[(paper.frame["exhibit"] == "table2") & (paper.frame["pool_factor"] == 1)]
+    theirs = unpooled[unpooled["label"] == "Baseline"].set_index("dataset")["ndcg"]
+    ours = _baseline(rows, "exact")
+    ours = ours[ours["pool_method"] == "none"].set_index("collection").reindex(ROLES.values())
+    return pd.DataFrame(
+        {
+            "in the role of": list(ROLES),
+            "documents": ours["documents"],
+            "test queries": ours["queries"],
+            "vectors a document": ours["vectors_per_document"].round(1),
+            "NDCG@10, unpooled": ours["ndcg@10"].round(3),
+            "the paper's": [theirs[dataset] for dataset in ROLES],
+        }
+    )
+
+
+def _baseline(rows: pd.DataFrame, engine: str) -> pd.DataFrame:
+    return rows[(rows["model"] == BASELINE) & (rows["engine"] == engine)]
+
+
+def storage_table(rows: pd.DataFrame, pool_method: str = "kmeans") -> pd.DataFrame:
+    """Mean vectors a document by collection (line) and pool factor (column), of the baseline."""
+    chosen = _baseline(rows, "exact")
+    chosen = chosen[chosen["pool_method"].isin(["none", pool_method])]
+    wide = chosen.pivot_table("vectors_per_document", "collection", "pool_factor")
+    return wide.round(1).rename(columns="PF{}".format)
+
+
+def variants_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Relative NDCG@10 (%) of the baseline under each variant of hierarchical pooling.
+
+    Means over collections; one line a variant, one column a pool factor and their mean.
+    """
+    chosen = _baseline(relative_ndcg(rows), "exact")
+    chosen = chosen[chosen["pool_method"] == "hierarchical"]
+    wide = chosen.pivot_table("relative_ndcg@10", "pool_variant", "pool_factor")
+    pooled = [int(factor) for factor in wide.columns]
+    wide = wide.rename(columns="PF{}".format)
+    return wide.assign(**{f"mean of PF {_span(pooled)}": wide.mean(axis=1)}).round(1)
+
+
+def index_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Megabytes on disk of the baseline's PLAID indexes, and percent of the unpooled index.
+
+    One line a collection and pool method, one column a pool factor; empty where none was built.
+    """
+    chosen = _baseline(rows, "plaid").dropna(subset=["index_bytes"])
+    chosen = chosen.assign(mb=chosen["index_bytes"].astype(float) / 1e6)
+    keys = ["collection", "pool_method"]
+    wide = chosen.pivot_table("mb", keys, "pool_factor").rename(columns="PF{}".format)
+    if "PF1" not in wide:
+        return wide.round(2)
+    whole = wide["PF1"].groupby("collection").max()  # of the unpooled line
+    wide = wide.drop(index="none", level="pool_method")
+    wide.insert(0, "unpooled", whole.reindex(wide.index.get_level_values("collection")).to_numpy())
+    largest = wide.columns[-1]
+    share = (100 * wide[largest] / wide["unpooled"]).round(0)
+    return wide.drop(columns="PF1").round(2).assign(**{f"{largest}, %": share})
+
+
+def engines_table(per_query: pd.DataFrame, factors: Iterable[int] = (1, 6)) -> pd.DataFrame:
+    """NDCG@10 of exact search and of PLAID on the same queries, for all that has both.
+
+    Parameters
+    ----------
+    factors
+        Pool factors to compare at; those that were not run are left out.
+
+    Returns
+    -------
+    One line a model, collection and pool method; columns ``PF1 exact``, ``PF1 PLAID`` … and
+    ``queries``, how many both engines answered.
+    """
+    keys = ["model", "collection", "pool_method", "pool_variant", "pool_factor", "query_id"]
+    split = {
+        engine: per_query[per_query["engine"] == engine].set_index(keys)["ndcg@10"]
+        for engine in ("exact", "plaid")
+    }
+    # PLAID answers a part of the queries: only those count on both sides.
+    both = pd.concat(split, axis=1, join="inner").reset_index()
+    groups = both.groupby(keys[:-1])
+    means = groups[["exact", "plaid"]].mean().assign(queries=groups.size()).reset_index()
+    return _side_by_side(means, list(factors))
+
+
+def _side_by_side(means: pd.DataFrame, factors: list[int]) -> pd.DataFrame:
+    keys = ["model", "collection", "pool_method"]
+    unpooled = means[means["pool_factor"] == 1].set_index(keys[:2])
+    pooled = means[means["pool_factor"] > 1]
+    table = pooled.drop_duplicates(keys).set_index(keys)[[]]
+    for factor in factors:
+        at = pooled[pooled["pool_factor"] == factor].set_index(keys)
+        if factor == 1:
+            at = unpooled.reindex(table.index.droplevel("pool_method")).set_axis(table.index)
+        if len(at):
+            table[f"PF{factor} exact"] = at["exact"].round(3)
+            table[f"PF{factor} PLAID"] = at["plaid"].round(3)
+    counts = pooled.groupby(keys)["queries"].min()
+    return table.assign(queries=counts)
+
+
+def pooling_loss(per_query: pd.DataFrame) -> str:
+    """How much pooling costs under each engine, on the same queries, in a sentence (Markdown)."""
+    factor = int(per_query["pool_factor"].max())
+    table = engines_table(per_query, (1, factor)).dropna()
+    if table.empty:
+        return "Not run: PLAID."
+    loss = {
+        engine: (table[f"PF{factor} {engine}"] - table[f"PF1 {engine}"]).mean()
+        for engine in ("exact", "PLAID")
+    }
+    gap = (table["PF1 PLAID"] - table["PF1 exact"]).mean()
+    return (
+        f"Mean of these {len(table)} lines: unpooled, PLAID differs from exact search by "
+        f"{_delta(gap)} NDCG@10; from PF 1 to PF {factor}, exact search changes by "
+        f"{_delta(loss['exact'])} and PLAID by {_delta(loss['PLAID'])}."
+    )
+
+
+# ---------------------------------------------------------------- the findings in words
+
+
+def finding(claims: pd.DataFrame, number: int) -> str:
+    """One finding: its parts as a table, and how many of them hold (Markdown).
+
+    Raises
+    ------
+    UserError
+        When `claims` has no such finding.
+    """
+    parts = claims[claims["finding"] == number]
+    if parts.empty:
+        raise UserError(f"no finding {number}: expected one of {list(FINDINGS)}.")
+    table = claims_table(parts).split("\n\n")[0]  # without the note on method
+    return f"{table}\n\n{_verdict_sentence(parts)}\n"
+
+
+def _verdict_sentence(parts: pd.DataFrame) -> str:
+    named = [
+        f"{verdict}: {', '.join(parts.loc[parts['verdict'] == verdict, 'part'])}"
+        for verdict in (HOLDS, FAILS, UNDECIDED, NOT_RUN)
+        if (parts["verdict"] == verdict).any()
+    ]
+    theirs = parts["paper_verdict"].str.startswith(HOLDS).sum()
+    return (
+        f"Finding {parts['finding'].iloc[0]} in this run: **{overall_verdict(parts)}** "
+        f"({'; '.join(named)}). By the paper's own numbers {theirs} of {len(parts)} parts hold."
+    )
+
+
+def overall_verdict(parts: pd.DataFrame) -> str:
+    """A finding's verdict from its parts: those that were run, taken together."""
+    run = set(parts["verdict"]) - {NOT_RUN}
+    if not run:
+        return NOT_RUN
+    if run == {HOLDS}:
+        return HOLDS
+    if run in ({FAILS}, {UNDECIDED}):
+        return run.pop()
+    if FAILS not in run:
+        return "holds in part, nothing contradicts it"
+    return "holds in part, and in part does not" if HOLDS in run else FAILS
+
+
+def verdicts(claims: pd.DataFrame) -> pd.DataFrame:
+    """All findings in one table: the verdict here, the paper's by sign, and counts of parts."""
+    lines = []
+    for number, parts in claims.groupby("finding"):
+        counts = parts["verdict"].value_counts()
+        theirs = parts["paper_verdict"].str.startswith(HOLDS).sum()
+        lines.append(
+            {
+                "finding": FINDINGS[number],
+                "this run": overall_verdict(parts),
+                **{verdict: counts.get(verdict, 0) for verdict in (HOLDS, FAILS, UNDECIDED)},
+                NOT_RUN: counts.get(NOT_RUN, 0),
+                "the paper, by sign": f"{theirs} of {len(parts)} parts",
+            }
+        )
+    index = pd.Index(sorted(claims["finding"].unique()), name="")
+    return pd.DataFrame(lines, index=index)
+
+
+def conclusion(claims: pd.DataFrame) -> str:
+    """What was found, computed from the verdicts: a line a group of findings (Markdown)."""
+    counts = claims["verdict"].value_counts()
+    judged = len(claims) - counts.get(NOT_RUN, 0)
+    lines = [
+        f"Of {len(claims)} parts {judged} were judged. {HOLDS}: {counts.get(HOLDS, 0)}; "
+        f"{FAILS}: {counts.get(FAILS, 0)}; {UNDECIDED}: {counts.get(UNDECIDED, 0)}."
+    ]
+    groups: dict[str, list[int]] = {}
+    for number, parts in claims.groupby("finding"):
+        groups.setdefault(overall_verdict(parts), []).append(int(number))
+    for verdict, numbers in groups.items():
+        named = "; ".join(f"{number} ({FINDINGS[number].split(':')[0]})" for number in numbers)
+        lines.append(f"**{verdict[0].upper()}{verdict[1:]}**: {named}.")
+    against = claims[(claims["verdict"] == FAILS) & claims["paper_verdict"].str.startswith(HOLDS)]
+    if len(against):
+        lines.append("**Where this run disagrees with the paper**: " + _named_parts(against))
+    agree = claims[(claims["verdict"] == HOLDS) & ~claims["paper_verdict"].str.startswith(HOLDS)]
+    if len(agree):
+        lines.append("**Holds here though not by the paper's numbers**: " + _named_parts(agree))
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _named_parts(parts: pd.DataFrame) -> str:
+    texts = (
+        f"{part.part}, {part.statement} (the paper {part.paper}; here {part.ours})"
+        for part in parts.itertuples()
+    )
+    return "; ".join(texts) + "."
+
+
+def unmeasured(rows: pd.DataFrame, paper: Source, ours: Source) -> str:
+    """Everything of the paper's exhibits that the run lacks, an exhibit a line (Markdown)."""
+    exhibits = list(dict.fromkeys(paper.frame["exhibit"]))
+    gaps = {exhibit: missing(ours, exhibit) for exhibit in exhibits}
+    lines = [f"- {name[:-1].capitalize()} {name[-1]}: {gap}" for name, gap in gaps.items() if gap]
+    variant = default_variant(rows, "hierarchical")
+    what = "\n".join(lines) if lines else "- Nothing of the paper's exhibits was left out."
+    return f"{what}\n- Hierarchical pooling is read in the variant `{variant}` throughout.\n"

@@ -1,0 +1,365 @@
+"""PooledColBERT, judged by PyLate's own ColBERT and by `pool`; the embedded model; loading."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from pylate import models
+
+from l2p_utils.files import PROVENANCE, UserError, read_json, settings_match, write_json
+from l2p_utils.model import PooledColBERT, build_embedded_model, load_model, save_model
+from l2p_utils.pooling import pool, pooled_count
+
+LENGTHS = {"query_length": 16, "document_length": 32}
+WAYS = [
+    {"pool_method": "span"},
+    {"pool_method": "kmeans"},
+    {"pool_method": "kmeans", "renormalize": True},
+    {"pool_method": "hierarchical"},
+    {"pool_method": "hierarchical", "pool_variant": "paper"},
+    {"pool_method": "hierarchical", "pool_variant": "euclidean"},
+    {"pool_method": "none"},
+]
+
+
+@pytest.fixture(scope="module")
+def pylate_model(model_folder):
+    """The same weights in PyLate's own class."""
+    return models.ColBERT(str(model_folder), device="cpu")
+
+
+def equal(left, right):
+    return len(left) == len(right) and all(map(np.array_equal, left, right))
+
+
+def near(ours, theirs):
+    """Whether every document has the same vectors, whatever their order."""
+    ours, theirs = ([sorted(np.asarray(d).tolist()) for d in texts] for texts in (ours, theirs))
+    return len(ours) == len(theirs) and all(
+        np.shape(a) == np.shape(b) and np.allclose(a, b, atol=1e-5)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+# --- encode ---------------------------------------------------------------------------------
+
+
+def test_the_model_cards_usage_works(embedded_model):
+    queries = embedded_model.encode(["What is the Sharpe ratio?"], is_query=True)
+    documents = embedded_model.encode(
+        ["The Sharpe ratio compares the return of an investment with its risk."],
+        is_query=False,
+        pool_factor=4,
+        pool_method="kmeans",
+        use_sklearn=True,
+    )
+    assert queries[0].shape[1] == documents[0].shape[1] == 128
+    whole = embedded_model.encode(
+        ["The Sharpe ratio compares the return of an investment with its risk."], is_query=False
+    )
+    assert len(documents[0]) == pooled_count(len(whole[0]), 4, "kmeans")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("protected", [0, 1, 3])
+def test_pooled_encoding_is_the_unpooled_one_pooled(embedded_model, texts, way, protected):
+    whole = embedded_model.encode(texts, is_query=False, convert_to_numpy=False)
+    options = {name.removeprefix("pool_"): value for name, value in way.items()}
+    expected = pool(whole, 3, options.pop("method"), protected, **options)
+    ours = embedded_model.encode(
+        texts, is_query=False, pool_factor=3, protected_tokens=protected, batch_size=3, **way
+    )
+    for document, judge in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(document, judge, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_queries_are_never_pooled(embedded_model, texts, way):
+    whole = embedded_model.encode(texts, is_query=True)
+    assert equal(embedded_model.encode(texts, is_query=True, pool_factor=4, **way), whole)
+    assert equal(embedded_model.encode(texts, pool_factor=4, **way), whole)  # the default
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"convert_to_tensor": True},
+        {"convert_to_numpy": False},
+        {"padding": True},
+        {"padding": True, "convert_to_tensor": True},
+        {"batch_size": 2},
+        {"protected_tokens": 0},
+    ],
+)
+@pytest.mark.parametrize("factor", [1, 2])
+def test_without_pool_method_encode_is_pylates(
+    embedded_model, pylate_model, texts, options, factor
+):
+    options = {"is_query": False, "pool_factor": factor, **options}
+    ours, theirs = (model.encode(texts, **options) for model in (embedded_model, pylate_model))
+    assert [type(d) for d in ours] == [type(d) for d in theirs]
+    assert [d.shape for d in ours] == [d.shape for d in theirs]
+    assert [d.dtype for d in ours] == [d.dtype for d in theirs]
+    if options.get("padding"):
+        ours, theirs = ([d[0] for d in documents] for documents in (ours, theirs))
+    assert near(ours, theirs)
+
+
+def test_single_text_nested_lists_and_empty_texts_come_back_as_from_pylate(
+    embedded_model, pylate_model, texts
+):
+    options = {"is_query": False, "pool_factor": 2}
+    ours, theirs = (m.encode(texts[0], **options) for m in (embedded_model, pylate_model))
+    assert ours.ndim == 2 and near([ours], [theirs])
+    ours, theirs = (m.encode(["", "a"], **options) for m in (embedded_model, pylate_model))
+    assert near(ours, theirs)
+    nested = [texts[:3], texts[3:5]]
+    ours, theirs = (m.encode(nested, **options) for m in (embedded_model, pylate_model))
+    assert [len(part) for part in ours] == [3, 2]
+    assert all(map(near, ours, theirs))
+
+
+def test_nested_lists_are_pooled_by_the_method_asked_for(embedded_model, texts):
+    options = {"is_query": False, "pool_factor": 3, "pool_method": "span", "renormalize": True}
+    nested = embedded_model.encode([texts[:3], texts[3:5]], **options)
+    assert equal([*nested[0], *nested[1]], embedded_model.encode(texts[:3], **options)
+                 + embedded_model.encode(texts[3:5], **options))  # fmt: skip
+
+
+def test_one_call_leaves_nothing_behind_for_the_next(embedded_model, texts):
+    expected = embedded_model.encode(texts, is_query=False, pool_factor=2)
+    embedded_model.encode(texts, is_query=False, pool_factor=2, pool_method="span")
+    with pytest.raises(TypeError):
+        embedded_model.encode(texts, is_query=False, pool_method="span", no_such_option=1)
+    assert equal(embedded_model.encode(texts, is_query=False, pool_factor=2), expected)
+
+
+def test_order_of_texts_is_kept_across_batches(embedded_model, texts):
+    options = {"is_query": False, "pool_factor": 2, "pool_method": "kmeans", "batch_size": 3}
+    forward = embedded_model.encode(texts, **options)
+    backward = embedded_model.encode(texts[::-1], **options)
+    assert near(forward, backward[::-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pool_factor": 0}, "pool_factor is 0"),
+        ({"pool_factor": "two"}, "pool_factor is 'two'"),
+        ({"pool_factor": 2.0}, "pool_factor is 2.0"),
+        ({"pool_method": "means"}, "pool_method is 'means'"),
+        ({"pool_variant": "ward"}, "pool variant is 'ward'"),
+        ({"pool_method": "kmeans", "use_sklearn": False}, "use_sklearn"),
+        ({"protected_tokens": -1}, "protected_tokens is -1"),
+    ],
+)
+@pytest.mark.parametrize("is_query", [True, False])
+def test_bad_pool_settings_are_refused_before_any_work(
+    embedded_model, texts, monkeypatch, options, message, is_query
+):
+    def work(*args, **kwargs):
+        raise AssertionError("encoded before the settings were checked")
+
+    monkeypatch.setattr(embedded_model, "tokenize", work)
+    with pytest.raises(UserError, match=message):
+        embedded_model.encode(texts, is_query=is_query, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_pool(model_folder, texts, dtype):
+    model = load_model(model_folder, device="cpu").to(dtype)
+    whole = model.encode(texts, is_query=False, convert_to_numpy=False)
+    assert {document.dtype for document in whole} == {dtype}
+    pooled = model.encode(
+        texts, is_query=False, pool_factor=3, pool_method="kmeans", convert_to_numpy=False
+    )
+    assert {document.dtype for document in pooled} == {dtype}
+    expected = [pooled_count(len(document), 3, "kmeans") for document in whole]
+    assert [len(document) for document in pooled] == expected
+
+
+# --- several processes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool_method": "kmeans"},
+        {"pool_variant": "paper"},
+        {"renormalize": True},
+        {"use_sklearn": True},
+    ],
+)
+def test_pooling_that_would_not_reach_other_processes_is_refused(embedded_model, texts, options):
+    with pytest.raises(UserError, match="does not pass on .* Use `encode`"):
+        embedded_model.encode_multi_process(texts, {}, is_query=False, pool_factor=2, **options)
+
+
+def test_another_process_pools_as_encode_does_by_default(model_folder, texts):
+    model = load_model(model_folder, device="cpu")
+    processes = model.start_multi_process_pool(["cpu"])
+    try:
+        options = {"is_query": False, "pool_factor": 2}
+        apart = model.encode_multi_process(texts[:2], processes, chunk_size=1, **options)
+    finally:
+        model.stop_multi_process_pool(processes)
+    assert near(apart, model.encode(texts[:2], **options))
+
+
+# --- save and load --------------------------------------------------------------------------
+
+
+def test_saved_model_gives_equal_embeddings_in_both_classes(embedded_model, texts, tmp_path):
+    embedded_model.save_pretrained(str(tmp_path / "once"))
+    again = PooledColBERT(str(tmp_path / "once"), device="cpu")
+    again.save_pretrained(str(tmp_path / "twice"))
+    expected = embedded_model.encode(texts, is_query=False)
+    expected_queries = embedded_model.encode(texts, is_query=True)
+    for folder in ("once", "twice"):
+        for kind in (PooledColBERT, PooledColBERT.load, models.ColBERT):
+            loaded = kind(str(tmp_path / folder)).to("cpu")
+            assert equal(loaded.encode(texts, is_query=False), expected)
+            assert equal(loaded.encode(texts, is_query=True), expected_queries)
+
+
+def test_what_pylate_saved_loads_as_pooled(pylate_model, texts, tmp_path):
+    pylate_model.save_pretrained(str(tmp_path / "theirs"))
+    loaded = load_model(tmp_path / "theirs", device="cpu")
+    assert type(loaded) is PooledColBERT
+    assert type(PooledColBERT.load(str(tmp_path / "theirs"))) is PooledColBERT
+    options = {"is_query": False, "pool_factor": 2}
+    assert near(loaded.encode(texts, **options), pylate_model.encode(texts, **options))
+
+
+@pytest.mark.parametrize("generation", ["built", "saved again"])
+def test_settings_survive(model_folder, embedded_model, tmp_path, generation):
+    model = load_model(model_folder, device="cpu")
+    if generation == "saved again":
+        save_model(model, tmp_path / "again", {"seed": 1})
+        assert read_json(tmp_path / "again" / PROVENANCE) == {"settings": {"seed": 1}}
+        model = load_model(tmp_path / "again", device="cpu")
+    assert (model.query_length, model.document_length) == (16, 32)
+    assert not model.do_query_expansion and not model.attend_to_expansion_tokens
+    assert (model.query_prefix, model.document_prefix) == ("[Q] ", "[D] ")
+    assert "," in model.skiplist_words
+    dropouts = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert dropouts and set(dropouts) == {0.0}
+
+
+def test_lengths_cut_and_queries_are_not_expanded(embedded_model):
+    long = "word " * 100
+    assert len(embedded_model.encode(long, is_query=True)) == 16
+    assert len(embedded_model.encode(long, is_query=False)) == 32
+    assert len(embedded_model.encode("word", is_query=True)) == 4  # [CLS] [Q] word [SEP]
+
+
+def test_punctuation_takes_no_part(embedded_model):
+    plain, marked = embedded_model.encode(["a cat", "a, (cat)!"], is_query=False)
+    assert len(plain) == len(marked)
+
+
+@pytest.mark.parametrize("what", ["missing folder", "empty folder", "file"])
+def test_path_that_is_no_model_is_refused(tmp_path, what):
+    path = tmp_path / "model"
+    if what == "empty folder":
+        path.mkdir()
+    elif what == "file":
+        path.write_text("x")
+    with pytest.raises(UserError, match="model is not a saved model.*02_training"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "modules.json"])
+@pytest.mark.parametrize("damage", ["half", "gone"])
+def test_damaged_model_is_refused_with_what_to_do(model_folder, tmp_path, file, damage):
+    path = tmp_path / "model"
+    shutil.copytree(model_folder, path, ignore=shutil.ignore_patterns("model.safetensors"))
+    (path / "1_Dense" / "model.safetensors").write_bytes(
+        (model_folder / "1_Dense" / "model.safetensors").read_bytes()
+    )
+    weights = (model_folder / "model.safetensors").resolve()
+    (path / "model.safetensors").symlink_to(weights)
+    half = (path / file).read_bytes()[:100]
+    (path / file).unlink()
+    if damage == "half":
+        (path / file).write_bytes(half)
+    with pytest.raises(UserError, match="could not be loaded.*make it again|not a saved model"):
+        load_model(path)
+
+
+# --- the embedded model ---------------------------------------------------------------------
+
+
+def test_embedded_model_projects_to_orthonormal_principal_components(embedded_model, texts):
+    weight = embedded_model[1].linear.weight.detach().double()  # (128, 384)
+    torch.testing.assert_close(weight @ weight.T, torch.eye(128).double(), atol=1e-5, rtol=0)
+    features = embedded_model.tokenize(texts, is_query=False)
+    with torch.inference_mode():
+        tokens = embedded_model[0](features)["token_embeddings"]
+    unit = torch.nn.functional.normalize(tokens[features["attention_mask"].bool()], dim=-1)
+    kept = (unit.double() @ weight.T).square().sum(0)
+    assert (kept[:-1] >= kept[1:] - 1e-6).all()  # leading components first
+    singular = torch.linalg.svdvals(unit.double()).square()
+    torch.testing.assert_close(kept.sum(), singular[:128].sum(), atol=1e-3, rtol=1e-5)
+
+
+def test_built_model_is_reused_when_settings_match(model_folder, texts):
+    before = (model_folder / "model.safetensors").stat().st_mtime_ns
+    build_embedded_model(model_folder, texts, **LENGTHS)
+    assert (model_folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_two_builds_are_equal_to_the_bit(texts, tmp_path, embedded_model):
+    torch.manual_seed(7)
+    other = build_embedded_model(tmp_path / "other", texts, **LENGTHS)
+    ours, theirs = embedded_model.state_dict(), other.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_comes_after_a_build_is_as_after_a_reuse(texts, tmp_path):
+    states = []
+    for _ in ("built", "reused"):
+        torch.manual_seed(7)
+        build_embedded_model(tmp_path / "model", texts, **LENGTHS)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"query_length": 20}, {"document_length": 40}, {"texts": "changed"}]
+)
+def test_model_is_built_anew_when_a_setting_changed(texts, tmp_path, monkeypatch, change):
+    def build(*args):
+        raise InterruptedError
+
+    folder = tmp_path / "embedded"
+    settings = {"texts": texts, **LENGTHS, "seed": 42}
+    monkeypatch.setattr("l2p_utils.model._minilm_colbert", build)
+    monkeypatch.setattr("l2p_utils.model.load_model", lambda *a, **k: "reused")
+    compared = []
+    monkeypatch.setattr("l2p_utils.model.settings_match", lambda _, s: bool(compared.append(s)))
+    with pytest.raises(InterruptedError):
+        build_embedded_model(folder, **settings)
+    write_json(folder / PROVENANCE, {"settings": compared[0]})  # as a finished build leaves it
+    monkeypatch.setattr("l2p_utils.model.settings_match", settings_match)
+    assert build_embedded_model(folder, **settings) == "reused"
+    if "texts" in change:
+        change = {"texts": [*texts[:-1], "another text, as many as before"]}
+    with pytest.raises(InterruptedError):
+        build_embedded_model(folder, **{**settings, **change})
+
+
+def test_changed_lengths_are_in_the_rebuilt_model(model_folder, texts, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "copy")
+    model = build_embedded_model(tmp_path / "copy", texts, query_length=12, document_length=24)
+    assert (model.query_length, model.document_length) == (12, 24)
+    assert read_json(tmp_path / "copy" / PROVENANCE)["settings"]["document_length"] == 24
+
+
+def test_building_prints_nothing(texts, tmp_path, capfd):
+    build_embedded_model(tmp_path / "quiet", texts, **LENGTHS)
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err == ""

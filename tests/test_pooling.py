@@ -1,0 +1,494 @@
+"""Pooling, judged by scikit-learn, SciPy and PyLate, and by hand where the answer is small."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pylate.models import ColBERT
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import pdist
+from sklearn.cluster import KMeans
+
+from l2p_utils.files import UserError
+from l2p_utils.pooling import (
+    HIERARCHICAL_VARIANTS,
+    KMEANS_SEED,
+    POOL_METHODS,
+    cluster_labels,
+    kmeans_settings,
+    pool,
+    pool_padded,
+    pool_sweep,
+    pooled_count,
+    stored_variant,
+)
+
+METHODS = ["span", "kmeans", "hierarchical"]
+WAYS = [("span", "pylate"), ("kmeans", "pylate")] + [
+    ("hierarchical", variant) for variant in HIERARCHICAL_VARIANTS
+]
+
+
+def unit_vectors(tokens, dim=8, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(tokens, dim, generator=generator, dtype=torch.float64)
+    return torch.nn.functional.normalize(vectors, dim=-1).to(dtype)
+
+
+def documents(lengths, dim=8, dtype=torch.float32):
+    return [unit_vectors(n, dim, seed, dtype) for seed, n in enumerate(lengths)]
+
+
+def groups(labels):
+    """A clustering without its names: the set of its groups of tokens."""
+    return {frozenset(np.flatnonzero(labels == label)) for label in np.unique(labels)}
+
+
+def same_vectors(ours, theirs, atol=1e-6):
+    """Whether two lists of vectors are equal but for their order."""
+    ours, theirs = (sorted(np.asarray(x, dtype=np.float64).tolist()) for x in (ours, theirs))
+    return len(ours) == len(theirs) and np.allclose(ours, theirs, atol=atol)
+
+
+def equal_lists(left, right):
+    return len(left) == len(right) and all(map(torch.equal, left, right))
+
+
+# --- by hand --------------------------------------------------------------------------------
+
+
+def test_span_by_hand():
+    document = torch.tensor([[9.0, 9.0], [1, 0], [3, 0], [0, 2], [0, 4], [5, 5]])
+    (pooled,) = pool([document], 2, "span", protected_tokens=1)
+    assert pooled.tolist() == [[9, 9], [2, 0], [0, 3], [5, 5]]
+    (pooled,) = pool([document], 4, "span", protected_tokens=0)
+    assert pooled.tolist() == [[3.25, 2.75], [2.5, 4.5]]
+
+
+@pytest.mark.parametrize(("method", "variant"), WAYS[1:])
+def test_clear_clusters_are_found_and_come_in_order_of_first_occurrence(method, variant):
+    east, north, west = torch.eye(3)
+    document = torch.stack([north, east, north, west, east, west])
+    (pooled,) = pool([document], 2, method, 0, variant=variant)
+    torch.testing.assert_close(pooled, torch.stack([north, east, west]))
+
+
+def test_protected_tokens_stay_first_and_unchanged():
+    for method, variant in WAYS:
+        (document,) = documents([20])
+        for protected in (0, 1, 2, 5):
+            (pooled,) = pool([document], 4, method, protected, variant=variant)
+            assert torch.equal(pooled[:protected], document[:protected])
+
+
+# --- judges ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 17, 60])
+@pytest.mark.parametrize("factor", [2, 3, 6])
+def test_kmeans_is_scikit_learns_with_the_papers_settings(tokens, factor):
+    free = unit_vectors(tokens, dim=16, seed=tokens).numpy().astype(np.float64)
+    k = max(tokens // factor, 1)
+    iterations = min(max(12 + math.ceil(6 * math.log2(max(tokens / k, 2))), 20), 50)
+    judge = KMeans(
+        n_clusters=k,
+        init="k-means++",
+        n_init=1,
+        random_state=42,
+        tol=1e-4,
+        max_iter=iterations,
+    ).fit(free)
+    labels = cluster_labels(free, [factor], "kmeans", protected_tokens=0)[factor]
+    assert groups(labels) == groups(judge.labels_)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "iterations"), [(10, 10, 20), (10, 5, 20), (12, 3, 24), (300, 1, 50), (300, 3, 50)]
+)
+def test_kmeans_settings_by_hand(n, k, iterations):
+    settings = kmeans_settings(n, k).get_params()
+    assert settings["max_iter"] == iterations  # clamp(12 + ceil(6 log2(max(n/k, 2))), 20, 50)
+    assert (settings["n_init"], settings["init"], settings["tol"]) == (1, "k-means++", 1e-4)
+    assert settings["random_state"] == KMEANS_SEED == 42
+
+
+def test_kmeans_is_as_good_on_float32_as_scikit_learn_on_either_precision():
+    ours, single, double = 0.0, 0.0, 0.0
+    for seed in range(10):
+        free = unit_vectors(60, dim=16, seed=seed).numpy()
+        labels = cluster_labels(free, [4], "kmeans", protected_tokens=0)[4]
+        means = np.stack([free[labels == label].mean(0) for label in range(15)])
+        ours += ((free - means[labels]) ** 2).sum()
+        single += kmeans_settings(60, 15).fit(free).inertia_
+        double += kmeans_settings(60, 15).fit(free.astype(np.float64)).inertia_
+    assert ours == pytest.approx(single, rel=0.02) and ours == pytest.approx(double, rel=0.02)
+
+
+def scipy_tree(vectors, variant):
+    """Ward's linkage as each variant is described, by SciPy's own distance functions."""
+    square = 1 - vectors @ vectors.T
+    if variant == "pylate":
+        condensed = [square[i, j] for i in range(len(square)) for j in range(i + 1, len(square))]
+        return hierarchy.ward(np.array(condensed))
+    return hierarchy.ward(pdist(square if variant == "paper" else vectors))
+
+
+@pytest.mark.parametrize("variant", HIERARCHICAL_VARIANTS)
+@pytest.mark.parametrize("tokens", [2, 3, 9, 40])
+def test_hierarchical_is_scipys_tree_cut(variant, tokens):
+    free = unit_vectors(tokens, seed=tokens).numpy()
+    labels = cluster_labels(free, [1, 2, 3, 6], "hierarchical", 0, variant)
+    for factor in (2, 3, 6):
+        tree = scipy_tree(free.astype(np.float64), variant)
+        judge = hierarchy.fcluster(tree, max(tokens // factor, 1), criterion="maxclust")
+        assert groups(labels[factor]) == groups(judge)
+
+
+def test_hierarchical_variants_do_differ():
+    free = unit_vectors(40).numpy()
+    found = [
+        cluster_labels(free, [3], "hierarchical", 0, variant)[3]
+        for variant in HIERARCHICAL_VARIANTS
+    ]
+    assert len({frozenset(groups(labels)) for labels in found}) == 3
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 5, 50])
+@pytest.mark.parametrize("protected", [0, 1, 3])
+def test_variant_pylate_gives_pylates_vectors(factor, protected):
+    batch = documents([30, 1, 2, 7, 4, 18])
+    ours = pool(batch, factor, "hierarchical", protected, variant="pylate")
+    theirs = ColBERT.pool_embeddings_hierarchical(None, batch, factor, protected)
+    assert all(map(same_vectors, ours, theirs))
+
+
+# --- how many -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protected", [0, 1, 2])
+@pytest.mark.parametrize(("method", "variant"), WAYS)
+def test_number_of_vectors_for_every_length_and_factor(method, variant, protected):
+    factors = list(range(1, 9))
+    batch = documents(range(41), dim=16)
+    pooled = pool_sweep(batch, factors, method, protected, variant=variant)
+    for factor in factors:
+        counts = [len(document) for document in pooled[factor]]
+        expected = [pooled_count(n, factor, method, protected) for n in range(41)]
+        if method == "hierarchical":
+            assert all(c <= e for c, e in zip(counts, expected, strict=True))
+        else:
+            assert counts == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "factor", "method", "protected", "expected"),
+    [
+        (10, 2, "span", 1, 6),  # 1 + ceil(9 / 2)
+        (10, 2, "kmeans", 1, 5),  # 1 + 9 // 2
+        (10, 3, "hierarchical", 0, 3),
+        (3, 8, "kmeans", 1, 2),  # shorter than the factor: one cluster
+        (1, 8, "kmeans", 1, 1),
+        (2, 8, "span", 5, 2),
+        (0, 2, "span", 1, 0),
+        (10, 1, "kmeans", 1, 10),
+        (10, 3, "none", 1, 10),
+    ],
+)
+def test_pooled_count_by_hand(tokens, factor, method, protected, expected):
+    assert pooled_count(tokens, factor, method, protected) == expected
+
+
+@pytest.mark.parametrize("protected", [0, 1, 2])
+@pytest.mark.parametrize(("method", "variant"), WAYS[1:])
+def test_identical_tokens_make_one_vector_and_no_warning(method, variant, protected):
+    for seed in range(20):  # of some, the squared length comes out above 1
+        document = unit_vectors(1, dim=128, seed=seed).expand(9, 128)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            (pooled,) = pool([document], 2, method, protected, variant=variant)
+        assert len(pooled) == protected + 1
+        torch.testing.assert_close(pooled, document[: len(pooled)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("method", "variant"), WAYS[1:])
+def test_repeated_tokens_in_half_precision_are_pooled(dtype, method, variant):
+    document = unit_vectors(5, dim=128, dtype=dtype).repeat(4, 1)
+    (pooled,) = pool([document], 4, method, 0, variant=variant)
+    assert len(pooled) == 5
+    assert same_vectors(pooled.float(), document[:5].float(), atol=1e-2)
+
+
+def test_vectors_that_are_not_normalised_are_refused_where_cosines_are_needed():
+    with pytest.raises(UserError, match="dot product of .*L2-normalised"):
+        pool([3 * unit_vectors(9)], 2, "hierarchical")
+
+
+# --- what stays as it was -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", POOL_METHODS)
+def test_factor_one_is_the_identity_with_its_gradient(method):
+    batch = [document.requires_grad_() for document in documents([5, 0, 1, 12])]
+    pooled = pool(batch, 1, method)
+    assert equal_lists(pooled, batch)
+    weights = [torch.randn_like(document) for document in batch]
+    sum((p * w).sum() for p, w in zip(pooled, weights, strict=True)).backward()
+    assert all(map(torch.equal, [document.grad for document in batch], weights))
+
+
+def test_method_none_is_the_identity_at_every_factor():
+    batch = documents([5, 0, 1])
+    assert equal_lists(pool(batch, 4, "none"), batch)
+
+
+@pytest.mark.parametrize(("method", "variant"), WAYS)
+def test_short_one_token_and_empty_documents(method, variant):
+    batch = documents([0, 1, 2, 3, 0])
+    pooled = pool(batch, 8, method, 1, variant=variant)
+    assert [tuple(p.shape) for p in pooled] == [(0, 8), (1, 8), (2, 8), (2, 8), (0, 8)]
+    assert equal_lists(pooled[:3], batch[:3])
+    torch.testing.assert_close(pooled[3], torch.stack([batch[3][0], batch[3][1:].mean(0)]))
+    assert pool([], 8, method, variant=variant) == []
+    only_empty = pool(documents([0, 0]), 2, method, variant=variant, renormalize=True)
+    assert [tuple(p.shape) for p in only_empty] == [(0, 8), (0, 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("method", "variant"), WAYS)
+def test_dtype_is_kept_and_values_are_near_float32s(dtype, method, variant):
+    batch = documents([30, 3], dtype=dtype)
+    pooled = pool(batch, 3, method, variant=variant)
+    assert {p.dtype for p in pooled} == {dtype}
+    expected = pool([document.float() for document in batch], 3, method, variant=variant)
+    tolerance = 2 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-6
+    for ours, judge in zip(pooled, expected, strict=True):
+        torch.testing.assert_close(ours.float(), judge, atol=tolerance, rtol=tolerance)
+
+
+def test_half_precision_means_are_summed_in_float32():
+    document = torch.full((4000, 2), 32.0, dtype=torch.float16)  # the sum is beyond float16
+    (pooled,) = pool([document], 4000, "span", protected_tokens=0)
+    assert pooled.tolist() == [[32.0, 32.0]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_input_is_not_modified_nor_shared(method):
+    batch = documents([12, 3])
+    before = [document.clone() for document in batch]
+    for factor in (1, 3):
+        for document in pool(batch, factor, method, renormalize=True):
+            document.zero_()
+        for document in pool(batch, factor, method):
+            document.zero_()
+    assert equal_lists(batch, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_global_random_states_are_untouched_and_results_repeat(method):
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002 - the global state is what is looked at
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first = pool(documents([40, 20]), 3, method)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
+    torch.manual_seed(2)
+    np.random.seed(2)  # noqa: NPY002
+    assert equal_lists(pool(documents([40, 20]), 3, method), first)
+
+
+# --- gradients ------------------------------------------------------------------------------
+
+
+def blobs(seed=0):
+    """Nine tokens of three clusters far apart: a small step changes no assignment."""
+    noise = 0.05 * torch.randn(
+        9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    centres = torch.eye(4, dtype=torch.float64)[[0, 1, 2, 0, 1, 2, 0, 1, 2]]
+    return torch.nn.functional.normalize(centres + noise, dim=-1)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("method", "variant"), WAYS)
+def test_gradients_agree_with_finite_differences(method, variant, renormalize):
+    def pooled(document):
+        return pool([document], 3, method, 0, variant=variant, renormalize=renormalize)[0]
+
+    document = blobs().requires_grad_()
+    assert pooled(document).shape == (3, 4)
+    assert torch.autograd.gradcheck(pooled, [document], eps=1e-6)
+
+
+@pytest.mark.parametrize(("method", "variant"), WAYS)
+def test_gradient_reaches_every_token_with_its_share(method, variant):
+    document = unit_vectors(20).requires_grad_()
+    (pooled,) = pool([document], 4, method, variant=variant)
+    pooled.sum().backward()
+    labels = cluster_labels(document.detach().numpy(), [4], method, 1, variant)[4]
+    share = 1 / np.bincount(labels)[labels]  # each token is one of so many in its mean
+    torch.testing.assert_close(
+        document.grad, torch.from_numpy(share).float()[:, None].expand(20, 8)
+    )
+
+
+@pytest.mark.parametrize(("method", "variant"), WAYS)
+def test_padded_gradients_reach_unmasked_tokens_only(method, variant):
+    embeddings = torch.stack([unit_vectors(10, seed=seed) for seed in range(3)]).requires_grad_()
+    mask = torch.rand(3, 10, generator=torch.Generator().manual_seed(0)) < 0.7
+    pool_padded(embeddings, mask, 2, method, variant=variant)[0].sum().backward()
+    assert torch.equal((embeddings.grad != 0).all(-1), mask)
+
+
+# --- a batch --------------------------------------------------------------------------------
+
+lengths_strategy = st.lists(st.integers(0, 12), min_size=1, max_size=6)
+way_strategy = st.sampled_from(WAYS)
+factor_strategy = st.integers(1, 5)
+protected_strategy = st.integers(0, 2)
+
+
+@given(lengths_strategy, way_strategy, factor_strategy, protected_strategy, st.randoms())
+def test_permuting_a_batch_permutes_the_result(lengths, way, factor, protected, random):
+    method, variant = way
+    batch = documents(lengths)
+    order = list(range(len(batch)))
+    random.shuffle(order)
+    pooled = pool(batch, factor, method, protected, variant=variant)
+    permuted = pool([batch[i] for i in order], factor, method, protected, variant=variant)
+    assert equal_lists(permuted, [pooled[i] for i in order])
+
+
+@given(lengths_strategy, way_strategy, st.booleans(), protected_strategy)
+def test_sweep_equals_separate_calls(lengths, way, renormalize, protected):
+    method, variant = way
+    batch = documents(lengths)
+    options = {"variant": variant, "renormalize": renormalize}
+    sweep = pool_sweep(batch, [3, 1, 2], method, protected, **options)
+    assert list(sweep) == [3, 1, 2]
+    for factor, pooled in sweep.items():
+        assert equal_lists(pooled, pool(batch, factor, method, protected, **options))
+
+
+def scatter(batch, mask, garbage):
+    """Put each document's vectors where its mask is true, and `garbage` elsewhere."""
+    padded = torch.full((*mask.shape, 8), garbage)
+    padded[mask] = torch.cat(batch)
+    return padded
+
+
+@given(
+    st.lists(st.lists(st.booleans(), min_size=12, max_size=12), min_size=1, max_size=5),
+    way_strategy,
+    factor_strategy,
+    protected_strategy,
+    st.sampled_from([0.0, 1e30, -3.5, math.nan, math.inf]),
+    st.integers(0, 5),
+)
+def test_padding_and_masked_tokens_change_nothing(rows, way, factor, protected, garbage, extra):
+    method, variant = way
+    mask = torch.tensor(rows)
+    batch = documents(mask.sum(1).tolist())
+    expected = pool(batch, factor, method, protected, variant=variant)
+    longer = torch.cat([mask, torch.zeros(len(mask), extra, dtype=torch.bool)], dim=1)
+    vectors, kept = pool_padded(
+        scatter(batch, longer, garbage), longer, factor, method, protected, variant=variant
+    )
+    assert kept.dtype == torch.bool and vectors.shape[:2] == kept.shape
+    assert equal_lists([v[k] for v, k in zip(vectors, kept, strict=True)], expected)
+    if factor > 1:  # factor 1 gives the input back
+        assert (vectors[~kept] == 0).all()
+        assert kept.shape[1] == max(map(len, expected))
+
+
+def test_padded_integer_mask_is_understood():
+    embeddings = torch.stack(documents([6, 6]))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    vectors, kept = pool_padded(embeddings, mask, 2, "span")
+    assert kept.tolist() == [[True, True, True, False], [True] * 4]
+    assert torch.equal(vectors[0, :3], pool([embeddings[0, :4]], 2, "span")[0])
+
+
+def test_padded_documents_without_any_token_stay_empty():
+    embeddings = torch.ones(2, 3, 8)
+    vectors, kept = pool_padded(embeddings, torch.zeros(2, 3), 2, "kmeans")
+    assert not kept.any() and vectors.shape[0] == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("factor", [1, 3])
+def test_renormalized_vectors_have_length_one(method, factor):
+    for document in pool(documents([20, 1, 5]), factor, method, renormalize=True):
+        torch.testing.assert_close(document.norm(dim=-1), torch.ones(len(document)))
+    lengths = pool(documents([20]), 3, method)[0][1:].norm(dim=-1)
+    assert (lengths < 0.999).any()  # a mean of unit vectors is shorter, and stays so by default
+
+
+# --- refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [0, -1, 2.0, True, "two", None, math.nan, [2]])
+@pytest.mark.parametrize("method", METHODS)
+def test_bad_factor_is_refused(factor, method):
+    with pytest.raises(UserError, match="pool_factor is .*whole number of at least 1") as refused:
+        pool(documents([5]), factor, method)
+    assert repr(factor) in str(refused.value)
+    with pytest.raises(UserError, match="pool_factor is"):
+        pool_padded(torch.ones(1, 2, 8), torch.ones(1, 2), factor, method)
+
+
+def test_numpy_integers_are_whole_numbers():
+    batch = documents([9])
+    assert equal_lists(pool(batch, np.int64(2), "span", np.int64(1)), pool(batch, 2, "span", 1))
+
+
+@pytest.mark.parametrize("method", ["means", "", None, "KMeans"])
+def test_unknown_method_is_refused_with_those_that_exist(method):
+    with pytest.raises(UserError, match="pool_method is .*'span', 'kmeans', 'hierarchical'"):
+        pool(documents([5]), 2, method)
+
+
+def test_unknown_variant_is_refused_with_those_that_exist():
+    with pytest.raises(UserError, match="variant is 'ward'.*'pylate', 'paper', 'euclidean'"):
+        pool(documents([5]), 2, "hierarchical", variant="ward")
+
+
+def test_an_engine_that_is_not_there_is_refused_not_replaced():
+    with pytest.raises(UserError, match="Leave use_sklearn=True"):
+        pool(documents([5]), 2, "kmeans", use_sklearn=False)
+    pool(documents([5]), 2, "span", use_sklearn=False)  # asks for no k-means at all
+
+
+@pytest.mark.parametrize("protected", [-1, 1.0, "one", None, True])
+def test_bad_protected_tokens_are_refused(protected):
+    with pytest.raises(UserError, match="protected_tokens is"):
+        pool(documents([5]), 2, "span", protected)
+    with pytest.raises(UserError, match="protected_tokens is"):
+        pool_padded(torch.ones(1, 2, 8), torch.ones(1, 2), 2, "span", protected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("method", ["kmeans", "hierarchical"])
+def test_vectors_that_are_not_finite_cannot_be_clustered(value, method):
+    batch = documents([5, 6])
+    batch[1][3, 2] = value
+    with pytest.raises(UserError, match="NaN or infinite"):
+        pool(batch, 2, method)
+
+
+@pytest.mark.parametrize(
+    "document", [torch.ones(3), torch.ones(1, 2, 3), torch.ones(3, 2).int(), np.ones((3, 2)), None]
+)
+def test_what_is_no_document_is_refused_by_its_position(document):
+    with pytest.raises(UserError, match="Document 1 is"):
+        pool([torch.ones(3, 2), document], 2, "span")
+
+
+def test_stored_variant_names_what_result_rows_keep():
+    assert stored_variant("kmeans", "paper") == "sklearn"
+    assert stored_variant("hierarchical", "paper") == "paper"
+    assert stored_variant("span") == stored_variant("none") == ""

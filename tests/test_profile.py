@@ -1,0 +1,282 @@
+"""Profiles: the ones that ship load; what is misspelt or impossible is refused by its key."""
+
+import copy
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from l2p_utils.collection import collection_slug
+from l2p_utils.files import UserError
+from l2p_utils.profile import (
+    PROFILES,
+    ROOT,
+    Profile,
+    factors_name,
+    load_profile,
+    model_name,
+    parse_factors,
+    slug,
+)
+
+QUICK = yaml.safe_load((PROFILES / "quick.yaml").read_text("utf-8"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a changed `quick` profile: dotted key → value (an integer part indexes a list)."""
+
+    def write(changes, name="mine.yaml"):
+        content = copy.deepcopy(QUICK)
+        for key, value in changes.items():
+            *parents, last = [int(p) if p.isdigit() else p for p in key.split(".")]
+            place = content
+            for parent in parents:
+                place = place[parent]
+            place[last] = value
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(content), "utf-8")
+        return path
+
+    return write
+
+
+def refusal(path):
+    with pytest.raises(UserError) as refused:
+        load_profile(path)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick", "offline"])
+def test_shipped_profiles_load(name):
+    profile = load_profile(name)
+    assert isinstance(profile, Profile)
+    assert profile.name == name
+    assert profile.folder == ROOT / "runs" / name
+    assert profile.model_names[0] == "baseline"
+
+
+def test_quick_is_what_the_issue_asks_for():
+    profile = load_profile("quick")
+    assert profile.model_names == ["baseline", "docs-scipy-pf1-s42", "docs-scipy-kmeans-pf1-6-s42"]
+    assert profile.training_collections == ["docs:transformers", "docs:scipy"]
+    assert profile.evaluation.pool_factors == [1, 2, 3, 4, 5, 6]
+
+
+def test_file_of_ones_own_loads_under_its_name(write):
+    profile = load_profile(write({}))
+    assert profile.name == "mine"
+    assert profile.runs[1].pool_factors == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sed", 1),
+        ("model.query_lenght", 32),
+        ("mining.hards", 3),
+        ("warm_up.colection", "docs:scipy"),
+        ("training.epoch", 1),
+        ("runs.0.pool_metod", "span"),
+        ("evaluation.pool_factor", 2),
+        ("plaid.0.methods", []),
+    ],
+)
+def test_misspelt_key_is_named(write, key, value):
+    assert f"{key}: unknown key" in refusal(write({key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        # wrong types
+        ("seed", "42"),
+        ("seed", True),
+        ("threads", "two"),
+        ("threads", 1.5),
+        ("training.epochs", "3"),
+        ("training.epochs", True),
+        ("training.learning_rate", "fast"),
+        ("training.learning_rate", True),
+        ("mining.text_only", 1),
+        ("runs", "docs:scipy"),
+        ("runs.0.collection", 3),
+        ("evaluation.collections", "docs:scipy"),
+        ("model", None),
+        # impossible values
+        ("seed", -1),
+        ("threads", 0),
+        ("model.query_length", 0),
+        ("model.document_length", 100_000),
+        ("model.base", "bert"),
+        ("mining.threshold", 0.0),
+        ("mining.threshold", float("nan")),
+        ("training.batch_size", 0),
+        ("training.learning_rate", -1e-5),
+        ("training.learning_rate", float("inf")),
+        ("training.warm_up_ratio", 1.0),
+        ("training.max_rows", 0),
+        ("evaluation.collections", []),
+        ("evaluation.collections", ["docs:scipy", "docs:scipy"]),
+        ("evaluation.pool_methods", ["kmeans", "kmeans"]),
+        ("evaluation.pool_methods", ["none"]),
+        ("evaluation.pool_methods", ["k-means"]),
+        ("evaluation.pool_factors", 0),
+        ("evaluation.pool_factors", "two"),
+        ("evaluation.pool_factors", [1, 2.0]),
+        ("evaluation.pool_factors", []),
+        ("runs.1.pool_method", "means"),
+        ("runs.1.pool_factors", 0),
+        ("runs.1.pool_factors", "two"),
+        ("plaid.0.pool_methods", ["none"]),
+        ("plaid.0.collections", []),
+        ("name", "../elsewhere"),
+        ("name", ""),
+    ],
+)
+def test_wrong_type_or_impossible_value_is_refused_with_its_key(write, key, value):
+    assert f"\n  {key}" in refusal(write({key: value}))
+
+
+@pytest.mark.parametrize("changes", [{"hard": 0, "medium": 0, "random": 0}, {"hard": 1000}])
+def test_rows_without_or_with_too_many_negatives_are_refused(write, changes):
+    message = refusal(write({f"mining.{key}": value for key, value in changes.items()}))
+    assert "mining" in message and "hard + medium + random" in message
+
+
+def test_missing_key_is_named(tmp_path):
+    content = {key: value for key, value in QUICK.items() if key != "training"}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
+    assert "training: Field required" in refusal(tmp_path / "a.yaml")
+
+
+def test_same_run_twice_is_refused(write):
+    message = refusal(write({"runs.0": QUICK["runs"][1]}))
+    assert "runs" in message and "docs-scipy-kmeans-pf1-6-s42" in message
+
+
+def test_same_run_with_another_seed_is_another_model(write):
+    second = {**QUICK["runs"][1], "seed": 7}
+    names = load_profile(write({"runs": [*QUICK["runs"], second]})).model_names
+    assert names[-1] == "docs-scipy-kmeans-pf1-6-s7"
+
+
+def test_plaid_of_an_unknown_model_is_refused(write):
+    assert "plaid: model 'basline' is none of" in refusal(write({"plaid.0.model": "basline"}))
+
+
+def test_plaid_setting_listed_in_two_jobs_is_refused(write):
+    assert "plaid: listed twice" in refusal(write({"plaid": [QUICK["plaid"][0]] * 2}))
+
+
+def test_training_on_the_warm_up_collection_is_refused(write):
+    message = refusal(write({"runs.0.collection": "docs:transformers", "plaid": []}))
+    assert "runs: 'docs:transformers' is kept for the warm-up" in message
+
+
+@pytest.mark.parametrize(("method", "factors"), [("none", "1-6"), ("none", 2), ("kmeans", 1)])
+def test_method_and_factors_that_contradict_each_other_are_refused(write, method, factors):
+    message = refusal(write({"runs.1.pool_method": method, "runs.1.pool_factors": factors}))
+    assert "runs.1" in message and "unpooled training" in message
+
+
+def test_number_that_yaml_reads_as_text_gets_a_hint(tmp_path):
+    text = (PROFILES / "quick.yaml").read_text("utf-8").replace("5.0e-5", "5e-5")
+    (tmp_path / "a.yaml").write_text(text, "utf-8")
+    assert "training.learning_rate: expected a number" in refusal(tmp_path / "a.yaml")
+    assert "5.0e-5" in refusal(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    "content", [b"a: [1", b"", b"- 1\n- 2", b"just text", b"name: \xff\xfe", b"1: 2"]
+)
+def test_file_that_is_no_profile_is_refused_by_its_name(tmp_path, content):
+    (tmp_path / "broken.yaml").write_bytes(content)
+    assert "broken.yaml" in refusal(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize("name", ["papper", "", "missing/profile.yaml"])
+def test_unknown_profile_lists_those_that_exist(name):
+    message = refusal(name)
+    assert repr(name) in message
+    assert all(known in message for known in ("smoke", "quick", "offline"))
+
+
+def test_run_is_found_by_its_models_name():
+    profile = load_profile("offline")
+    for run in profile.runs:
+        assert profile.find_run(profile.run_name(run)) is run
+    with pytest.raises(UserError, match="no model 'docs-scipy-pf9-s42'; it has .*baseline"):
+        profile.find_run("docs-scipy-pf9-s42")
+
+
+@pytest.mark.parametrize(
+    ("collection", "expected"),
+    [
+        ("docs:scipy", "docs-scipy"),
+        ("path/to/Cranfield", "cranfield"),
+        ("path/to/cranfield/", "cranfield"),
+        ("/data/My Set (2)", "my-set-2"),
+        ("beir.v2", "beir-v2"),
+    ],
+)
+def test_slug_is_safe_in_file_names(collection, expected):
+    assert slug(collection) == expected == collection_slug(collection)
+
+
+def test_slug_of_a_name_with_nothing_in_it_is_refused():
+    with pytest.raises(UserError, match="names no collection"):
+        slug("///")
+
+
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [([1], "1"), ([2], "2"), ([1, 2, 3, 4, 5, 6], "1-6"), ([2, 3], "2-3"), ([1, 2, 4], "1+2+4")],
+)
+def test_factors_name(factors, expected):
+    assert factors_name(factors) == expected
+
+
+@pytest.mark.parametrize(
+    ("given_factors", "expected"),
+    [
+        (3, [3]),
+        ("3", [3]),
+        ("1-6", [1, 2, 3, 4, 5, 6]),
+        ("2+4", [2, 4]),
+        ([4, 2, 2], [2, 4]),
+        ((1,), [1]),
+    ],
+)
+def test_parse_factors(given_factors, expected):
+    assert parse_factors(given_factors) == expected
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [0, -1, 2.0, True, None, "", "two", "0", "-3", "6-1", "1-2-3", "0-2", "1,2", [], [0], [True]]
+    + [["2"], [1, 2.5], {"a": 1}],
+)
+def test_bad_factors_are_refused_with_what_was_given(bad):
+    with pytest.raises(UserError) as refused:
+        parse_factors(bad)
+    assert repr(bad) in str(refused.value) and "1-6" in str(refused.value)
+
+
+@given(st.sets(st.integers(1, 20), min_size=1))
+def test_factors_survive_their_name(factors):
+    assert parse_factors(factors_name(sorted(factors))) == sorted(factors)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("docs:scipy", "kmeans", [1, 2, 3, 4, 5, 6], 42), "docs-scipy-kmeans-pf1-6-s42"),
+        (("docs:scipy", "span", [2], 42), "docs-scipy-span-pf2-s42"),
+        (("docs:scipy", "none", [1], 42), "docs-scipy-pf1-s42"),
+        (("docs:torch", "hierarchical", [2, 4], 0), "docs-torch-hierarchical-pf2+4-s0"),
+    ],
+)
+def test_model_name(arguments, expected):
+    assert model_name(*arguments) == expected
