@@ -29,7 +29,7 @@ from l2p_utils.files import UserError, atomic_path, read_json, remove, write_jso
 
 ROOT = Path(__file__).parent.parent
 KERNEL = "python3"
-INSERTED = {"injected-parameters", "papermill-error-cell-tag"}  # cells that papermill adds
+PARAMETERS, ERROR_MARKER = "injected-parameters", "papermill-error-cell-tag"  # papermill's cells
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 KEPT_ENTRIES = 20
 
@@ -141,6 +141,8 @@ def _check(notebook: Path, output: Path) -> None:
 
 def _run(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     failed = output.with_suffix(".failed.ipynb")
+    for half_written in output.parent.glob(f".{output.stem}.*.tmp.*"):  # by an execution killed
+        remove(half_written)
     with atomic_path(output) as temporary, _own_kernel():
         try:
             executed = papermill.execute_notebook(
@@ -194,20 +196,18 @@ def _write_html(executed: nbformat.NotebookNode, path: Path) -> None:
 
 def _explain(notebook: Path, failed: Path, error: Exception) -> str:
     """The failed cell by its number in `notebook`, its source and what it raised."""
-    cells = [
-        cell
-        for cell in nbformat.read(failed, as_version=4).cells
-        if not INSERTED & set(cell.metadata.get("tags", []))
-    ]
+    cells = nbformat.read(failed, as_version=4).cells
+    tags = [cell.metadata.get("tags", []) for cell in cells]
+    cells = [cell for cell, of in zip(cells, tags, strict=True) if ERROR_MARKER not in of]
     if isinstance(error, DeadKernelError):
         states = [cell.metadata.get("papermill", {}).get("status") for cell in cells]
-        number = states.index("running") if "running" in states else 0
-        source = cells[number].source
+        index = max(n for n, state in enumerate(states) if state != "pending")
         reason = "The kernel died: stopped from outside, or out of memory."
     else:
-        source = error.source
-        number = next(n for n, cell in enumerate(cells) if cell.source == source)
+        index = error.cell_index
         reason = ANSI.sub("", "\n".join(error.traceback)) or f"{error.ename}: {error.evalue}"
+    source = cells[index].source
+    number = sum(PARAMETERS not in cell.metadata.get("tags", []) for cell in cells[:index])
     where = f"cell {number + 1} of {_short(notebook)}"
     indented = "\n".join(f"    {line}" for line in source.splitlines())
     return f"{where} failed:\n{indented}\n\n{reason}\n\nExecuted so far: {_short(failed)}"

@@ -346,7 +346,7 @@ def draw(source: Source, exhibit: str) -> Sheet:
     rows, columns = len(panels), len(panels[0])
     with matplotlib.rc_context(STYLE):
         size = (4.1 * columns + 0.4, 3.3 * rows + 0.3) if columns > 2 else (10.2, 3.9 * rows + 0.3)
-        figure = Sheet(figsize=size, layout="constrained")
+        figure = Sheet(figsize=size, dpi=DPI, layout="constrained")
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         frame = source.frame[source.frame["exhibit"] == exhibit]
         handles: dict[str, object] = {}
@@ -413,7 +413,6 @@ def _furnish(figure: Figure, axes: np.ndarray, source: Source, exhibit: str, han
         axis.set_ylabel("Relative NDCG@10 (%)")
     for axis in axes[-1]:
         axis.set_xlabel("Pool factor")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     _foot(figure, TITLES[exhibit], _notes(source, exhibit), handles)
 
 
@@ -437,7 +436,7 @@ def _foot(figure: Figure, title: str, notes: list[str], handles: dict) -> None:
     total = height + small + large
     figure.set_size_inches(width, total)
     bottom = (small + large) / total
-    figure.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, rect=(0, bottom, 1, 1 - bottom))
     text = textwrap.fill(title, int(width * 8.5))
     heading = figure.suptitle(text, fontsize=13, fontweight="bold", x=0.012, ha="left")
     strip = [figure.text(0.012, small / total, "\n".join(notes), va="top", fontsize=8.5)]
@@ -456,7 +455,10 @@ def _foot(figure: Figure, title: str, notes: list[str], handles: dict) -> None:
 
 
 def _freeze(figure: Figure, heading: Text) -> None:
-    """Lay out once and round: the solver's last digits differ from one process to the next."""
+    """Lay out once and round: the solver's last digits differ from one process to the next.
+
+    At the resolution of the files, since hinting makes text narrower at a lower one.
+    """
     FigureCanvasAgg(figure)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -506,7 +508,7 @@ def draw_overview(source: Source) -> Sheet:
         "Baseline": "baseline",
     }
     with matplotlib.rc_context(STYLE):
-        figure = Sheet(figsize=(9.6, 4.6), layout="constrained")
+        figure = Sheet(figsize=(9.6, 4.6), dpi=DPI, layout="constrained")
         axis = figure.subplots()
         axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
         ends = {}

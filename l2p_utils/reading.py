@@ -23,14 +23,19 @@ def curves(source: Source, exhibit: str) -> pd.DataFrame:
 
     Returns
     -------
-    Index (dataset, label, pool_method); one column a pool factor. A factor that some curve lacks is
-    left out, so that means over factors compare like with like.
+    Index (dataset, label, pool_method); one column a pool factor. All curves have all columns, so
+    that means over factors compare like with like: a curve with fewer factors than the others (only
+    measured unpooled, say) is left out.
     """
     frame = source.frame[source.frame["exhibit"] == exhibit]
     frame = frame[(frame["dataset"] != "Average") & frame["relative"].notna()]
     keys = ["dataset", "label", "pool_method"]
+    if frame.empty:
+        return frame.set_index(keys)[[]]
     wide = frame.pivot_table("relative", keys, "pool_factor", sort=False)
-    return wide[sorted(wide.columns)].dropna(axis="columns") if len(wide) else wide
+    counts = wide.notna().sum(axis="columns")
+    wide = wide[counts == counts.max()].dropna(axis="columns")
+    return wide[sorted(wide.columns)]
 
 
 def _pooled(wide: pd.DataFrame) -> list[int]:
@@ -38,11 +43,15 @@ def _pooled(wide: pd.DataFrame) -> list[int]:
 
 
 def _span(factors: Iterable[int]) -> str:
-    """Factors as text: `[2, 3, 4]` → "2–4", `[2, 4]` → "2, 4"."""
-    factors = sorted(factors)
-    if len(factors) > 2 and factors == list(range(factors[0], factors[-1] + 1)):
-        return f"{factors[0]}–{factors[-1]}"
-    return ", ".join(str(factor) for factor in factors)
+    """Factors as text, runs of three or more joined: `[1, 3, 4, 5]` → "1, 3–5"."""
+    runs: list[list[int]] = []
+    for factor in sorted(factors):
+        if runs and factor == runs[-1][-1] + 1:
+            runs[-1].append(factor)
+        else:
+            runs.append([factor])
+    texts = (f"{r[0]}–{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs)
+    return ", ".join(texts)
 
 
 def _points(number: float) -> str:
@@ -138,10 +147,12 @@ def _ahead(base: pd.Series, trained: pd.DataFrame) -> str:
     factors = f"PF {_span(base.index.astype(int))}"
     groups = {
         f"above the {base.name} at each of {factors}": everywhere,
-        "at some of them": some,
-        "at none": nowhere,
+        f"above it at some of {factors}": some,
+        f"above it at none of {factors}": nowhere,
     }
-    return "; ".join(f"{place}: {', '.join(names) or '–'}" for place, names in groups.items())
+    return "; ".join(
+        f"{place}: {', '.join(names)}" for place, names in groups.items() if len(names)
+    )
 
 
 def _fixed(where: str, trained: pd.DataFrame) -> list[str]:
@@ -226,15 +237,16 @@ def means_table(sources: Iterable[Source], exhibit: str) -> pd.DataFrame:
     ``PF …``. Trained models have the difference, in points, to the baseline under the same pool
     method (else the exhibit's only baseline) in brackets. "not run" where nothing is.
     """
-    tables = {}
+    tables, places = {}, {dataset: dataset for dataset in ROLES}
     for source in sources:
-        name = "the paper" if source.is_paper else "this run"
-        tables[name] = _means(curves(source, exhibit), source)
-    table = pd.concat(tables, axis=1).fillna("not run")
-    return table.rename_axis(index=["", "model", "pooled with"])
+        tables["the paper" if source.is_paper else "this run"] = _means(curves(source, exhibit))
+        if not source.is_paper:
+            places = {d: f"{d} · {source.names[d][1]}" for d in ROLES}
+    table = pd.concat(tables, axis=1).rename(index=places, level=0).fillna("not run")
+    return table.rename_axis(index=["", "model", "pooled with"], columns=["", ""])
 
 
-def _means(wide: pd.DataFrame, source: Source) -> pd.DataFrame:
+def _means(wide: pd.DataFrame) -> pd.DataFrame:
     if wide.empty:
         return pd.DataFrame(index=wide.index)
     pooled = _pooled(wide)
@@ -260,13 +272,13 @@ def _with_gain(numbers: pd.DataFrame, key: tuple[str, str, str]) -> list[str]:
 def roles_table(paper: Source, rows: pd.DataFrame) -> pd.DataFrame:
     """Which collection plays which data set's part, how large it is, and both unpooled baselines.
 
-    Collections that were not run have empty cells.
+    Collections that were not run say so.
     """
     unpooled = paper.frame[(paper.frame["exhibit"] == "table2") & (paper.frame["pool_factor"] == 1)]
     theirs = unpooled[unpooled["label"] == "Baseline"].set_index("dataset")["ndcg"]
     ours = _baseline(rows, "exact")
     ours = ours[ours["pool_method"] == "none"].set_index("collection").reindex(ROLES.values())
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "in the role of": list(ROLES),
             "documents": ours["documents"],
@@ -276,6 +288,7 @@ def roles_table(paper: Source, rows: pd.DataFrame) -> pd.DataFrame:
             "the paper's": [theirs[dataset] for dataset in ROLES],
         }
     )
+    return table.astype("object").fillna("not run").rename_axis("collection")
 
 
 def _baseline(rows: pd.DataFrame, engine: str) -> pd.DataFrame:
@@ -418,7 +431,7 @@ def overall_verdict(parts: pd.DataFrame) -> str:
     if not run:
         return NOT_RUN
     if run == {HOLDS}:
-        return HOLDS
+        return HOLDS if (parts["verdict"] == HOLDS).all() else "holds as far as it was run"
     if run in ({FAILS}, {UNDECIDED}):
         return run.pop()
     if FAILS not in run:
@@ -426,23 +439,17 @@ def overall_verdict(parts: pd.DataFrame) -> str:
     return "holds in part, and in part does not" if HOLDS in run else FAILS
 
 
-def verdicts(claims: pd.DataFrame) -> pd.DataFrame:
-    """All findings in one table: the verdict here, the paper's by sign, and counts of parts."""
-    lines = []
+def verdicts(claims: pd.DataFrame) -> str:
+    """All findings in one table: the verdict here, counts of parts, the paper's count (Markdown)."""
+    counted = (HOLDS, FAILS, UNDECIDED, NOT_RUN)
+    head = ["", "finding", "this run", *counted, "the paper, by sign"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for number, parts in claims.groupby("finding"):
-        counts = parts["verdict"].value_counts()
         theirs = parts["paper_verdict"].str.startswith(HOLDS).sum()
-        lines.append(
-            {
-                "finding": FINDINGS[number],
-                "this run": overall_verdict(parts),
-                **{verdict: counts.get(verdict, 0) for verdict in (HOLDS, FAILS, UNDECIDED)},
-                NOT_RUN: counts.get(NOT_RUN, 0),
-                "the paper, by sign": f"{theirs} of {len(parts)} parts",
-            }
-        )
-    index = pd.Index(sorted(claims["finding"].unique()), name="")
-    return pd.DataFrame(lines, index=index)
+        counts = [str((parts["verdict"] == verdict).sum() or "–") for verdict in counted]
+        cells = [str(number), FINDINGS[number], f"**{overall_verdict(parts)}**", *counts]
+        lines.append("| " + " | ".join([*cells, f"{theirs} of {len(parts)} hold"]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def conclusion(claims: pd.DataFrame) -> str:

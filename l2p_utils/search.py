@@ -9,7 +9,7 @@ import contextlib
 import io
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from pylate import indexes
 
-BLOCK_BYTES = 256 * 2**20
+BLOCK_BYTES = (
+    8 * 2**20
+)  # small enough that the allocator reuses memory: 1.4 times faster than 256 MiB
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Ranking:
     seconds : float
         Time that the search took, all queries together, without building an index.
     index_bytes : int or None
-        Size of the index on disk, where there is one.
+        Size of the index on disk, where there is one. Up to 1,000 documents, fast-plaid keeps the
+        uncompressed vectors beside the compressed ones (to rebuild from), and they count.
     """
 
     documents: list[list[str]]
@@ -74,9 +77,8 @@ def maxsim_scores(
     # Neighbours in length share a block: little padding.
     for block in _blocks(np.argsort(lengths, kind="stable"), lengths, len(tokens), block_bytes):
         padded = torch.nn.utils.rnn.pad_sequence([documents[i].float() for i in block], True)
-        best = (tokens @ padded.flatten(0, 1).T).unflatten(
-            1, padded.shape[:2]
-        )  # (tokens, docs, vectors)
+        best = tokens @ padded.flatten(0, 1).T  # (tokens, documents · vectors)
+        best = best.unflatten(1, padded.shape[:2])  # (tokens, documents, vectors)
         padding = torch.arange(padded.shape[1]) >= torch.from_numpy(lengths[block])[:, None]
         if padding.any():
             best.masked_fill_(padding, -torch.inf)
@@ -138,19 +140,27 @@ def plaid_search(
     """The `top_k` best documents of each query through PyLate's PLAID index (fast-plaid).
 
     fast-plaid L2-normalises vectors when it decompresses them, so pooled means are scored at unit
-    length here, while `exact_search` scores them as they are, shorter.
+    length here, while `exact_search` scores them as they are, shorter. Documents without vectors
+    are left out. Equal scores are ordered by document id, descending, among the documents that
+    fast-plaid returns; which of them it returns at the last rank is its own choice.
 
     Parameters
     ----------
     nbits, n_ivf_probe, n_full_scores
         The paper's settings by default.
+    seed
+        Of the index's centroids; the caller's random numbers are left alone.
     folder
         Where the index is built; a temporary folder, deleted afterwards, by default.
     """
     kept = [i for i, document in enumerate(documents) if len(document)]
+    if not kept or not len(queries):  # fast-plaid makes no empty index and takes no empty batch
+        return Ranking([[] for _ in queries], [[] for _ in queries], 0.0)
     with contextlib.ExitStack() as stack:
         place = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="l2p-plaid-"))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        # fast-plaid draws the documents for its centroids before it sets its seed.
+        stack.enter_context(_seeded(seed))
         index = indexes.PLAID(
             index_folder=str(place),
             index_name="index",
@@ -179,3 +189,16 @@ def plaid_search(
         seconds,
         size,
     )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's and NumPy's global generators, and put them back as they were."""
+    state = np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(state)

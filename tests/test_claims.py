@@ -1,0 +1,263 @@
+"""The seven findings: the paper's numbers as PROTOCOL states them, ours by hand-made effects."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic import OFFLINE_MODELS, PAPER, QUICK_MODELS, make_rows
+
+from l2p_utils.claims import (
+    CLAIM_COLUMNS,
+    FINDINGS,
+    PARTS,
+    Comparison,
+    OurCells,
+    PaperCells,
+    Part,
+    check_claims,
+    claims_table,
+    curve,
+    judge_ours,
+    summary,
+)
+from l2p_utils.files import UserError
+from l2p_utils.results import ROLES, read_paper, validate_per_query, validate_rows
+
+PART = {part.name: part for part in PARTS}
+
+
+@pytest.fixture(scope="module")
+def paper():
+    return read_paper(PAPER)
+
+
+@pytest.fixture(scope="module")
+def offline():
+    rows, per_query = make_rows(OFFLINE_MODELS, queries=60)
+    return validate_rows(rows), validate_per_query(per_query)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    rows, per_query = make_rows(QUICK_MODELS, queries=20)
+    return validate_rows(rows), validate_per_query(per_query)
+
+
+def claims_of(runs, paper, **options):
+    return check_claims(*runs, paper, resamples=500, **options).set_index("part")
+
+
+# ---------------------------------------------------------------- the paper's numbers
+
+
+@pytest.mark.parametrize(
+    ("part", "text", "verdict"),
+    [
+        ("1a", "91.9 vs 89.5", "holds"),  # the brackets of the protocol
+        ("1b", "89.5 vs 63.4", "holds"),
+        ("1c", "against hierarchical: 94.7 vs 91.2", "holds"),
+        ("4a", "PF3: 91.0 vs 89.6", "holds"),
+        ("4b", "PF3: 85.7 vs 87.8", "does not hold"),  # 87.85: printed elsewhere as 87.9
+        ("6a", "PF2: 97.1 vs 84.1", "holds"),
+        ("7c", "SCIDOCS: Δ −0.003", "holds"),
+        ("7f", "SCIDOCS: Δ −0.015", "holds"),  # exactly the margin
+    ],
+)
+def test_the_papers_side_gives_the_papers_values(paper, part, text, verdict):
+    line = check_claims(None, None, paper).set_index("part").loc[part]
+    assert line["paper"] == text
+    assert line["paper_verdict"] == f"{verdict} (by sign)"
+
+
+def test_the_paper_disagrees_with_its_findings_only_for_span_on_fiqa(paper):
+    claims = check_claims(None, None, paper)
+    fails = claims[claims["paper_verdict"] != "holds (by sign)"]
+    assert list(fails["part"]) == ["4b"]
+
+
+def test_the_protocols_example_of_finding_3(paper):
+    cells = PaperCells(paper)
+    for model, value in (("pf1", 38.6), ("baseline", 84.1)):
+        [(weight, cell)] = curve(model, "span", ["SciFact"], [2])
+        assert weight * cells.value(cell, "points") == pytest.approx(value, abs=0.05)
+
+
+def test_means_over_factors_are_those_worked_out_by_hand(paper):
+    cells = PaperCells(paper)
+    side = curve("kmeans 1-6", "kmeans", ["FiQA"], [4, 5])  # 97.6 and 95.1 in Figure 3
+    assert sum(w * cells.value(c, "points") for w, c in side) == pytest.approx(96.35)
+
+
+# ---------------------------------------------------------------- the statements
+
+
+def test_every_finding_has_parts_with_names_of_their_own():
+    assert [part.finding for part in PARTS] == sorted(part.finding for part in PARTS)
+    assert {part.finding for part in PARTS} == set(FINDINGS) == set(range(1, 8))
+    assert len(PART) == len(PARTS)
+
+
+def test_the_weights_of_each_side_belong_to_whole_means():
+    for part in PARTS:
+        for comparison in part.build(part.datasets):
+            for side in (comparison.first, comparison.second):
+                total = sum(weight for weight, _ in side)
+                # A mean, or a gain: a mean less a mean.
+                assert total == pytest.approx(1) or total == pytest.approx(0), part.name
+
+
+def test_finding_7_leaves_out_the_collection_trained_on():
+    for part in PARTS:
+        if part.finding == 7:
+            cells = set().union(*(x.cells for x in part.build(part.datasets)))
+            assert all(cell.dataset != cell.trained_on for cell in cells)
+            assert len(part.datasets) == 4
+
+
+# ---------------------------------------------------------------- ours
+
+
+def shifted(per_query, model, by):
+    """`model` pooled: every query exactly the baseline's value plus `by`."""
+    keys = ["collection", "engine", "pool_method", "pool_factor", "query_id"]
+    base = per_query[per_query["model"] == "baseline"].set_index(keys)["ndcg@10"]
+    own = per_query["model"] == model
+    changed = per_query.copy()
+    index = pd.MultiIndex.from_frame(changed.loc[own, keys])
+    changed.loc[own, "ndcg@10"] = base.reindex(index).to_numpy() + by
+    return changed
+
+
+@pytest.mark.parametrize(("by", "verdict"), [(0.05, "holds"), (-0.05, "does not hold")])
+def test_a_planted_difference_is_found_with_its_sign_and_size(paper, quick, by, verdict):
+    rows, per_query = quick
+    per_query = shifted(per_query, "docs-scipy-kmeans-pf1-6-s42", by)
+    line = claims_of((rows, per_query), paper).loc["7a"]
+    assert line["verdict"] == verdict
+    assert [line["difference"], line["low"], line["high"]] == pytest.approx([by] * 3)
+
+
+def test_no_difference_at_all_is_undecided_but_within_a_margin(paper, quick):
+    rows, per_query = quick
+    per_query = shifted(per_query, "docs-scipy-kmeans-pf1-6-s42", 0.0)
+    claims = claims_of((rows, per_query), paper)
+    assert claims.loc["7a", "verdict"] == "undecided"
+    assert claims.loc["7c", "verdict"] == "holds"  # at most .015 lost
+
+
+def test_points_are_percent_of_the_unpooled_baseline(paper, quick):
+    rows, per_query = quick
+    per_query = shifted(per_query, "docs-scipy-kmeans-pf1-6-s42", 0.05)
+    exact = per_query[(per_query["engine"] == "exact") & (per_query["model"] == "baseline")]
+    unpooled = exact[(exact["pool_method"] == "none") & (exact["collection"] == "docs:scipy")]
+    line = claims_of((rows, per_query), paper).loc["2c"]
+    assert line["difference"] == pytest.approx(100 * 0.05 / unpooled["ndcg@10"].mean())
+    assert line["ours"].endswith("(only on docs:scipy)")
+
+
+def test_what_was_not_run_is_said_and_never_judged(paper, quick):
+    claims = claims_of(quick, paper)
+    for part in ("2a", "2d", "2f", "3e", "4a", "5a", "6a", "7d"):
+        assert claims.loc[part, "verdict"] == "not run"
+        assert np.isnan(claims.loc[part, ["difference", "low", "high"]].astype(float)).all()
+    assert (claims.loc[["1a", "2c", "3b", "6b", "7a"], "verdict"] != "not run").all()
+
+
+def test_a_whole_grid_leaves_nothing_unjudged(paper, offline):
+    claims = check_claims(*offline, paper, resamples=500)
+    assert list(claims.columns) == CLAIM_COLUMNS
+    assert not (claims["verdict"] == "not run").any()
+    assert (claims["low"] <= claims["difference"]).all()
+    assert (claims["difference"] <= claims["high"]).all()
+    verdicts = claims.set_index("part")["verdict"]
+    # What the made-up numbers were made to show.
+    assert (verdicts[["1a", "1b", "2a", "2b", "2c", "5b"]] == "holds").all()
+
+
+def test_a_part_of_several_comparisons_shows_its_weakest_and_widens_its_interval(offline):
+    rows, per_query = offline
+    cells = OurCells(rows, per_query, ROLES)
+
+    def compare(factors):
+        comparisons = [
+            Comparison(
+                f"PF{f}",
+                curve("kmeans 1-6", "kmeans", ["SciFact"], [f]),
+                curve("baseline", "kmeans", ["SciFact"], [f]),
+            )
+            for f in factors
+        ]
+        part = Part(0, "x", "x", ("SciFact",), lambda _: comparisons)
+        return judge_ours(part, cells, seed=1, resamples=2000)
+
+    alone = {factor: compare([factor]) for factor in range(2, 7)}
+    together = compare(range(2, 7))
+    weakest = min(alone, key=lambda factor: alone[factor]["low"])
+    assert together["ours"].startswith(f"PF{weakest}:")
+    assert together["low"] < alone[weakest]["low"] < alone[weakest]["high"] < together["high"]
+
+
+def test_one_comparison_below_fails_the_whole_part(paper, quick):
+    rows, per_query = quick
+    per_query = shifted(per_query, "docs-scipy-kmeans-pf1-6-s42", 0.05)
+    bad = (
+        (per_query["model"] == "docs-scipy-kmeans-pf1-6-s42")
+        & (per_query["collection"] == "docs:pandas")
+        & (per_query["pool_factor"] == 4)
+    )
+    per_query.loc[bad, "ndcg@10"] -= 0.08
+    line = claims_of((rows, per_query), paper).loc["7b"]
+    assert line["verdict"] == "does not hold"
+    assert line["ours"].startswith("docs:pandas PF4")
+    assert line["difference"] == pytest.approx(-0.03)
+
+
+def test_two_seeds_are_averaged(paper, quick):
+    rows, per_query = quick
+    name = "docs-scipy-kmeans-pf1-6-s42"
+    first, second = shifted(per_query, name, 0.02), shifted(per_query, name, 0.06)
+    twin = second[second["model"] == name].assign(model="docs-scipy-kmeans-pf1-6-s43")
+    twin_rows = rows[rows["model"] == name].assign(model="docs-scipy-kmeans-pf1-6-s43", seed=43)
+    both = pd.concat([rows, twin_rows]), pd.concat([first, twin])
+    assert claims_of(both, paper).loc["7a", "difference"] == pytest.approx(0.04)
+
+
+def test_plaid_rows_and_other_variants_play_no_part(paper, quick):
+    rows, per_query = quick
+    plaid = per_query["engine"] == "plaid"
+    changed = per_query.assign(**{"ndcg@10": per_query["ndcg@10"].mask(plaid, 0.0)})
+    extra = per_query[(per_query["pool_method"] == "hierarchical") & ~plaid]
+    extra = extra[extra["model"] == "baseline"].assign(pool_variant="paper", **{"ndcg@10": 0.0})
+    changed = pd.concat([changed, extra])
+    pd.testing.assert_frame_equal(
+        claims_of((rows, changed), paper), claims_of((rows, per_query), paper)
+    )
+
+
+def test_models_measured_on_other_queries_are_refused(paper, quick):
+    rows, per_query = quick
+    gone = (per_query["model"] == "docs-scipy-pf1-s42") & (per_query["query_id"] == "q001")
+    with pytest.raises(UserError, match="same queries"):
+        check_claims(rows, per_query[~gone], paper, resamples=100)
+
+
+# ---------------------------------------------------------------- showing
+
+
+def test_the_table_shows_every_part_with_interval_and_verdict(paper, quick):
+    claims = check_claims(*quick, paper, resamples=500)
+    text = claims_table(claims)
+    lines = [line for line in text.split("\n") if line.startswith("|")]
+    assert len(lines) == 2 + len(FINDINGS) + len(PARTS)
+    assert {line.count("|") for line in lines} == {8}
+    assert "{" not in text and "nan" not in text and "bootstrap" in text
+    seven = next(line for line in lines if line.startswith("| 7a"))
+    number = f"{claims.set_index('part').loc['7a', 'difference']:+.3f}".replace("-", "−")
+    assert f"{number} [" in seven and "docs:scipy" in seven
+
+
+def test_the_summary_counts_every_part_once(paper, quick):
+    counts = summary(check_claims(*quick, paper, resamples=500))
+    assert counts.drop(columns="statement").to_numpy().sum() == len(PARTS)
+    assert list(counts.index) == list(FINDINGS)
