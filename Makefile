@@ -1,0 +1,68 @@
+# `make help` lists the targets. Needs Python 3.11 or 3.12 with venv; everything else goes into .venv.
+SHELL := /bin/bash
+PROFILE ?= quick
+CORES ?= 2
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+export TOKENIZERS_PARALLELISM := false
+# the profiles that ship need no network: nothing asks for one
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) --config profile=$(PROFILE) \
+	--keep-going --rerun-incomplete --nolock --scheduler greedy --quiet all
+
+.PHONY: help run plan test lab figures notebooks clean setup
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+run: setup  ## run a profile end to end, or go on with it: PROFILE=quick (default), offline, smoke
+	@$(PY) -m l2p_utils.report --check $(PROFILE)
+	@$(SNAKEMAKE); status=$$?; $(PY) -m l2p_utils.report $(PROFILE) && exit $$status
+
+plan: setup  ## show what `make run` would do
+	@$(PY) -m snakemake --cores $(CORES) --config profile=$(PROFILE) --nolock -n
+
+test: setup  ## run the tests
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
+lab: setup  ## open the notebooks in JupyterLab
+	@$(PY) -m jupyter lab notebooks
+
+figures: setup  ## redraw figures/ from data/
+	@$(PY) -m l2p_utils.figures
+
+notebooks: setup  ## execute the committed notebooks again from data/
+	@$(PY) -m l2p_utils.committed
+
+clean:  ## remove runs/ (and say how much it was); .venv stays
+	@if [ -d runs ]; then du -sh runs | sed 's/\t.*/ in runs\/ removed/'; rm -rf runs; \
+	else echo "nothing to remove: there is no runs/"; fi
+
+# The copy of the lock file is written last: it stands for a complete installation of that lock.
+# After an interrupted one, distributions without INSTALLER are half-written: they are removed, the
+# others kept.
+setup:
+	@cmp -s requirements.lock $(VENV)/installed.lock && exit 0; \
+	set -e; \
+	$(PY) -m pip --version >/dev/null 2>&1 || { $(find_python); \
+		echo "Creating $(VENV) with $$($$python --version)"; $$python -m venv --clear $(VENV); }; \
+	find $(VENV)/lib -maxdepth 4 -name '*.dist-info' -not -exec test -e '{}/INSTALLER' \; \
+		-prune -exec rm -r '{}' +; \
+	echo "Installing requirements.lock into $(VENV): about 5.4 GB, a few minutes"; \
+	$(PY) -m pip install -r requirements.lock; \
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .; \
+	cp requirements.lock $(VENV)/installed.lock
+
+define find_python
+for python in python3 python3.12 python3.11 ""; do \
+	[ -z "$$python" ] && { echo "make needs Python 3.11 or 3.12 with venv; found none among" \
+		"python3 ($$(python3 --version 2>&1)), python3.12, python3.11. Install one" \
+		"(Debian, Ubuntu: apt install python3.12 python3.12-venv) and try again." >&2; exit 1; }; \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+		2>/dev/null && break; \
+done
+endef

@@ -1,0 +1,197 @@
+# Every notebook of a profile, in the order of what needs what; each job is one execution.
+#
+#   snakemake --cores 2 --config profile=offline       (-n: only show the plan)
+#
+# A job's output is its executed notebook. What the notebook makes (mined rows, model, results) is not
+# declared: Snakemake deletes a job's declared outputs before running it again, while the stages keep
+# what was made with the same settings and so make a rerun short.
+import fcntl
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, workflow.basedir)
+
+from l2p_utils.files import UserError
+from l2p_utils.profile import BASELINE, PROFILES, load_profile, slug
+
+NAME = str(config.get("profile", "quick"))
+try:
+    PROFILE = load_profile(NAME)
+except UserError as error:
+    sys.exit(str(error))  # without Snakemake's traceback
+PROFILE_FILE = NAME if NAME.endswith((".yaml", ".yml")) else os.path.relpath(PROFILES / f"{NAME}.yaml")
+NOTEBOOKS = config.get("notebooks") or os.path.relpath(Path(workflow.basedir) / "notebooks")
+FOLDER = config.get("folder") or os.path.relpath(PROFILE.folder)
+DONE = f"{FOLDER}/notebooks"  # executed notebooks
+
+MINED = {slug(name): name for name in PROFILE.training_collections}
+RUNS = {PROFILE.run_name(run): run for run in PROFILE.runs}
+WARM_UP = slug(PROFILE.warm_up.collection)
+READING = [
+    "04_inference_pooling", "05_pooling_aware", "06_cross_dataset", "07_beir_validation", "08_claims"
+]
+TOTAL = len(MINED) + 2 * len(PROFILE.model_names) + len(READING) + 1
+EXECUTE = (
+    f"exec {sys.executable} -m l2p_utils.execute {{input.notebook:q}} {{output.executed:q}}"
+    f" --stop-with-parent --of {TOTAL} --log {{params.log:q}} --parameters {{params.values:q}}"
+)
+
+
+def values(**parameters):
+    """`name=value` for the command line; a profile given as a file is found from anywhere."""
+    name = str(Path(NAME).resolve()) if PROFILE_FILE == NAME else NAME
+    return [f"profile={name}", *(f"{key}={value}" for key, value in parameters.items())]
+
+
+def run_values(run):
+    factors = PROFILE.run_name(run).split("-pf")[-1].rsplit("-s")[0]
+    seed = PROFILE.seed if run.seed is None else run.seed
+    return values(
+        collection=run.collection, pool_method=run.pool_method, pool_factors=factors, seed=seed
+    )
+
+
+def executed(name):
+    """The two files that a job gives."""
+    return {"executed": f"{DONE}/{name}.ipynb", "html": f"{DONE}/{name}.html"}
+
+
+def forget_lost(name, product):
+    """Have a job run again when what its notebook made has been deleted since."""
+    notebook = Path(f"{DONE}/{name}.ipynb")
+    if notebook.exists() and not Path(FOLDER, product).exists():
+        notebook.unlink()
+
+
+for collection in MINED:
+    forget_lost(f"01_data_mining--{collection}", f"mined/{collection}/provenance.json")
+for model in PROFILE.model_names:
+    forget_lost(f"02_training--{model}", f"models/{model}/provenance.json")
+    forget_lost(f"03_evaluation--{model}", f"results/{model}.csv")
+
+
+wildcard_constraints:
+    collection="|".join(map(re.escape, MINED)),
+    model="|".join(map(re.escape, PROFILE.model_names)),
+    reading="|".join(READING),
+
+
+onstart:
+    # one run of a profile at a time; the lock goes with the process, however it ends
+    os.makedirs(FOLDER, exist_ok=True)
+    lock = open(f"{FOLDER}/.lock", "w")
+    globals()["LOCK"] = lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"Another run of the profile {PROFILE.name!r} is at work in {FOLDER}; wait for it.")
+
+
+# Priorities: the warm-up holds everything up, then the longest trainings come first.
+
+
+rule all:
+    input:
+        # all of them: a middle one that was deleted is made again too
+        expand(f"{DONE}/01_data_mining--{{collection}}.ipynb", collection=MINED),
+        expand(f"{DONE}/02_training--{{model}}.ipynb", model=PROFILE.model_names),
+        expand(f"{DONE}/03_evaluation--{{model}}.ipynb", model=PROFILE.model_names),
+        expand(f"{DONE}/{{reading}}.ipynb", reading=READING),
+        f"{DONE}/00_token_pooling.ipynb",
+
+
+rule mine:
+    input:
+        profile=PROFILE_FILE,
+        notebook=f"{NOTEBOOKS}/01_data_mining.ipynb",
+    output:
+        **executed("01_data_mining--{collection}"),
+    params:
+        values=lambda wildcards: values(collection=MINED[wildcards.collection]),
+        log=f"{FOLDER}/logs/01_data_mining--{{collection}}.json",
+    threads: PROFILE.threads
+    priority: lambda wildcards: 100 if wildcards.collection == WARM_UP else 80
+    shell:
+        EXECUTE
+
+
+rule warm_up:
+    input:
+        f"{DONE}/01_data_mining--{WARM_UP}.ipynb",
+        profile=PROFILE_FILE,
+        notebook=f"{NOTEBOOKS}/02_training.ipynb",
+    output:
+        **executed(f"02_training--{BASELINE}"),
+    params:
+        values=values(
+            collection=PROFILE.warm_up.collection,
+            pool_method="none",
+            pool_factors=1,
+            seed=PROFILE.seed,
+        ),
+        log=f"{FOLDER}/logs/02_training--{BASELINE}.json",
+    threads: PROFILE.threads
+    priority: 90
+    shell:
+        EXECUTE
+
+
+rule train:
+    input:
+        lambda wildcards: f"{DONE}/01_data_mining--{slug(RUNS[wildcards.run].collection)}.ipynb",
+        f"{DONE}/02_training--{BASELINE}.ipynb",
+        profile=PROFILE_FILE,
+        notebook=f"{NOTEBOOKS}/02_training.ipynb",
+    output:
+        **executed("02_training--{run}"),
+    wildcard_constraints:
+        run="|".join(map(re.escape, RUNS)) or "(?!)",
+    params:
+        values=lambda wildcards: run_values(RUNS[wildcards.run]),
+        log=f"{FOLDER}/logs/02_training--{{run}}.json",
+    threads: PROFILE.threads
+    priority: lambda wildcards: 60 if "kmeans" in wildcards.run or "hier" in wildcards.run else 50
+    shell:
+        EXECUTE
+
+
+rule evaluate:
+    input:
+        f"{DONE}/02_training--{{model}}.ipynb",
+        profile=PROFILE_FILE,
+        notebook=f"{NOTEBOOKS}/03_evaluation.ipynb",
+    output:
+        **executed("03_evaluation--{model}"),
+    params:
+        values=lambda wildcards: values(model=wildcards.model),
+        log=f"{FOLDER}/logs/03_evaluation--{{model}}.json",
+    threads: PROFILE.threads
+    priority: 20
+    shell:
+        EXECUTE
+
+
+rule read:
+    input:
+        expand(f"{DONE}/03_evaluation--{{model}}.ipynb", model=PROFILE.model_names),
+        notebook=f"{NOTEBOOKS}/{{reading}}.ipynb",
+    output:
+        **executed("{reading}"),
+    params:
+        values=[f"source={FOLDER}/results", f"output={FOLDER}/figures"],
+        log=f"{FOLDER}/logs/{{reading}}.json",
+    shell:
+        EXECUTE
+
+
+rule token_pooling:
+    input:
+        notebook=f"{NOTEBOOKS}/00_token_pooling.ipynb",
+    output:
+        **executed("00_token_pooling"),
+    params:
+        values=[],
+        log=f"{FOLDER}/logs/00_token_pooling.json",
+    shell:
+        EXECUTE
