@@ -117,29 +117,6 @@ def load_collection(
     return Collection(str(name), corpus, queries, qrels, split, len(dropped))
 
 
-def collection_slug(name: str | Path) -> str:
-    """The collection's name as part of a file name: "docs:scipy" becomes "docs-scipy".
-
-    A folder is called by its own name, lowercased. Characters that not every file system takes
-    become hyphens.
-
-    Raises
-    ------
-    UserError
-        When nothing is left of the name.
-    """
-    text = str(name)
-    if not text.startswith(EMBEDDED):
-        text = Path(text).expanduser().resolve().name
-    slug = re.sub(r"[^a-z0-9_]+", "-", text.lower()).strip("-")
-    if not slug:
-        raise UserError(
-            f"The collection {str(name)!r} has no letter or digit (a-z, 0-9) in its name to call "
-            "results by. Rename the folder."
-        )
-    return slug
-
-
 def _docstrings() -> ModuleType:
     """The module of the embedded collections; it comes after this one in the order of imports."""
     from l2p_utils import docstrings

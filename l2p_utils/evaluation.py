@@ -21,7 +21,7 @@ from ranx import Qrels, Run, evaluate
 from tqdm.auto import tqdm
 
 from l2p_utils.collection import Collection, load_collection
-from l2p_utils.files import PROVENANCE, atomic_path, settings_match, write_json
+from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, write_json
 from l2p_utils.model import PooledColBERT
 from l2p_utils.pooling import DEFAULT_VARIANT, pool_sweep, stored_variant
 from l2p_utils.profile import BASELINE, Profile, factors_name, slug
@@ -250,7 +250,7 @@ def versions() -> str:
 def describe_model(profile: Profile, name: str) -> dict[str, object]:
     """The columns of a result row that tell which model it is about."""
     if name == BASELINE:
-        trained = {"train_collection": "", "train_method": "", "train_factors": "", "seed": ""}
+        trained = {"train_collection": "", "train_method": "", "train_factors": ""}
         return {"model": name, **trained, "seed": profile.seed}
     run = profile.find_run(name)
     return {
@@ -263,9 +263,21 @@ def describe_model(profile: Profile, name: str) -> dict[str, object]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of a model folder's weights."""
+    """Hash of a model folder's weights.
+
+    Raises
+    ------
+    UserError
+        When the folder has no weights.
+    """
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"There are no model weights (*.safetensors) in {folder}; expected a folder that "
+            "notebook 02_training or `make run` made."
+        )
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
+    for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -285,21 +297,40 @@ def evaluation_tasks(profile: Profile, name: str) -> list[Task]:
     """What the profile wants measured of the model `name`: a collection's tasks one after another.
 
     Exact search comes before PLAID.
+
+    Raises
+    ------
+    UserError
+        When the profile has no such model, or gives one PLAID index two numbers of queries.
     """
+    if name != BASELINE:
+        profile.find_run(name)
     settings = profile.evaluation
     variants = list(settings.baseline_variants) if name == BASELINE else [DEFAULT_VARIANT]
     exact = [
         Task(collection, "exact", list(settings.pool_methods), variants, None)
         for collection in settings.collections
     ]
-    plaid = [
-        Task(collection, "plaid", list(job.pool_methods), [DEFAULT_VARIANT], job.max_queries)
-        for job in profile.plaid
-        if job.model == name
-        for collection in job.collections
-    ]
+    plaid = _plaid_tasks(profile, name)
     order = list(dict.fromkeys(task.collection for task in exact + plaid))
     return sorted(exact + plaid, key=lambda task: order.index(task.collection))
+
+
+def _plaid_tasks(profile: Profile, name: str) -> list[Task]:
+    """One task a collection, also where several PLAID jobs name it: it is unpooled only once."""
+    jobs = [job for job in profile.plaid if job.model == name]
+    tasks = []
+    for collection in dict.fromkeys(c for job in jobs for c in job.collections):
+        asked = [job for job in jobs if collection in job.collections]
+        limits = list(dict.fromkeys(job.max_queries for job in asked))
+        if len(limits) > 1:
+            raise UserError(
+                f"plaid: max_queries is {limits} for the model {name!r} on {collection!r}; "
+                "expected one number for all pool methods. Give these jobs the same max_queries."
+            )
+        methods = [method for job in asked for method in job.pool_methods]
+        tasks.append(Task(collection, "plaid", methods, [DEFAULT_VARIANT], limits[0]))
+    return tasks
 
 
 def evaluate_model(
@@ -313,10 +344,15 @@ def evaluate_model(
     -------
     pandas.DataFrame
         The model's result rows.
+
+    Raises
+    ------
+    UserError
+        When the profile has no such model, or its folder no weights.
     """
     use_threads(profile.threads)
-    identity = {"model": fingerprint(profile.folder / "models" / name), "versions": versions()}
     tasks = evaluation_tasks(profile, name)
+    identity = {"model": fingerprint(profile.folder / "models" / name), "versions": versions()}
     parts = []
     encoded: dict[str, Encoded] = {}
     with tqdm(tasks, desc=f"Evaluating {name}", disable=not progress) as bar:

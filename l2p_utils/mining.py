@@ -274,15 +274,10 @@ def load_mined(folder: str | Path) -> Dataset:
     UserError
         When the folder is not there or not whole.
     """
-    folder = Path(folder)
-    if not (folder / PROVENANCE).is_file():
-        raise UserError(
-            f"There are no mined rows in {folder}; expected a folder that notebook 01_data_mining "
-            "made. Run it first (or `make run`)."
-        )
+    _check_mined(Path(folder))
     try:
         return load_from_disk(str(folder))
-    except (FileNotFoundError, OSError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's and JSON's among them
         raise UserError(
             f"The mined rows in {folder} are damaged ({error}). Delete the folder and run "
             "01_data_mining again."
@@ -290,5 +285,20 @@ def load_mined(folder: str | Path) -> Dataset:
 
 
 def mined_provenance(folder: str | Path) -> dict:
-    """How a folder of mined rows was made: settings, sizes, dropped queries."""
+    """How a folder of mined rows was made: settings, sizes, dropped queries.
+
+    Raises
+    ------
+    UserError
+        When the folder is not there or its provenance is damaged.
+    """
+    _check_mined(Path(folder))
     return read_json(Path(folder) / PROVENANCE)
+
+
+def _check_mined(folder: Path) -> None:
+    if not (folder / PROVENANCE).is_file():
+        raise UserError(
+            f"There are no mined rows in {folder}; expected a folder that notebook 01_data_mining "
+            "made. Run it first (or `make run`)."
+        )

@@ -440,7 +440,7 @@ def overall_verdict(parts: pd.DataFrame) -> str:
 
 
 def verdicts(claims: pd.DataFrame) -> str:
-    """All findings in one table: the verdict here, counts of parts, the paper's count (Markdown)."""
+    """All findings in one table: the verdict, counts of parts, the paper's count (Markdown)."""
     counted = (HOLDS, FAILS, UNDECIDED, NOT_RUN)
     head = ["", "finding", "this run", *counted, "the paper, by sign"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]

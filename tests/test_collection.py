@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from l2p_utils.collection import Collection, collection_slug, load_collection
+from l2p_utils.collection import Collection, load_collection
 from l2p_utils.files import UserError
 
 REAL = Path(__file__).parents[2] / "shared" / "collections"
@@ -169,29 +169,6 @@ def test_any_change_of_content_changes_the_fingerprint(change):
     content = {"corpus": {"a": "1", "b": "2"}, "queries": {"q": "?"}, "qrels": {"q": {"a": 2}}}
     before = Collection("x", **content).fingerprint
     assert Collection("x", **{**content, **change}).fingerprint != before
-
-
-@pytest.mark.parametrize(
-    ("name", "slug"),
-    [
-        ("docs:scipy", "docs-scipy"),
-        ("some/where/Cranfield/", "cranfield"),
-        (Path("a b") / "My Set (v2)", "my-set-v2"),
-        ("data/nf_corpus.v1", "nf_corpus-v1"),
-    ],
-)
-def test_a_slug_is_the_name_in_lower_case_without_special_characters(name, slug):
-    assert collection_slug(name) == slug
-
-
-def test_a_slug_of_the_current_folder_is_its_real_name(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    assert collection_slug(".") == "tiny-wings"
-
-
-def test_a_name_without_letters_has_no_slug():
-    with pytest.raises(UserError, match="Rename the folder"):
-        collection_slug("/")
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -1,0 +1,377 @@
+"""Notebook 00's helpers: what is drawn is what pooling does, and MaxSim adds up."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from l2p_utils.explain import (
+    FACTORS,
+    METHODS,
+    EncodedText,
+    Example,
+    cluster_table,
+    document_scores,
+    draw_clusters,
+    draw_maxsim,
+    draw_sweep,
+    encode_example,
+    group_name,
+    joined_text,
+    load_example,
+    maxsim,
+    maxsim_table,
+    pairs_apart,
+    pool_document,
+    pooling_panels,
+    read_example,
+    slider,
+    step_through,
+    sweep,
+    variant_panels,
+    variant_table,
+    write_example,
+)
+from l2p_utils.files import UserError
+from l2p_utils.pooling import HIERARCHICAL_VARIANTS, cluster_labels, pool
+from l2p_utils.profile import from_root
+from l2p_utils.search import maxsim_scores
+
+SOURCE = "data/token_pooling"
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def example():
+    return load_example(SOURCE)
+
+
+def unit(*rows):
+    vectors = np.array(rows, dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def small(tokens=("[CLS]", "spl", "##ine", ",", "spl", "##ine"), counted=(1, 1, 1, 0, 1, 1)):
+    """A document in two dimensions: [CLS], two pieces, a comma without vector, the pieces again."""
+    vectors = unit([1, 0], [1, 0.1], [0, 1], [1, 0.1], [0, 1])
+    return EncodedText("spline, spline", tokens, np.array(counted, dtype=bool), vectors)
+
+
+# ---------------------------------------------------------------- the example
+
+
+def test_the_stored_example_is_whole_and_its_vectors_have_length_one(example):
+    assert len(example.documents) >= 3
+    for text in (example.query, *example.documents):
+        assert len(text.tokens) == len(text.counted)
+        assert text.vectors.shape == (text.counted.sum(), 128)
+        assert text.vectors.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(text.vectors, axis=1), 1, atol=1e-6)
+
+
+def test_the_stored_tokens_are_the_texts(example):
+    for text in (example.query, *example.documents):
+        words = joined_text([token for token in text.tokens if not token.startswith("[")])
+        assert words.replace(" ", "") == text.text.lower().replace(" ", "")
+
+
+def test_only_punctuation_of_documents_has_no_vector(example):
+    assert example.query.counted.all()
+    for document in example.documents:
+        left_out = set(document.tokens) - set(document.counted_tokens)
+        assert left_out and not any(
+            character.isalnum() for token in left_out for character in token
+        )
+
+
+def test_word_pieces_join_to_words():
+    assert joined_text(["a", "poly", "##nom", "##ial", "of", "order"]) == "a polynomial of order"
+
+
+def test_what_is_written_is_read_back(tmp_path, example):
+    write_example(example, tmp_path)
+    again = read_example(tmp_path)
+    assert again.encoder == example.encoder
+    texts = zip([example.query, *example.documents], [again.query, *again.documents], strict=True)
+    for text, copy in texts:
+        assert (copy.text, copy.tokens) == (text.text, text.tokens)
+        assert (copy.counted == text.counted).all()
+        np.testing.assert_allclose(copy.vectors, text.vectors, atol=1e-3)  # float16
+
+
+def test_a_folder_without_example_is_refused(tmp_path):
+    with pytest.raises(UserError, match="example.json and vectors.npy missing"):
+        read_example(tmp_path)
+    with pytest.raises(UserError, match="holds no example"):
+        load_example("data/no_such_folder")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "example.json").write_text("{"),
+        lambda folder: (folder / "example.json").write_text('{"query": {}}'),
+        lambda folder: (folder / "vectors.npy").write_bytes(b"no array"),
+        lambda folder: np.save(folder / "vectors.npy", np.ones((3, 128), np.float16)),
+        lambda folder: np.save(folder / "vectors.npy", np.ones((999, 128), np.float16)),
+    ],
+)
+def test_a_damaged_example_is_refused(tmp_path, example, damage):
+    write_example(example, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match="damaged|not valid JSON"):
+        read_example(tmp_path)
+
+
+def test_text_without_model_is_refused():
+    with pytest.raises(UserError, match="model was not"):
+        load_example(SOURCE, text="My own words.")
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a saved model"):
+        load_example(SOURCE, model=str(tmp_path))
+
+
+def test_own_text_and_model_are_encoded_instead(model_folder, embedded_model):
+    own = "Which spline?\nA cubic spline, twice continuously differentiable."
+    example = load_example(SOURCE, own, str(model_folder))
+    assert example.query.text == "Which spline?"
+    assert example.documents[0].text == "A cubic spline, twice continuously differentiable."
+    stored = load_example(SOURCE)
+    assert [d.text for d in example.documents[1:]] == [d.text for d in stored.documents]
+    (expected,) = embedded_model.encode([example.documents[0].text], is_query=False)
+    np.testing.assert_allclose(example.documents[0].vectors, expected, atol=1e-5)
+    (expected,) = embedded_model.encode([example.query.text], is_query=True)
+    np.testing.assert_allclose(example.query.vectors, expected, atol=1e-5)
+
+
+def test_a_single_line_of_text_is_a_document_for_the_stored_query(model_folder, example):
+    own = load_example(SOURCE, "A cubic spline.", str(model_folder))
+    assert own.query.text == example.query.text
+    assert own.documents[0].text == "A cubic spline."
+
+
+def test_a_model_without_text_encodes_the_stored_texts(model_folder, example):
+    again = load_example(SOURCE, model=str(model_folder))
+    assert again.query.text == example.query.text
+    assert len(again.documents) == len(example.documents)
+
+
+def test_reading_and_drawing_load_no_model():
+    command = (
+        "import sys; from l2p_utils import explain as e; x = e.load_example('data/token_pooling');"
+        "e.draw_clusters(e.pooling_panels(x, 'kmeans', [2]))._repr_png_();"
+        "sys.exit(any(name in sys.modules for name in ('pylate', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", command], cwd=from_root("")).returncode == 0
+
+
+# ---------------------------------------------------------------- pooling and MaxSim
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("factor", FACTORS)
+def test_groups_and_vectors_are_those_of_pooling(example, method, factor):
+    document = example.documents[0]
+    pooled = pool_document(document, factor, method)
+    expected = cluster_labels(document.vectors, [factor], method)[factor]
+    assert (pooled.labels == expected).all()
+    (vectors,) = pool([torch.from_numpy(document.vectors)], factor, method)
+    assert (pooled.vectors == vectors.numpy()).all()
+    assert sum(map(len, pooled.groups)) == len(document.vectors)
+    assert pooled.groups[0] == ["[CLS]"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_maxsim_table_adds_up_to_the_score_of_search(example, method):
+    pooled = pool_document(example.documents[0], 3, method)
+    query = torch.from_numpy(example.query.vectors)
+    score = maxsim_scores([query], [torch.from_numpy(pooled.vectors)]).item()
+    assert maxsim(example.query, pooled) == pytest.approx(score, abs=1e-4)
+    table = maxsim_table(example.query, pooled)
+    assert table["similarity"].sum() == pytest.approx(score, abs=0.0005 * len(table))
+
+
+def test_maxsim_by_hand():
+    query = EncodedText("q", ("a", "b"), np.ones(2, bool), unit([1, 0], [0, 1]))
+    document = EncodedText("d", ("x", "y"), np.ones(2, bool), unit([3, 4], [1, 0]))
+    pooled = pool_document(document)
+    assert maxsim(query, pooled) == pytest.approx(1 + 0.8)
+    assert maxsim_table(query, pooled)["best match"].tolist() == ["y", "x"]
+
+
+def test_document_scores_are_those_of_search(example):
+    documents = [torch.from_numpy(document.vectors) for document in example.documents]
+    expected = maxsim_scores(
+        [torch.from_numpy(example.query.vectors)], pool(documents, 2, "kmeans")
+    ).numpy()[0]
+    scores = document_scores(example, "kmeans", [1, 2])
+    np.testing.assert_allclose(scores["factor 2"], expected, atol=0.0051)
+
+
+def test_the_length_of_a_mean_follows_from_the_cosines(example):
+    table = cluster_table(pool_document(example.documents[0], 4, "kmeans"))
+    formula = np.sqrt((1 + (table["size"] - 1) * table["cosine"]) / table["size"])
+    np.testing.assert_allclose(table["norm"], formula, atol=0.002)
+    assert table["size"].is_monotonic_decreasing
+
+
+def test_the_cluster_table_names_repeated_tokens():
+    pooled = pool_document(small(), 2, "hierarchical")
+    assert pooled.labels.tolist() == [0, 1, 2, 1, 2]
+    table = cluster_table(pooled)
+    assert table["tokens"].tolist() == ["spl ×2", "##ine ×2"]
+    assert table["norm"].tolist() == [1, 1]
+    assert cluster_table(pool_document(small())).empty
+
+
+def test_a_long_group_is_named_by_its_first_tokens():
+    assert group_name(["a", "b", "a", "c"], most=2) == "a ×2, b, …"
+
+
+def test_sweep_begins_unpooled_and_covers_every_setting(example):
+    table = sweep(example)
+    unpooled = table[table["pool_factor"] == 1]
+    assert (unpooled["norm"] == 1).all()
+    assert unpooled["score"].nunique() == 1
+    assert len(table) == len(METHODS) * 6
+
+
+def test_pairs_apart_by_hand():
+    # together: {01, 23} and {01, 02, 12}: 23, 02, 12 differ
+    assert pairs_apart(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1])) == 3
+    assert pairs_apart(np.array([0, 0, 1, 1]), np.array([5, 5, 2, 2])) == 0
+
+
+def test_the_variant_table_compares_every_two_variants(example):
+    table = variant_table(example.documents[0], [4])
+    assert len(table) == len(HIERARCHICAL_VARIANTS) * (len(HIERARCHICAL_VARIANTS) - 1) / 2
+    labels = [
+        cluster_labels(example.documents[0].vectors, [4], "hierarchical", variant=variant)[4]
+        for variant in ("pylate", "paper")
+    ]
+    row = table[(table["variant"] == "pylate") & (table["other"] == "paper")].iloc[0]
+    assert row["grouped differently"] == pairs_apart(*labels)
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def token_texts(figure, panel=0):
+    return [t for t in figure.axes[0].texts if (t.get_gid() or "").startswith(f"{panel}:")]
+
+
+def drawn_clusters(figure):
+    return [int(p.get_gid().removeprefix("cluster:")) for p in figure.axes[0].patches]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_token_is_drawn_in_every_panel(example, method):
+    figure = draw_clusters(pooling_panels(example, method))
+    tokens = example.documents[0].tokens
+    for panel in range(len(FACTORS)):
+        drawn = [text.get_text() for text in token_texts(figure, panel)]
+        assert drawn == [token.removeprefix("##") for token in tokens]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_clusters_drawn_are_those_of_pooling(example, method):
+    pooled = pool_document(example.documents[0], 3, method)
+    figure = draw_clusters({"title": pooled})
+    assert drawn_clusters(figure) == pooled.labels.tolist()
+    looks = {}
+    for patch in figure.axes[0].patches:
+        look = (patch.get_facecolor(), patch.get_edgecolor(), patch.get_linewidth())
+        looks.setdefault(int(patch.get_gid().removeprefix("cluster:")), set()).add(look)
+    assert all(len(look) == 1 for look in looks.values())  # a cluster looks the same throughout
+    large = [looks[i].pop() for i in looks if (pooled.labels == i).sum() > 1]
+    assert len(set(large)) == len(large)  # and unlike the others
+
+
+def test_boxes_of_a_word_touch_and_words_do_not():
+    boxes = draw_clusters({"": pool_document(small())}).axes[0].patches
+    ends = [(box.get_x(), box.get_x() + box.get_width()) for box in boxes]
+    assert ends[1][1] == pytest.approx(ends[2][0])  # spl + ##ine
+    assert ends[0][1] < ends[1][0] - 2  # [CLS] and spl
+
+
+def test_no_token_leaves_the_page(example):
+    figure = draw_clusters(pooling_panels(example, "kmeans"))
+    width, height = (72 * size for size in figure.get_size_inches())
+    for patch in figure.axes[0].patches:
+        assert patch.get_x() >= 0 and patch.get_x() + patch.get_width() <= width
+        assert patch.get_y() >= 0 and patch.get_y() + patch.get_height() <= height
+
+
+def test_a_document_without_vectors_and_dollar_signs_can_be_drawn():
+    nothing = EncodedText("", (), np.zeros(0, bool), np.zeros((0, 2), np.float32))
+    dollars = small(tokens=("[CLS]", "$x", "$", "$", "_{", "$"))
+    figure = draw_clusters({"empty": pool_document(nothing), "dollars": pool_document(dollars)})
+    assert figure._repr_png_().startswith(PNG)
+    assert len(token_texts(figure, 1)) == 6
+
+
+def test_the_heat_map_frames_the_best_match_of_each_row(example):
+    pooled = pool_document(example.documents[0], 4, "kmeans")
+    figure = draw_maxsim(example.query, pooled)
+    framed = [round(patch.get_x() + 0.5) for patch in figure.axes[0].patches]
+    table = example.query.vectors @ pooled.vectors.T
+    assert framed == table.argmax(axis=1).tolist()
+    assert f"sum {maxsim(example.query, pooled):.2f}" in [
+        t.get_text() for t in figure.axes[0].texts
+    ]
+
+
+def test_pictures_are_the_same_every_time(example):
+    for draw in (
+        lambda: draw_maxsim(example.query, pool_document(example.documents[0])),
+        lambda: draw_sweep(sweep(example, factors=[1, 2])),
+        lambda: draw_clusters(variant_panels(example, 4)),
+    ):
+        first = draw()._repr_png_()
+        assert first.startswith(PNG) and first == draw()._repr_png_()
+
+
+# ---------------------------------------------------------------- the slider
+
+
+def test_the_slider_redraws_when_moved(example):
+    box = slider(example, 4, "kmeans")
+    controls, image = box.children
+    factor, method = controls.children
+    before = bytes(image.value)
+    assert before.startswith(PNG)
+    factor.value = 2
+    moved = bytes(image.value)
+    assert moved != before
+    method.value = "span"
+    assert bytes(image.value) != moved
+    factor.value, method.value = 4, "kmeans"
+    assert bytes(image.value) == before
+
+
+def test_a_picture_stands_where_no_slider_can_run(example, monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    assert step_through(example)._repr_png_() == bytes(slider(example).children[1].value)
+
+
+def test_jupyterlab_gets_the_slider(example, monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/00_token_pooling.ipynb")
+    assert type(step_through(example)).__name__ == "VBox"
+
+
+def test_an_example_is_unchanged_by_pooling(example):
+    before = example.documents[0].vectors.copy()
+    pool_document(example.documents[0], 4, "kmeans").vectors[:] = 0
+    pool_document(example.documents[0]).vectors[:] = 0
+    assert (example.documents[0].vectors == before).all()
+
+
+def test_encoding_names_the_model(model_folder):
+    made = encode_example(model_folder, "a", ["b"])
+    assert made.encoder == "embedded"
+    assert isinstance(made, Example) and dataclasses.is_dataclass(made)
