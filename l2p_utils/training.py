@@ -1,8 +1,8 @@
 """Pooling-aware fine-tuning: distillation whose document vectors are pooled while it trains.
 
-Takes mined rows and a model; gives a model folder with its provenance and a log of every step. Built
-on PyLate's distillation loss and sentence-transformers' trainer; checkpoints make a killed training
-go on where it was.
+Takes mined rows and a model; gives a model folder with its provenance and a log of every step.
+Built on PyLate's distillation loss and sentence-transformers' trainer; checkpoints make a killed
+training go on where it was.
 
 Source: S. Josef, *Learn to Pool* (LIR @ ECIR 2026), section on fine-tuning.
 """
@@ -79,8 +79,8 @@ class PooledDistillation(losses.Distillation):
     """PyLate's `Distillation` on pooled documents.
 
     Per query, student MaxSim scores of the pooled documents are min-max normalised; the loss is
-    KL(softmax(teacher) ‖ softmax(student)), averaged over the batch. Cluster assignments are made on
-    detached vectors, means inside the graph. Scores are summed in float32 also under autocast.
+    KL(softmax(teacher) ‖ softmax(student)), averaged over the batch. Cluster assignments are made
+    on detached vectors, means inside the graph. Scores are summed in float32 also under autocast.
     With pool factor 1 the loss is PyLate's, its treatment of padding included: a padded vector's
     similarity counts as 0, not −∞.
 

@@ -1,4 +1,4 @@
-"""Training: the loss against PyLate's, pool factors, gradients, resuming, keeping the best epoch."""
+"""Training: the loss against PyLate's, pool factors, gradients, resuming, the best epoch."""
 
 import json
 import math
