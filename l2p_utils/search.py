@@ -176,7 +176,7 @@ def plaid_search(
             documents_ids=[document_ids[i] for i in kept],
             documents_embeddings=[documents[i].float() for i in kept],
         )
-        size = sum(file.stat().st_size for file in Path(place).rglob("*") if file.is_file())
+        size = index_size(place)
         start = time.perf_counter()
         found = index([query.float() for query in queries], k=min(top_k, len(kept)))
         seconds = time.perf_counter() - start
@@ -189,6 +189,18 @@ def plaid_search(
         seconds,
         size,
     )
+
+
+def index_size(folder: str | Path) -> int:
+    """Bytes of an index on disk, without two copies that fast-plaid keeps beside it.
+
+    ``embeddings.npy`` holds the uncompressed vectors while an index is small (up to about a
+    thousand documents), to start anew when documents are added; ``merged_*`` are the codes and
+    residuals once more, joined for memory mapping, and are made again when missing.
+    """
+    files = [file for file in Path(folder).rglob("*") if file.is_file()]
+    copies = ("embeddings.npy", "merged_")
+    return sum(file.stat().st_size for file in files if not file.name.startswith(copies))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,279 @@
+"""MaxSim search, judged by hand, by float64 arithmetic and by PyLate's own scoring."""
+
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+from pylate import rank
+from pylate.scores import colbert_scores
+
+from l2p_utils.search import exact_search, maxsim_scores, plaid_search
+
+
+def unit_vectors(rows, dim=16, seed=0):
+    vectors = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def ragged(count, longest, dim=16, seed=0, shortest=1):
+    """`count` texts of random lengths, (vectors, dim) each."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(shortest, longest + 1, count)
+    return [unit_vectors(int(n), dim, seed * 1000 + i) for i, n in enumerate(lengths)]
+
+
+def positive(vectors):
+    """The same vectors in the first orthant: no similarity is below 0."""
+    return [vector.abs() for vector in vectors]
+
+
+def ids(documents):
+    return [f"d{i:03d}" for i in range(len(documents))]
+
+
+def slow_maxsim(query, document):
+    """Σ_i max_j q_i · d_j in float64."""
+    return float((query.double() @ document.double().T).amax(dim=1).sum())
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def test_maxsim_adds_up_each_query_tokens_best_match():
+    query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    near = torch.tensor([[0.5, 0.1], [0.2, 0.75], [0.25, 0.25]])  # .5 + .75
+    far = torch.tensor([[0.125, 0.25]])  # .125 + .25
+    assert maxsim_scores([query, query[:1]], [near, far]).tolist() == [[1.25, 0.375], [0.5, 0.125]]
+
+
+def test_a_vectors_length_counts():
+    document = unit_vectors(4)
+    full, half = maxsim_scores([document[:2]], [document, document / 2])[0]
+    assert half == pytest.approx(full / 2)
+
+
+def test_scores_of_ragged_texts_equal_the_definition():
+    queries, documents = ragged(5, 7, seed=1), ragged(30, 20, seed=2)
+    expected = [[slow_maxsim(q, d) for d in documents] for q in queries]
+    np.testing.assert_allclose(maxsim_scores(queries, documents), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2000, 20_000])
+def test_small_blocks_give_the_same_scores_as_one_block(block_bytes):
+    queries, documents = ragged(5, 7, seed=1), ragged(30, 20, seed=2)
+    whole = maxsim_scores(queries, documents)
+    torch.testing.assert_close(maxsim_scores(queries, documents, block_bytes), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_vectors_are_multiplied_and_summed_in_float32(dtype):
+    queries = [unit_vectors(64, seed=i).to(dtype) for i in range(3)]
+    documents = [unit_vectors(30, seed=100 + i).to(dtype) for i in range(5)]
+    scores = maxsim_scores(queries, documents)
+    assert scores.dtype == torch.float32
+    expected = [[slow_maxsim(q, d) for d in documents] for q in queries]
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+    halves = torch.stack([(queries[0] @ d.T).amax(dim=1).sum() for d in documents])
+    assert (halves.float() - scores[0]).abs().max() > 1e-3  # what half-precision sums would give
+
+
+def test_a_document_without_vectors_scores_below_everything():
+    query = unit_vectors(3)
+    scores = maxsim_scores([query], [query, query[:0], -query])
+    assert scores[0].isneginf().tolist() == [False, True, False]
+
+
+def test_a_query_without_vectors_scores_0():
+    documents = ragged(3, 4)
+    assert maxsim_scores([unit_vectors(2)[:0], unit_vectors(2)], documents)[0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("queries", "documents"), [(0, 2), (2, 0), (0, 0)])
+def test_nothing_to_score_gives_an_empty_matrix(queries, documents):
+    scores = maxsim_scores([unit_vectors(2)] * queries, [unit_vectors(3)] * documents)
+    assert scores.shape == (queries, documents)
+
+
+# --- exact search ---------------------------------------------------------------------------------
+
+
+def test_ranks_as_pylates_rerank_does():
+    queries, documents = positive(ragged(6, 8, seed=1)), positive(ragged(40, 20, seed=2))
+    found = exact_search(queries, documents, ids(documents), top_k=40)
+    reranked = rank.rerank([ids(documents)] * 6, queries, [documents] * 6)
+    assert found.documents == [[hit["id"] for hit in hits] for hits in reranked]
+    expected = [[hit["score"] for hit in hits] for hits in reranked]
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
+
+
+def test_scores_as_pylates_colbert_scores_does_where_nothing_is_padded():
+    queries = torch.stack([unit_vectors(5, seed=i) for i in range(3)])
+    documents = torch.stack([unit_vectors(9, seed=10 + i) for i in range(7)])
+    expected = colbert_scores(queries, documents)  # signs are mixed here
+    torch.testing.assert_close(maxsim_scores(list(queries), list(documents)), expected)
+
+
+def test_padding_counts_as_0_for_pylate_and_never_here():
+    query = torch.tensor([[1.0, 0.0]])
+    short, long = torch.tensor([[-0.5, 0.0]]), torch.tensor([[-0.25, 0.0], [-0.75, 0.0]])
+    reranked = rank.rerank([["short", "long"]], [query], [[short, long]])
+    assert [(hit["id"], hit["score"]) for hit in reranked[0]] == [("short", 0.0), ("long", -0.25)]
+    found = exact_search([query], [short, long], ["short", "long"])
+    assert found.documents == [["long", "short"]]
+    assert found.scores == [[-0.25, -0.5]]
+
+
+def test_finds_the_best_top_k_in_descending_order():
+    queries, documents = ragged(4, 5, seed=3), ragged(50, 9, seed=4)
+    scores = maxsim_scores(queries, documents).numpy()
+    found = exact_search(queries, documents, ids(documents), top_k=7)
+    for row, documents_found, scores_found in zip(
+        scores, found.documents, found.scores, strict=True
+    ):
+        best = np.argsort(-row)[:7]
+        assert documents_found == [ids(documents)[i] for i in best]
+        assert scores_found == row[best].tolist()
+
+
+def test_equal_scores_are_ordered_by_id_descending():
+    document = torch.tensor([[1.0, 0.0]])
+    better = torch.tensor([[2.0, 0.0]])
+    found = exact_search([document], [document, better, document, document], ["b", "a", "c", "10"])
+    assert found.documents == [["a", "c", "b", "10"]]
+    assert exact_search([document], [document] * 3, ["9", "10", "a"], 2).documents == [["a", "9"]]
+
+
+def test_the_order_of_the_corpus_does_not_matter():
+    queries, documents = ragged(3, 5, seed=5), ragged(20, 9, seed=6)
+    documents[7] = documents[3]  # a tie
+    order = np.random.default_rng(0).permutation(20)
+    there = exact_search(queries, documents, ids(documents))
+    back = exact_search(queries, [documents[i] for i in order], [ids(documents)[i] for i in order])
+    assert there.documents == back.documents
+
+
+def test_documents_without_vectors_are_never_found():
+    query = unit_vectors(2)
+    found = exact_search([query], [query[:0], query, torch.empty(0, 16)], ["a", "b", "c"])
+    assert found.documents == [["b"]]
+    assert exact_search([query], [query[:0]], ["a"]).documents == [[]]
+
+
+def test_a_query_without_vectors_finds_what_comes_first_by_id():
+    found = exact_search([unit_vectors(2)[:0]], ragged(3, 4), ["a", "b", "c"], top_k=2)
+    assert (found.documents, found.scores) == ([["c", "b"]], [[0.0, 0.0]])
+
+
+def test_top_k_beyond_the_corpus_gives_every_document_once():
+    documents = ragged(5, 4)
+    found = exact_search([unit_vectors(3)], documents, ids(documents), top_k=99)
+    assert sorted(found.documents[0]) == ids(documents)
+
+
+def test_an_empty_corpus_or_no_query_finds_nothing():
+    assert exact_search([unit_vectors(2)] * 2, [], []).documents == [[], []]
+    assert exact_search([], ragged(3, 4), ["a", "b", "c"]).documents == []
+
+
+# --- PLAID ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """200 documents, among them one without vectors (d150) and twins (d010, d020)."""
+    documents = ragged(200, 12, seed=7, shortest=4)
+    documents[20] = documents[10]
+    documents[150] = documents[150][:0]
+    return documents
+
+
+@pytest.fixture(scope="module")
+def queries(corpus):
+    """20 queries, each near three vectors of one document, and the last one near the twins."""
+    near = [*range(30, 49), 10]
+    noise = [0.2 * unit_vectors(3, seed=500 + i) for i in near]
+    clean = [corpus[i][:3] + noise for i, noise in zip(near, noise, strict=True)]
+    return [torch.nn.functional.normalize(query, dim=-1) for query in clean]
+
+
+@pytest.fixture(scope="module")
+def found(corpus, queries):
+    return plaid_search(queries, corpus, ids(corpus), top_k=10)
+
+
+def test_plaid_agrees_with_exact_search_on_the_first_document(corpus, queries, found):
+    exact = exact_search(queries, corpus, ids(corpus), top_k=10)
+    same = [ours[0] == best[0] for ours, best in zip(found.documents, exact.documents, strict=True)]
+    assert sum(same) >= 19  # of 20
+    first = [[scores[0] for scores in ranking.scores] for ranking in (found, exact)]
+    np.testing.assert_allclose(*first, atol=0.1)  # 4 bits a value
+
+
+def test_plaid_scores_vectors_at_unit_length(corpus, queries):
+    documents = corpus[25:50]
+    again = plaid_search(queries[:2], [d * 0.5 for d in documents], ids(documents), top_k=1)
+    exact = exact_search(queries[:2], documents, ids(documents), top_k=1)
+    assert again.documents == exact.documents
+    np.testing.assert_allclose(again.scores, exact.scores, atol=0.15)  # not half of them
+
+
+def test_plaid_ranks_by_score_then_id_both_descending(found):
+    for documents, scores in zip(found.documents, found.scores, strict=True):
+        assert len(set(documents)) == len(documents) == 10
+        pairs = list(zip(scores, documents, strict=True))
+        assert pairs == sorted(pairs, reverse=True)
+    assert found.documents[-1][:2] == ["d020", "d010"]  # the twins' scores are equal
+
+
+def test_plaid_neither_uses_nor_moves_the_callers_random_numbers(corpus, queries, found):
+    torch.manual_seed(3)
+    np.random.seed(3)
+    expected = torch.rand(2).tolist(), np.random.rand(2).tolist()
+    torch.manual_seed(3)
+    np.random.seed(3)
+    again = plaid_search(queries, corpus, ids(corpus), top_k=10)
+    assert (again.documents, again.scores) == (found.documents, found.scores)
+    assert (torch.rand(2).tolist(), np.random.rand(2).tolist()) == expected
+
+
+def test_plaid_never_finds_a_document_without_vectors(corpus):
+    documents = [corpus[0], corpus[0][:0], corpus[1]]
+    found = plaid_search([corpus[1]], documents, ["a", "b", "c"])
+    assert found.documents == [["c", "a"]]
+
+
+def test_a_plaid_index_is_smaller_with_fewer_vectors_and_fewer_bits(corpus, queries):
+    documents = corpus[:40]
+    whole = plaid_search(queries[:1], documents, ids(documents))
+    fewer = plaid_search(queries[:1], [document[:2] for document in documents], ids(documents))
+    coarser = plaid_search(queries[:1], documents, ids(documents), nbits=2)
+    assert 0 < fewer.index_bytes < whole.index_bytes
+    assert 0 < coarser.index_bytes < whole.index_bytes
+    assert exact_search(queries[:1], documents, ids(documents)).index_bytes is None
+
+
+def test_plaid_leaves_no_folder_behind_unless_one_was_named(corpus, tmp_path, monkeypatch, capsys):
+    query, documents = corpus[0], corpus[:5]
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    plaid_search([query], documents, ids(documents))
+    assert not list((tmp_path / "temporary").glob("l2p-plaid-*"))
+    found = plaid_search([query], documents, ids(documents), folder=tmp_path / "kept")
+    stored = {f.name: f.stat().st_size for f in (tmp_path / "kept").rglob("*") if f.is_file()}
+    vectors = sum(len(document) for document in documents)
+    assert stored["embeddings.npy"] > 4 * vectors * documents[0].shape[1]  # not part of the index
+    copies = [size for name, size in stored.items() if name.startswith(("embeddings", "merged_"))]
+    assert found.index_bytes == sum(stored.values()) - sum(copies)
+    assert capsys.readouterr().out == ""
+
+
+def test_plaid_takes_fewer_documents_than_top_k_and_queries_of_different_lengths(corpus):
+    found = plaid_search([corpus[0][:1], corpus[1][:4]], corpus[:3], ["a", "b", "c"], top_k=20)
+    assert [documents[0] for documents in found.documents] == ["a", "b"]
+    assert all(len(documents) <= 3 for documents in found.documents)
+
+
+def test_plaid_of_an_empty_corpus_or_no_query_finds_nothing(corpus):
+    assert plaid_search([corpus[0]] * 2, [corpus[0][:0]], ["a"]).documents == [[], []]
+    assert plaid_search([], corpus, ids(corpus)).documents == []
