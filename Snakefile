@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 
 from l2p_utils.files import UserError
-from l2p_utils.profile import BASELINE, PROFILES, load_profile, slug
+from l2p_utils.profile import BASELINE, PROFILES, factors_name, load_profile, slug
 
 NAME = str(config.get("profile", "quick"))
 try:
@@ -45,10 +45,11 @@ def values(**parameters):
 
 
 def run_values(run):
-    factors = PROFILE.run_name(run).split("-pf")[-1].rsplit("-s")[0]
-    seed = PROFILE.seed if run.seed is None else run.seed
     return values(
-        collection=run.collection, pool_method=run.pool_method, pool_factors=factors, seed=seed
+        collection=run.collection,
+        pool_method=run.pool_method,
+        pool_factors=factors_name(run.pool_factors),
+        seed=PROFILE.seed if run.seed is None else run.seed,
     )
 
 

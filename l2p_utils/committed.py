@@ -20,7 +20,7 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from l2p_utils.execute import ANSI, INSERTED, NotebookError, execute
+from l2p_utils.execute import ANSI, NotebookError, execute
 from l2p_utils.files import UserError, atomic_path
 from l2p_utils.profile import ROOT
 
@@ -43,6 +43,7 @@ BEFORE_SMOKE: list[tuple[str, dict[str, Any]]] = [
     ("01_data_mining", WARM_UP),
     ("02_training", WARM_UP | {"pool_method": "none", "pool_factors": 1}),
 ]
+INSERTED = {"injected-parameters", "papermill-error-cell-tag"}  # cells that papermill adds
 MAX_LINES = 20
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")

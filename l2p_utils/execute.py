@@ -1,4 +1,4 @@
-"""One notebook, run headless: executed copy, HTML and a log of time and memory, or a readable error.
+"""One notebook, run headless: executed copy, HTML, log of time and memory; or a readable error.
 
 Takes a notebook and its parameters; gives OUTPUT.ipynb, OUTPUT.html and a log entry.
 ``python -m l2p_utils.execute NOTEBOOK OUTPUT.ipynb --log LOG.json --parameters name=value …``
@@ -80,7 +80,7 @@ def execute(
 
 
 def parse_parameters(assignments: list[str]) -> dict[str, Any]:
-    """`["seed=42", "profile=quick"]` → `{"seed": 42, "profile": "quick"}`, typed as by ``papermill -p``.
+    """`["seed=42"]` → `{"seed": 42}`, with the types that ``papermill -p`` gives.
 
     Raises
     ------

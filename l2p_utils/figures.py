@@ -215,10 +215,11 @@ def rows_source(rows: pd.DataFrame, name: str, roles: dict[str, str] | None = No
 def _note(rows: pd.DataFrame, name: str) -> str:
     """What a run's numbers are, in one line: profile, queries, seeds."""
     note = f"Run “{' + '.join(sorted(set(rows['profile']) - {''})) or name}”"
-    queries = rows["queries"].dropna()
-    if len(queries):
-        few, many = queries.min(), queries.max()
-        note += f", {few}–{many} test queries a collection" if few < many else f", {few} queries"
+    for engine, part in rows.dropna(subset=["queries"]).groupby("engine"):  # exact before plaid
+        few, many = part["queries"].min(), part["queries"].max()
+        number = f"{few}–{many}" if few < many else f"{few}"
+        exact = engine == "exact"
+        note += f", {number} test queries a collection" if exact else f" (PLAID: {number})"
     seeds = rows.loc[rows["model"] != BASELINE, "seed"].nunique()
     return note + f", {seeds} training seed{'s' if seeds > 1 else ''}" if seeds else note
 

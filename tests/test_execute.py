@@ -117,7 +117,7 @@ def test_the_report_tells_where_things_are_and_how_long_they_took(tmp_path):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "figure1.png").touch()
     lines = report(tmp_path).splitlines()
-    assert lines[1].split() == "02_training 2 2 min 30 s 1 min 30 s 1.5 GB".split()
+    assert " ".join(lines[1].split()) == "02_training 2 2 min 30 s 1 min 30 s 1.5 GB"
     assert "At work for 2 min 4 s" in report(tmp_path)  # 10:00:00–10:02:00 and 4 s
     assert any(line.startswith("figures") and str(tmp_path / "figures") in line for line in lines)
     assert lines[-1].strip() == f"{tmp_path}/notebooks/08_claims.failed.ipynb"
@@ -199,7 +199,11 @@ def start(tmp_path, prefix=""):
     command = f"{prefix} {sys.executable} -m l2p_utils.execute {notebook} {tmp_path}/job.ipynb"
     command += f" --stop-with-parent --parameters folder={tmp_path}"
     process = subprocess.Popen(
-        ["bash", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["bash", "-c", command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     wait_for(lambda: (tmp_path / "pid").exists())
     return process, int((tmp_path / "pid").read_text())

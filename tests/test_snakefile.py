@@ -1,0 +1,267 @@
+"""A profile as a graph of jobs: the plan, and what happens when a run fails or is killed.
+
+The runs use stand-in notebooks that write what the real ones would, and a profile of one model.
+"""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from l2p_utils.profile import load_profile
+
+ROOT = Path(__file__).parents[1]
+READING = ["04_inference_pooling", "05_pooling_aware", "06_cross_dataset", "07_beir_validation"]
+PROFILE = """
+description: one model, trained on one collection
+model: {}
+mining: {}
+warm_up: {}
+training: {}
+runs: [{collection: "docs:scipy", pool_method: kmeans, pool_factors: "1-6"}]
+evaluation: {collections: ["docs:scipy"]}
+"""
+TRAINED = "docs-scipy-kmeans-pf1-6-s42"
+STAND_INS = {
+    "01_data_mining": (
+        "profile = ''\ncollection = ''",
+        'product = f\'mined/{collection.replace(":", "-")}/provenance.json\'',
+    ),
+    "02_training": (
+        "profile = ''\ncollection = ''\npool_method = ''\npool_factors = ''\nseed = 0",
+        "name = 'baseline' if 'transformers' in collection else 'docs-scipy-kmeans-pf1-6-s42'\n"
+        "product = f'models/{name}/provenance.json'",
+    ),
+    "03_evaluation": ("profile = ''\nmodel = ''", "product = f'results/{model}.csv'"),
+    "00_token_pooling": ("source = ''", "product = 'figures/tokens.png'"),
+    **{
+        name: ("source = ''\noutput = ''", f"product = 'figures/{name}.png'")
+        for name in [*READING, "08_claims"]
+    },
+}
+# fails or waits where a file of that name asks for it
+WORK = """
+import os, pathlib, time
+folder = pathlib.Path(os.environ["STAND_IN_FOLDER"])
+target = folder / product
+if (folder / "fail").exists() and product in (folder / "fail").read_text():
+    raise RuntimeError(f"could not make {product}")
+(folder / "at_work").write_text(product)
+while (folder / "wait").exists() and product in (folder / "wait").read_text():
+    time.sleep(0.1)
+target.parent.mkdir(parents=True, exist_ok=True)
+target.write_text("{}")
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with stand-in notebooks and a small profile; runs go to tmp_path / "run"."""
+    (tmp_path / "notebooks").mkdir()
+    for name, (parameters, product) in STAND_INS.items():
+        cells = [new_code_cell(parameters), new_code_cell(product), new_code_cell(WORK.strip())]
+        cells[0].metadata["tags"] = ["parameters"]
+        nbformat.write(new_notebook(cells=cells), tmp_path / "notebooks" / f"{name}.ipynb")
+    (tmp_path / "small.yaml").write_text(PROFILE)
+    (tmp_path / "run").mkdir()
+    return tmp_path
+
+
+def command(folder, *arguments, profile=None):
+    """Snakemake's command line in `folder`, as the Makefile has it."""
+    config = ["--config", f"profile={profile or folder / 'small.yaml'}"]
+    if profile is None:
+        config += [f"notebooks={folder / 'notebooks'}", f"folder={folder / 'run'}"]
+    options = ["--cores=2", "--keep-going", "--rerun-incomplete", "--nolock", "--scheduler=greedy"]
+    snakefile = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)]
+    return [sys.executable, "-m", "snakemake", *snakefile, *options, *arguments, *config]
+
+
+def environment(folder):
+    here = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    return here | {"PYTHONPATH": str(ROOT), "STAND_IN_FOLDER": str(folder / "run")}
+
+
+def snakemake(folder, *arguments, profile=None):
+    """Run Snakemake in `folder`; give the exit status and all that it said."""
+    done = subprocess.run(
+        command(folder, *arguments, profile=profile),
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    return done.returncode, done.stdout
+
+
+def plan(folder, profile=None):
+    """The jobs that a dry run lists, as output notebook → (notebook, parameters)."""
+    status, said = snakemake(folder, "-n", "-p", profile=profile)
+    assert status == 0, said
+    jobs = {}
+    for line in re.findall(r"exec .*l2p_utils\.execute (.*)", said):
+        notebook, output, *rest = shlex.split(line)
+        assignments = rest[rest.index("--parameters") + 1 :]
+        parameters = dict(assignment.split("=", 1) for assignment in assignments)
+        jobs[Path(output).stem] = (Path(notebook), parameters)
+    return jobs
+
+
+def known_parameters(notebook):
+    """Names in the notebook's cell of parameters."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    return {target.id for node in ast.parse(cell.source).body for target in node.targets}
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    return plan(tmp_path_factory.mktemp("offline"), profile="offline")
+
+
+def test_the_offline_plan_is_the_papers_grid(offline):
+    stages = Counter(job.split("--")[0] for job in offline)
+    models = len(load_profile("offline").model_names)
+    assert models == 15
+    assert stages["01_data_mining"] == 3
+    assert stages["02_training"] == stages["03_evaluation"] == models
+    assert {"00_token_pooling", "08_claims", *READING} <= stages.keys()
+    assert len(offline) == 3 + 2 * models + 6
+
+
+def test_each_job_gets_its_parameters(offline):
+    assert offline["01_data_mining--docs-torch"][1] == {
+        "profile": "offline",
+        "collection": "docs:torch",
+    }
+    warm_up = offline["02_training--baseline"][1]
+    assert (warm_up["collection"], warm_up["pool_method"]) == ("docs:transformers", "none")
+    trained = offline["02_training--docs-torch-kmeans-pf1-6-s42"][1]
+    assert trained == {
+        "profile": "offline",
+        "collection": "docs:torch",
+        "pool_method": "kmeans",
+        "pool_factors": "1-6",
+        "seed": "42",
+    }
+    assert offline["03_evaluation--docs-scipy-pf1-s42"][1]["model"] == "docs-scipy-pf1-s42"
+    read = offline["08_claims"][1]
+    assert Path(read["source"]).parts[-3:] == ("runs", "offline", "results")
+    assert Path(read["output"]).parts[-3:] == ("runs", "offline", "figures")
+
+
+def test_the_notebooks_know_the_parameters_that_they_get(offline):
+    for job, (notebook, parameters) in offline.items():
+        assert parameters.keys() <= known_parameters(ROOT / "notebooks" / notebook.name), job
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ("offlin", "There is no profile 'offlin'; expected one of"),
+        ("small.yaml", "traning: unknown key; is it misspelt?"),
+    ],
+)
+def test_a_misspelt_profile_is_refused_before_anything_runs(tmp_path, profile, message):
+    (tmp_path / "small.yaml").write_text(PROFILE + "traning: {}\n")
+    status, said = snakemake(tmp_path, profile=profile)
+    assert status == 1
+    assert message in said
+    assert "Traceback" not in said and "Snakefile" not in said
+    assert not (tmp_path / "runs").exists() and "started" not in said
+
+
+def test_only_what_is_missing_or_changed_runs_again(project):
+    everything = set(plan(project))
+    assert len(everything) == 2 + 2 * 2 + 6
+    run = project / "run"
+    products = ["mined/docs-transformers", "mined/docs-scipy", "models/baseline"]
+    for product in [*(f"{name}/provenance.json" for name in products), "results/baseline.csv"]:
+        make_file(run / product)
+    for product in [f"models/{TRAINED}/provenance.json", f"results/{TRAINED}.csv"]:
+        make_file(run / product)
+    for stage in sorted(everything):  # every job newer than those that it needs
+        for suffix in (".ipynb", ".html"):
+            make_file(run / "notebooks" / f"{stage}{suffix}")
+        time.sleep(0.01)
+    assert plan(project) == {}
+
+    (run / "models" / TRAINED / "provenance.json").unlink()
+    after_training = {f"02_training--{TRAINED}", f"03_evaluation--{TRAINED}", "08_claims", *READING}
+    assert set(plan(project)) == after_training
+
+    later = time.time() + 5
+    os.utime(project / "small.yaml", (later, later))
+    assert set(plan(project)) == everything - {"00_token_pooling"}
+
+
+def make_file(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+
+
+def test_a_failed_notebook_stops_only_what_depends_on_it(project):
+    run = project / "run"
+    (run / "fail").write_text("models/baseline/provenance.json")
+    status, said = snakemake(project, "--quiet", "all")
+    assert status == 1
+    assert f"cell 3 of {project / 'notebooks' / '02_training.ipynb'} failed" in said
+    assert "target = folder / product" in said  # the cell
+    assert "RuntimeError: could not make models/baseline/provenance.json" in said
+    executed = {path.stem for path in (run / "notebooks").glob("*.ipynb")}
+    assert executed == {
+        "00_token_pooling",
+        "01_data_mining--docs-scipy",
+        "01_data_mining--docs-transformers",
+        "02_training--baseline.failed",
+    }
+    (run / "fail").unlink()
+    assert set(plan(project)) == {
+        "02_training--baseline",
+        f"02_training--{TRAINED}",
+        "03_evaluation--baseline",
+        f"03_evaluation--{TRAINED}",
+        "08_claims",
+        *READING,
+    }
+
+
+def test_a_killed_run_goes_on_where_it_was(project):
+    run = project / "run"
+    target = str(run / "notebooks" / "03_evaluation--baseline.ipynb")
+    product = "models/baseline/provenance.json"
+    (run / "wait").write_text(product)
+    first = subprocess.Popen(command(project, target), env=environment(project))
+    at_work = run / "at_work"
+    wait_for(lambda: at_work.exists() and at_work.read_text() == product)
+
+    status, said = snakemake(project, target)
+    assert status == 1 and "Another run of the profile 'small' is at work" in said
+
+    first.kill()
+    first.wait()
+    mined = run / "notebooks" / "01_data_mining--docs-transformers.ipynb"
+    before = mined.stat().st_mtime_ns
+    assert not (run / "notebooks" / "02_training--baseline.ipynb").exists()
+    (run / "wait").unlink()
+    status, said = snakemake(project, target)
+    assert status == 0, said
+    assert Path(target).exists() and (run / product).exists()
+    assert mined.stat().st_mtime_ns == before
+
+
+def wait_for(condition, seconds=180):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.1)
