@@ -30,7 +30,9 @@ test: setup  ## run the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lab: setup  ## open the notebooks in JupyterLab
-	@$(PY) -m jupyter lab notebooks
+	@# kernels start in the project's folder, as headless ones do: paths mean the same in both
+	@$(PY) -m jupyter lab --ServerApp.root_dir="$(CURDIR)/notebooks" \
+		--AsyncMappingKernelManager.root_dir="$(CURDIR)"
 
 figures: setup  ## redraw figures/ from data/
 	@$(PY) -m l2p_utils.figures
@@ -52,7 +54,7 @@ setup:
 		echo "Creating $(VENV) with $$($$python --version)"; $$python -m venv --clear $(VENV); }; \
 	find $(VENV)/lib -maxdepth 4 -name '*.dist-info' -not -exec test -e '{}/INSTALLER' \; \
 		-prune -exec rm -r '{}' +; \
-	echo "Installing requirements.lock into $(VENV): about 5.4 GB, a few minutes"; \
+	echo "Installing requirements.lock into $(VENV): about 6 GB, a few minutes"; \
 	$(PY) -m pip install -r requirements.lock; \
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .; \
 	cp requirements.lock $(VENV)/installed.lock
