@@ -1,0 +1,43 @@
+"""The README against what it speaks of: the claims table, the files, the make targets."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_claims_table_is_the_reference_runs():
+    between = re.search(r"<!-- claims: begin .*?-->\n(.*?)<!-- claims: end -->", README, re.S)
+    assert between.group(1).strip() == (ROOT / "figures/offline/claims.md").read_text().strip()
+
+
+def test_the_numbers_of_the_outcome_are_the_rows():
+    from l2p_utils import results
+
+    rows = results.read_rows(ROOT / "data" / "offline")
+    models = {
+        "baseline (warmed up)": "baseline",
+        "FT PF1 (unpooled fine-tuning)": "docs-scipy-pf1-s42",
+        "FT kmeans PF1-6": "docs-scipy-kmeans-pf1-6-s42",
+    }
+    for label, model in models.items():
+        line = re.search(rf"^\| {re.escape(label)} \|(.*)\|$", README, re.M).group(1)
+        shown = [float(cell) for cell in line.split("|")]
+        stored = results.series(rows, model, "docs:scipy", "kmeans").tolist()
+        assert shown == pytest.approx(stored, abs=0.00051)
+
+
+def test_every_linked_file_is_there():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_make_target_that_is_named_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"`(?:PROFILE=\w+ )?make (\w+)", README))
+    assert named >= {"run", "test", "lab", "figures", "notebooks", "clean", "plan"}
+    assert [name for name in named if not re.search(rf"^{name}:", makefile, re.M)] == []
