@@ -233,7 +233,11 @@ def _timestamp(seconds: float) -> str:
 
 
 def _peak_megabytes() -> float:
-    """The most memory that the kernel held (the largest child that has ended)."""
+    """The most memory that the kernel held.
+
+    It is the largest of this process's children that have ended: right in a process that executes
+    one notebook, as jobs do, and an upper bound in one that started others before.
+    """
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)  # bytes on macOS, kB on Linux
 

@@ -192,11 +192,6 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def joined_text(tokens: Sequence[str]) -> str:
-    """Word pieces as words: `["poly", "##nom", "##ial", "of"]` → `"polynomial of"`."""
-    return " ".join(tokens).replace(" ##", "")
-
-
 # ---------------------------------------------------------------- pooling and MaxSim, in tables
 
 

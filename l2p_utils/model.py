@@ -29,7 +29,6 @@ from l2p_utils.pooling import (
     pool,
 )
 
-EMBEDDED_NAME = "embedded"
 EMBEDDED_DIM = 128
 
 
