@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,19 @@ def test_the_numbers_of_the_outcome_are_the_rows():
         shown = [float(cell) for cell in line.split("|")]
         stored = results.series(rows, model, "docs:scipy", "kmeans").tolist()
         assert shown == pytest.approx(stored, abs=0.00051)
+
+
+def test_the_verdicts_are_counted_right():
+    claims = pd.read_csv(ROOT / "figures" / "offline" / "claims.csv")
+    counts = claims["verdict"].value_counts()
+    said = re.search(
+        r"Of the (\d+) testable parts .*?"
+        r"(\d+) hold here, (\d+) are undecided and (\d+) do not hold",
+        README,
+        re.S,
+    )
+    expected = [len(claims), *(counts[v] for v in ("holds", "undecided", "does not hold"))]
+    assert [int(number) for number in said.groups()] == expected
 
 
 def test_every_linked_file_is_there():
