@@ -370,7 +370,9 @@ def _panel(axis: Axes, source: Source, frame: pd.DataFrame, dataset: str, exhibi
             curve["pool_factor"], curve["relative"], zorder=3, **_style(label, method)
         )
     if not handles:
-        axis.text(0.5, 0.5, "not run", transform=axis.transAxes, ha="center", color="#777777")
+        blank = {"facecolor": "white", "edgecolor": "none"}  # hides the line at 100 behind it
+        place = {"transform": axis.transAxes, "ha": "center", "va": "center"}
+        axis.text(0.5, 0.5, "not run", color="#777777", bbox=blank, **place)
     axis.set_title(_panel_name(source, dataset, exhibit), fontsize=11.5)
     axis.tick_params(labelbottom=True)
     sns.despine(ax=axis)
