@@ -183,15 +183,19 @@ def pooled_documents(
     pool_methods: Iterable[str],
     pool_factors: Iterable[int],
     variants: Sequence[str] = (DEFAULT_VARIANT,),
+    use_sklearn: bool = False,
 ) -> Iterator[tuple[Setting, list[torch.Tensor]]]:
     """Every setting with its document vectors: unpooled first, then each method × factor."""
     yield Setting("none", "", 1), encoded.documents
     factors = [factor for factor in pool_factors if factor > 1]
     for method in pool_methods:
         for variant in variants if method == "hierarchical" else (DEFAULT_VARIANT,):
-            pooled = pool_sweep(encoded.documents, factors, method, variant=variant)
+            pooled = pool_sweep(
+                encoded.documents, factors, method, variant=variant, use_sklearn=use_sklearn
+            )
+            name = stored_variant(method, variant, use_sklearn)
             for factor, documents in pooled.items():
-                yield Setting(method, stored_variant(method, variant), factor), documents
+                yield Setting(method, name, factor), documents
 
 
 def evaluate_collection(
@@ -200,6 +204,7 @@ def evaluate_collection(
     pool_factors: Sequence[int],
     engine: str = "exact",
     variants: Sequence[str] = (DEFAULT_VARIANT,),
+    use_sklearn: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure one model on one collection in every setting.
 
@@ -207,6 +212,8 @@ def evaluate_collection(
     ----------
     engine
         ``exact``, or ``plaid`` (an index is built for each setting).
+    variants, use_sklearn
+        See `l2p_utils.pooling.pool`; of hierarchical, and of kmeans.
 
     Returns
     -------
@@ -216,7 +223,8 @@ def evaluate_collection(
     """
     search = {"exact": exact_search, "plaid": plaid_search}[engine]
     rows, per_query = [], []
-    for setting, documents in pooled_documents(encoded, pool_methods, pool_factors, variants):
+    settings = pooled_documents(encoded, pool_methods, pool_factors, variants, use_sklearn)
+    for setting, documents in settings:
         ranking = search(encoded.queries, documents, encoded.document_ids, TOP_K)
         values = measure(encoded.collection, ranking)
         where = {"collection": encoded.collection.name, "engine": engine, **vars(setting)}
@@ -388,6 +396,7 @@ def _run_task(
         **identity,
         **vars(task),
         "pool_factors": list(limits.pool_factors),
+        "kmeans": stored_variant("kmeans", use_sklearn=profile.use_sklearn),
         "fingerprint": collection.fingerprint,
         "lengths": [model.query_length, model.document_length],
         "precision": forward_precision(profile.precision, model.device),
@@ -406,6 +415,7 @@ def _run_task(
             limits.pool_factors,
             task.engine,
             task.variants,
+            profile.use_sklearn,
         )
         seconds = {"encoding": encoding, "all": time.perf_counter() - start}
         with atomic_path(folder) as temporary:

@@ -56,7 +56,7 @@ class PooledColBERT(models.ColBERT):
         is_query: bool = True,
         pool_factor: int = 1,
         pool_method: PoolMethod = "hierarchical",
-        use_sklearn: bool = True,
+        use_sklearn: bool = False,
         pool_variant: PoolVariant = DEFAULT_VARIANT,
         renormalize: bool = False,
         **kwargs: Any,
@@ -80,7 +80,7 @@ class PooledColBERT(models.ColBERT):
             (vectors, dim) a text, as PyLate returns it.
         """
         check_pool_factor(pool_factor)
-        check_pooling(pool_method, pool_variant, use_sklearn)
+        check_pooling(pool_method, pool_variant)
         check_protected_tokens(kwargs.get("protected_tokens", 1))
         pooling = {
             "pool_method": pool_method,

@@ -2,7 +2,7 @@
 
 Takes lists of (tokens, dim) tensors or a padded batch with a mask; gives the clusters' means, in
 the order in which the clusters first occur in the document, differentiable with respect to every
-token. Cluster assignments are computed on detached vectors.
+token. Cluster assignments are computed on detached vectors, for whole batches at once.
 
 Source: S. Josef, *Learn to Pool* (LIR @ ECIR 2026); B. Clavié et al., *Reducing the Footprint of
 Multi-Vector Retrieval with Minimal Performance Impact via Token Pooling* (2024).
@@ -13,17 +13,22 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
 import sklearn
 import torch
-from scipy.cluster import hierarchy
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import ThreadpoolController
 
+from l2p_utils.clustering import (
+    by_first_occurrence,
+    lloyd,
+    squared_distances,
+    ward_labels,
+)
 from l2p_utils.files import UserError
 
 PoolMethod = Literal["none", "span", "kmeans", "hierarchical"]
@@ -33,6 +38,8 @@ HIERARCHICAL_VARIANTS: tuple[str, ...] = get_args(PoolVariant)
 DEFAULT_VARIANT: PoolVariant = "pylate"
 KMEANS_SEED = 42
 ROUNDING = 0.02  # how far above 1 a cosine may come out; bfloat16 vectors reach 1.004
+SAME = 1e-6  # squared distances below this share of the squared norm are rounding
+BLOCK_BYTES = 4 * 2**20  # of one block's distances: they stay in the processor's cache
 
 
 def check_pool_factor(pool_factor: object) -> int:
@@ -52,10 +59,8 @@ def check_pool_factor(pool_factor: object) -> int:
     return int(pool_factor)
 
 
-def check_pooling(
-    pool_method: str, variant: str = DEFAULT_VARIANT, use_sklearn: bool = True
-) -> None:
-    """Refuse an unknown method or variant, and the k-means engine that does not exist.
+def check_pooling(pool_method: str, variant: str = DEFAULT_VARIANT) -> None:
+    """Refuse an unknown method or variant.
 
     Raises
     ------
@@ -68,11 +73,6 @@ def check_pooling(
         raise UserError(
             f"pool variant is {variant!r}; expected one of {list(HIERARCHICAL_VARIANTS)} "
             "(they differ only for pool_method='hierarchical')."
-        )
-    if pool_method == "kmeans" and not use_sklearn:
-        raise UserError(
-            "use_sklearn=False asks for a k-means engine other than scikit-learn's; there is none "
-            "here. Leave use_sklearn=True."
         )
 
 
@@ -93,9 +93,12 @@ def check_protected_tokens(protected_tokens: object) -> None:
         )
 
 
-def stored_variant(pool_method: str, variant: str = DEFAULT_VARIANT) -> str:
+def stored_variant(
+    pool_method: str, variant: str = DEFAULT_VARIANT, use_sklearn: bool = False
+) -> str:
     """The name under which result rows keep the variant of a pool method ('' if it has none)."""
-    return {"hierarchical": variant, "kmeans": "sklearn"}.get(pool_method, "")
+    kmeans = "sklearn" if use_sklearn else "fast"
+    return {"hierarchical": variant, "kmeans": kmeans}.get(pool_method, "")
 
 
 def pooled_count(tokens: int, pool_factor: int, pool_method: str, protected_tokens: int = 1) -> int:
@@ -121,7 +124,7 @@ def pool(
     protected_tokens: int = 1,
     *,
     variant: PoolVariant = DEFAULT_VARIANT,
-    use_sklearn: bool = True,
+    use_sklearn: bool = False,
     renormalize: bool = False,
 ) -> list[torch.Tensor]:
     """Pool the token vectors of documents.
@@ -134,13 +137,16 @@ def pool(
     pool_factor
         About how many token vectors become one; 1 returns the input's values unchanged.
     pool_method
-        ``span``: groups of `pool_factor` neighbours. ``kmeans``: scikit-learn's k-means++ with one
-        initialisation. ``hierarchical``: Ward's tree, cut. ``none``: unchanged.
+        ``span``: groups of `pool_factor` neighbours. ``kmeans``: Lloyd's steps from Ward's cut of
+        the vectors. ``hierarchical``: Ward's tree, cut. ``none``: unchanged.
     protected_tokens
         How many vectors at each document's beginning are kept as they are ([CLS] in the paper).
     variant
         What Ward's linkage is given: ``pylate``, the condensed 1 - cosine matrix; ``paper``, the
         square 1 - cosine matrix read as observations; ``euclidean``, the vectors themselves.
+    use_sklearn
+        For ``kmeans``: the paper's scikit-learn k-means++ with one initialisation, one document at
+        a time. Slower by far, and its clusters are no tighter.
     renormalize
         Scale the pooled vectors back to unit length. Off, as in the paper.
 
@@ -173,10 +179,10 @@ def pool_sweep(
     protected_tokens: int = 1,
     *,
     variant: PoolVariant = DEFAULT_VARIANT,
-    use_sklearn: bool = True,
+    use_sklearn: bool = False,
     renormalize: bool = False,
 ) -> dict[int, list[torch.Tensor]]:
-    """`pool` for several pool factors at once: a document's Ward tree is built once for all.
+    """`pool` for several pool factors at once: a document's Ward tree is grown once for all.
 
     Returns
     -------
@@ -184,17 +190,35 @@ def pool_sweep(
         Pool factor → what `pool` returns for it.
     """
     factors = [check_pool_factor(factor) for factor in pool_factors]
-    check_pooling(pool_method, variant, use_sklearn)
+    check_pooling(pool_method, variant)
     check_protected_tokens(protected_tokens)
-    lengths = [_check_document(i, document) for i, document in enumerate(embeddings)]
-    if not lengths:
-        return {factor: [] for factor in factors}
-    flat = torch.cat(list(embeddings))  # (total tokens, dim)
-    labels = _segment_labels(flat, lengths, factors, pool_method, protected_tokens, variant)
-    return {
-        factor: list(_means(flat, labels[factor], renormalize).split(_counts(labels[factor])))
-        for factor in factors
-    }
+    lengths = np.array([_check_document(i, d) for i, d in enumerate(embeddings)], dtype=np.int64)
+    pooled: dict[int, list[torch.Tensor]] = {f: list(embeddings) for f in factors}
+    for block in _blocks(lengths):
+        padded = torch.nn.utils.rnn.pad_sequence([embeddings[i] for i in block], True)
+        there = torch.from_numpy(lengths[block])[:, None]
+        mask = (torch.arange(padded.shape[1]) < there).to(padded.device)
+        labels = assign(padded, mask, factors, pool_method, protected_tokens, variant, use_sklearn)
+        for factor in factors:
+            means, kept = segment_means(padded, labels[factor])
+            if renormalize:
+                means = torch.nn.functional.normalize(_wide(means), dim=-1).to(padded.dtype)
+            # one compact tensor a block: no document keeps the padding alive
+            for i, document in zip(block, means[kept].split(kept.sum(1).tolist()), strict=True):
+                pooled[factor][i] = document
+    return pooled
+
+
+def _blocks(lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Positions of the documents with tokens, shortest first, in blocks of bounded size."""
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    while len(order):
+        # the last document of a block is its longest: its square times their number must fit
+        sizes = 4 * lengths[order] ** 2 * np.arange(1, len(order) + 1)
+        size = max(int((sizes <= BLOCK_BYTES).sum()), 1)
+        yield order[:size]
+        order = order[size:]
 
 
 def pool_padded(
@@ -205,6 +229,7 @@ def pool_padded(
     protected_tokens: int = 1,
     *,
     variant: PoolVariant = DEFAULT_VARIANT,
+    use_sklearn: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pool a padded batch, as training has it.
 
@@ -219,8 +244,9 @@ def pool_padded(
     Returns
     -------
     tuple of torch.Tensor
-        Pooled vectors (documents, most vectors, dim), zero where there are none, and their boolean
-        mask (documents, most vectors). With pool factor 1 the input comes back as it was.
+        Pooled vectors (documents, vectors, dim), zero where there are none, and their boolean mask
+        (documents, vectors). `vectors` is what a document without masked tokens keeps: it is known
+        without asking the device. With pool factor 1 the input comes back as it was.
     """
     factor = check_pool_factor(pool_factor)
     check_pooling(pool_method, variant)
@@ -228,13 +254,56 @@ def pool_padded(
     mask = mask.bool()
     if factor == 1 or pool_method == "none":
         return embeddings, mask
-    lengths = mask.sum(dim=1).tolist()
-    flat = embeddings[mask]  # (total tokens, dim)
-    labels = _segment_labels(flat, lengths, [factor], pool_method, protected_tokens, variant)
-    pooled = _means(flat, labels[factor], renormalize=False).split(_counts(labels[factor]))
-    counts = torch.tensor(_counts(labels[factor]), device=mask.device)
-    padded = torch.nn.utils.rnn.pad_sequence(list(pooled), batch_first=True)
-    return padded, torch.arange(padded.shape[1], device=mask.device) < counts[:, None]
+    labels = assign(embeddings, mask, [factor], pool_method, protected_tokens, variant, use_sklearn)
+    vectors = pooled_count(embeddings.shape[1], factor, pool_method, protected_tokens)
+    return segment_means(embeddings, labels[factor], vectors)
+
+
+def segment_means(
+    embeddings: torch.Tensor, labels: torch.Tensor, segments: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of each document's segments, in one sum over the padded batch.
+
+    Parameters
+    ----------
+    embeddings
+        (documents, tokens, dim).
+    labels
+        (documents, tokens) int64: the segment of each token, −1 for those that take no part.
+    segments
+        More than every label; by default, one more than the largest.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Means (documents, segments, dim) in the embeddings' dtype, zero for empty segments; and
+        (documents, segments) bool, where there are any. The gradient of a token is its segment's,
+        divided by the segment's size.
+    """
+    documents, _, dim = embeddings.shape
+    if segments is None:
+        segments = int(labels.max()) + 1 if labels.numel() else 0
+    start = torch.arange(documents, device=labels.device)[:, None] * segments
+    dump = documents * segments  # one more segment, for the tokens that take no part
+    index = torch.where(labels >= 0, labels + start, dump).flatten()
+    # Sums in float32 (or better): a half-precision sum of many vectors loses digits.
+    wide = _wide(embeddings)
+    sums = _segment_sums(wide.flatten(0, 1), index, dump + 1)
+    sizes = _segment_sums(torch.ones_like(index), index, dump + 1)[:-1]
+    means = sums[:-1] / sizes.clamp(min=1)[:, None]
+    means = means.to(embeddings.dtype).view(documents, segments, dim)
+    return means, sizes.view(documents, segments) > 0
+
+
+def _wide(vectors: torch.Tensor) -> torch.Tensor:
+    return vectors if vectors.dtype == torch.float64 else vectors.float()
+
+
+def _segment_sums(values: torch.Tensor, index: torch.Tensor, segments: int) -> torch.Tensor:
+    zeros = values.new_zeros(segments, *values.shape[1:])
+    if values.is_cuda:  # index_add adds in any order there; this sorts first
+        return zeros.index_put((index,), values, accumulate=True)
+    return zeros.index_add(0, index, values)
 
 
 def cluster_labels(
@@ -243,6 +312,7 @@ def cluster_labels(
     pool_method: PoolMethod,
     protected_tokens: int = 1,
     variant: PoolVariant = DEFAULT_VARIANT,
+    use_sklearn: bool = False,
 ) -> dict[int, np.ndarray]:
     """Which pooled vector each token of one document goes to.
 
@@ -257,30 +327,174 @@ def cluster_labels(
         Pool factor → (tokens,) int64 labels 0, 1, 2, … in order of first occurrence; protected
         tokens are alone in theirs.
     """
-    protected = min(len(vectors), protected_tokens)
-    free = vectors[protected:]
-    assign = {"span": _span, "kmeans": _kmeans, "hierarchical": _hierarchical}.get(pool_method)
-    whole = np.arange(len(vectors))
-    pooling = [factor for factor in pool_factors if factor > 1]
-    if assign is None or len(free) <= 1 or not pooling:
-        return dict.fromkeys(pool_factors, whole)
-    found = dict(zip(pooling, assign(free, pooling, variant), strict=True))
-    return {
-        factor: np.concatenate([whole[:protected], protected + _by_first_occurrence(found[factor])])
-        if factor in found
-        else whole
-        for factor in pool_factors
-    }
+    batch = torch.from_numpy(np.ascontiguousarray(vectors))[None]
+    mask = torch.ones(batch.shape[:2], dtype=torch.bool)
+    labels = assign(batch, mask, pool_factors, pool_method, protected_tokens, variant, use_sklearn)
+    return {factor: found[0].numpy() for factor, found in labels.items()}
 
 
-def _span(free: np.ndarray, factors: Sequence[int], variant: str) -> list[np.ndarray]:
-    return [np.arange(len(free)) // factor for factor in factors]
+@torch.no_grad()
+def assign(
+    embeddings: torch.Tensor,
+    mask: torch.Tensor,
+    pool_factors: Sequence[int],
+    pool_method: str,
+    protected_tokens: int = 1,
+    variant: str = DEFAULT_VARIANT,
+    use_sklearn: bool = False,
+) -> dict[int, torch.Tensor]:
+    """Which pooled vector each token of a padded batch goes to.
+
+    Parameters
+    ----------
+    embeddings, mask
+        (documents, tokens, dim) and (documents, tokens) bool.
+
+    Returns
+    -------
+    dict
+        Pool factor → (documents, tokens) int64 labels 0, 1, 2, … in order of first occurrence, the
+        protected tokens first; −1 where the mask is false.
+
+    Raises
+    ------
+    UserError
+        For vectors that cannot be clustered: not finite, or longer than 1 with variant ``pylate``.
+    """
+    rank = mask.cumsum(dim=1) - 1  # of a token among those that count
+    whole = torch.where(mask, rank, -1)
+    free = mask & (rank >= protected_tokens)
+    labels = dict.fromkeys(pool_factors, whole)
+    pooling = [factor for factor in labels if factor > 1]
+    if not pooling or pool_method == "none" or not mask.numel():
+        return labels
+    if pool_method == "span":
+        found = {f: (rank - protected_tokens).div(f, rounding_mode="floor") for f in pooling}
+    else:
+        # Under autocast, the products in here would be half precision.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            found = _cluster(embeddings, mask, free, pooling, pool_method, variant, use_sklearn)
+    protected = rank.clamp(max=protected_tokens - 1).amax(dim=1, keepdim=True) + 1
+    for factor in pooling:
+        labels[factor] = torch.where(free, found[factor] + protected, whole)
+    return labels
 
 
-def _kmeans(free: np.ndarray, factors: Sequence[int], variant: str) -> list[np.ndarray]:
+def _cluster(
+    embeddings: torch.Tensor,
+    mask: torch.Tensor,
+    free: torch.Tensor,
+    factors: Sequence[int],
+    pool_method: str,
+    variant: str,
+    use_sklearn: bool,
+) -> dict[int, torch.Tensor]:
+    """Labels of the tokens in `free`, from 0 for every document."""
+    wide = _wide(embeddings).masked_fill(~mask[:, :, None], 0)
+    if pool_method == "kmeans" and use_sklearn:
+        return _sklearn_kmeans(wide, mask, free, factors)
+    if pool_method == "kmeans":
+        return _fast_kmeans(wide, mask, free, factors)
+    return _hierarchical(wide, mask, free, factors, variant)
+
+
+def _fast_kmeans(
+    vectors: torch.Tensor, mask: torch.Tensor, free: torch.Tensor, factors: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    """Lloyd's steps from Ward's cut of the vectors; trees once for all factors."""
+    return _grow(squared_distances(vectors), mask, free, factors, _same(vectors), kmeans=True)
+
+
+def _hierarchical(
+    vectors: torch.Tensor,
+    mask: torch.Tensor,
+    free: torch.Tensor,
+    factors: Sequence[int],
+    variant: str,
+) -> dict[int, torch.Tensor]:
+    """Ward's tree, cut into at most n // factor clusters, in float64 as SciPy grows it."""
+    vectors = vectors.double()
+    distances = _dissimilarities(vectors, free, variant)
+    # 1 - cos is half the squared distance of unit vectors, and is squared once more
+    same = _same(vectors) if variant == "euclidean" else _same(vectors).square() / 4
+    return _grow(distances, mask, free, factors, same, kmeans=False)
+
+
+def _same(vectors: torch.Tensor) -> torch.Tensor:
+    """Squared distances up to this are rounding: (documents,)."""
+    return SAME * vectors.square().sum(dim=2).amax(dim=1)
+
+
+def _dissimilarities(vectors: torch.Tensor, free: torch.Tensor, variant: str) -> torch.Tensor:
+    """(documents, tokens, tokens) squares of what the variant's Ward linkage takes for distances.
+
+    Raises
+    ------
+    UserError
+        For vectors longer than 1 with variant ``pylate``, whose distances would be negative.
+    """
+    if variant == "euclidean":
+        return squared_distances(vectors)
+    both = free[:, :, None] & free[:, None, :]
+    distances = (1 - torch.bmm(vectors, vectors.transpose(1, 2))).masked_fill_(~both, 0)
+    if variant == "paper":  # the rows of the matrix, read as observations
+        return squared_distances(distances)
+    distances.diagonal(dim1=1, dim2=2).mul_(0)  # no pair; NaN stays NaN
+    if (lowest := float(distances.min())) < -ROUNDING:
+        raise UserError(
+            f"Two vectors have a dot product of {1 - lowest:.3g}; expected at most 1: "
+            "L2-normalised token vectors (leave normalize_embeddings=True)."
+        )
+    return distances.clamp_(min=0).square_()  # rounding makes 1 - cos of equal vectors -1e-7
+
+
+def _grow(
+    distances: torch.Tensor,
+    mask: torch.Tensor,
+    free: torch.Tensor,
+    factors: Sequence[int],
+    same: torch.Tensor,
+    kmeans: bool,
+) -> dict[int, torch.Tensor]:
+    """Labels from squared distances (documents, tokens, tokens), with or without Lloyd's steps.
+
+    From a GPU everything travels in one copy, and the labels back in one.
+    """
+    parts = [distances.flatten(1), mask.to(distances), free.to(distances), same[:, None]]
+    if distances.is_cuda:
+        widths = [part.shape[1] for part in parts]
+        parts = torch.cat(parts, dim=1).cpu().split(widths, dim=1)
+    square = parts[0].reshape(distances.shape).numpy()
+    mask, free = parts[1].numpy() > 0, parts[2].numpy() > 0
+    same = parts[3].flatten().double().numpy()
+    # a vector with NaN or infinity has no distance to itself
+    _refuse_infinite(np.diagonal(square, axis1=1, axis2=2)[mask])
+    counts = np.maximum(free.sum(axis=1, keepdims=True) // np.array(factors), 1)
+    threads = torch.get_num_threads()
+    labels = ward_labels(square, free, counts, same, ties=not kmeans, threads=threads)
+    if kmeans:
+        labels = lloyd(square, free, labels, same, threads)
+    found = torch.from_numpy(labels).to(distances.device)  # (documents, factors, tokens)
+    return {factor: found[:, cut] for cut, factor in enumerate(factors)}
+
+
+def _refuse_infinite(values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise UserError(
+            "The embeddings hold NaN or infinite values, which cannot be clustered; expected "
+            "L2-normalised token vectors. Check the model that made them (half precision?)."
+        )
+
+
+def _sklearn_kmeans(
+    vectors: torch.Tensor, mask: torch.Tensor, free: torch.Tensor, factors: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    """scikit-learn's k-means, one document and factor after another."""
     # float64 spares scikit-learn the chunked upcasts that it makes for float32: 1.4 times faster.
-    free = free.astype(np.float64)
-    counts = [max(len(free) // factor, 1) for factor in factors]
+    documents = vectors.double().cpu().numpy()
+    _refuse_infinite(documents.sum(axis=2))
+    rows = free.cpu().numpy()
+    labels = {factor: np.zeros(rows.shape, dtype=np.int64) for factor in factors}
     with (
         _threads().limit(limits=1),  # more threads make such small fits several times slower
         sklearn.config_context(assume_finite=True, skip_parameter_validation=True),
@@ -288,7 +502,12 @@ def _kmeans(free: np.ndarray, factors: Sequence[int], variant: str) -> list[np.n
     ):
         # Identical vectors make fewer clusters than asked for; that is right and needs no warning.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return [kmeans_settings(len(free), k).fit(free).labels_ for k in counts]
+        for i, row in enumerate(rows):
+            n = int(row.sum())
+            for factor in factors if n else ():
+                fitted = kmeans_settings(n, max(n // factor, 1)).fit(documents[i, row])
+                labels[factor][i, row] = by_first_occurrence(fitted.labels_)
+    return {f: torch.from_numpy(array).to(vectors.device) for f, array in labels.items()}
 
 
 def kmeans_settings(n: int, k: int) -> KMeans:
@@ -300,96 +519,9 @@ def kmeans_settings(n: int, k: int) -> KMeans:
     )
 
 
-def _hierarchical(free: np.ndarray, factors: Sequence[int], variant: str) -> list[np.ndarray]:
-    tree = ward_tree(free, variant)
-    return [
-        hierarchy.fcluster(tree, t=max(len(free) // factor, 1), criterion="maxclust")
-        for factor in factors
-    ]
-
-
-def ward_tree(vectors: np.ndarray, variant: PoolVariant = DEFAULT_VARIANT) -> np.ndarray:
-    """Ward's linkage of (n, dim) vectors, n ≥ 2, as SciPy's (n - 1, 4) linkage matrix.
-
-    Raises
-    ------
-    UserError
-        For vectors longer than 1 with variant ``pylate``, whose distances would be negative.
-    """
-    if variant == "euclidean":
-        return hierarchy.linkage(vectors, method="ward")
-    distances = 1 - vectors @ vectors.T  # (n, n)
-    if variant == "pylate":
-        distances = distances[np.triu_indices(len(vectors), k=1)]  # condensed: (n (n - 1) / 2,)
-        if distances.min() < -ROUNDING:
-            raise UserError(
-                f"Two vectors have a dot product of {1 - distances.min():.3g}; expected at most 1: "
-                "L2-normalised token vectors (leave normalize_embeddings=True)."
-            )
-        # Rounding makes 1 - cos of equal vectors -1e-7, which SciPy refuses as a distance.
-        return hierarchy.linkage(np.maximum(distances, 0), method="ward")
-    with warnings.catch_warnings():
-        # SciPy notices that the observations look like a distance matrix. They do: see `pool`.
-        warnings.simplefilter("ignore", hierarchy.ClusterWarning)
-        return hierarchy.linkage(distances, method="ward")
-
-
 @functools.cache
 def _threads() -> ThreadpoolController:
     return ThreadpoolController()
-
-
-def _by_first_occurrence(labels: np.ndarray) -> np.ndarray:
-    """Rename labels to 0, 1, 2, … in the order in which they first occur."""
-    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), dtype=np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[inverse]
-
-
-def _segment_labels(
-    flat: torch.Tensor,
-    lengths: Sequence[int],
-    factors: Sequence[int],
-    pool_method: str,
-    protected_tokens: int,
-    variant: str,
-) -> dict[int, list[np.ndarray]]:
-    """Labels of every document: pool factor → one (tokens,) array a document."""
-    vectors = flat.detach().float().cpu().numpy()
-    if pool_method in ("kmeans", "hierarchical") and not np.isfinite(vectors).all():
-        raise UserError(
-            "The embeddings hold NaN or infinite values, which cannot be clustered; expected "
-            "L2-normalised token vectors. Check the model that made them (half precision?)."
-        )
-    documents = np.split(vectors, np.cumsum(lengths)[:-1])
-    found = [
-        cluster_labels(document, factors, pool_method, protected_tokens, variant)
-        for document in documents
-    ]
-    return {factor: [labels[factor] for labels in found] for factor in factors}
-
-
-def _counts(labels: Sequence[np.ndarray]) -> list[int]:
-    """Vectors per document after pooling."""
-    return [int(document.max()) + 1 if len(document) else 0 for document in labels]
-
-
-def _means(flat: torch.Tensor, labels: Sequence[np.ndarray], renormalize: bool) -> torch.Tensor:
-    """Mean of each segment, over all documents at once: (total pooled vectors, dim)."""
-    counts = _counts(labels)
-    offsets = np.cumsum([0, *counts])
-    if offsets[-1] == len(flat) and not renormalize:
-        return flat  # every token is its own segment: unchanged to the bit
-    segments = np.concatenate([d + o for d, o in zip(labels, offsets[:-1], strict=True)])
-    index = torch.from_numpy(segments).to(flat.device)  # (total tokens,)
-    # Sums in float32 (or better): a half-precision sum of many vectors loses digits.
-    wide = flat if flat.dtype == torch.float64 else flat.float()
-    sums = wide.new_zeros(int(offsets[-1]), flat.shape[1]).index_add(0, index, wide)
-    means = sums / torch.bincount(index, minlength=int(offsets[-1]))[:, None]
-    if renormalize:
-        means = torch.nn.functional.normalize(means, dim=-1)
-    return means.to(flat.dtype)
 
 
 def _check_document(position: int, document: torch.Tensor) -> int:

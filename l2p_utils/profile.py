@@ -151,6 +151,7 @@ class Profile(_Settings):
     seed: int = Field(42, **SEED)
     threads: int = Field(1, ge=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    use_sklearn: bool = False  # k-means as the paper has it, in training and in evaluation
     model: ModelSettings
     mining: MiningSettings
     warm_up: WarmUp

@@ -47,7 +47,7 @@ POOL_FACTORS = (1, 2, 3, 4, 5, 6)
 VARIANTS = {
     "none": ("",),
     "span": ("",),
-    "kmeans": ("sklearn", "fast"),
+    "kmeans": ("fast", "sklearn"),
     "hierarchical": ("pylate", "paper", "euclidean"),
 }
 # The embedded collection that plays the part of each of the paper's data sets.

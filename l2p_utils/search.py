@@ -61,7 +61,7 @@ def maxsim_scores(
     queries, documents
         (vectors, dim) tensors, of any lengths.
     block_bytes
-        Memory for one block of similarities; documents are taken in blocks that fit.
+        Memory for one block of similarities; documents and queries are taken in blocks that fit.
 
     Returns
     -------
@@ -69,25 +69,58 @@ def maxsim_scores(
         (queries, documents), float32. −inf for a document without vectors, 0 for a query without.
     """
     scores = torch.full((len(queries), len(documents)), -torch.inf)
-    if not len(queries) or not len(documents):
-        return scores
-    tokens = torch.cat([query.float() for query in queries])  # (query tokens, dim)
-    owner = torch.repeat_interleave(torch.tensor([len(query) for query in queries]))
-    lengths = np.array([len(document) for document in documents])
-    # Neighbours in length share a block: little padding.
-    for block in _blocks(np.argsort(lengths, kind="stable"), lengths, len(tokens), block_bytes):
-        padded = torch.nn.utils.rnn.pad_sequence([documents[i].float() for i in block], True)
-        best = tokens @ padded.flatten(0, 1).T  # (tokens, documents · vectors)
-        best = best.unflatten(1, padded.shape[:2])  # (tokens, documents, vectors)
-        padding = torch.arange(padded.shape[1]) >= torch.from_numpy(lengths[block])[:, None]
-        if padding.any():
-            best.masked_fill_(padding, -torch.inf)
-        summed = torch.zeros(len(queries), len(block)).index_add_(0, owner, best.amax(dim=2))
-        scores[:, torch.from_numpy(block)] = summed
+    for block, found in _score_blocks(queries, documents, block_bytes):
+        scores[:, torch.from_numpy(block)] = found
     return scores
 
 
-def _blocks(order: np.ndarray, lengths: np.ndarray, tokens: int, block_bytes: int):
+def _score_blocks(
+    queries: Sequence[torch.Tensor], documents: Sequence[torch.Tensor], block_bytes: int
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Positions of b documents with vectors, and all queries' scores with them, (queries, b)."""
+    lengths = np.array([len(document) for document in documents], dtype=np.int64)
+    if not len(queries) or not lengths.any():
+        return
+    parts = _query_parts(queries, max(block_bytes // (4 * int(lengths.max())), 1))
+    tokens = max(len(part[0]) for part in parts)
+    # Neighbours in length share a block: little padding.
+    for block in _blocks(np.argsort(lengths, kind="stable"), lengths, tokens, block_bytes):
+        padded = torch.nn.utils.rnn.pad_sequence([documents[i].float() for i in block], True)
+        padding = torch.arange(padded.shape[1]) >= torch.from_numpy(lengths[block])[:, None]
+        # One of the document's own vectors, once more, changes no maximum.
+        padded = torch.where(padding[:, :, None], padded[:, :1], padded)
+        yield block, torch.cat([_maxsim(*part, padded) for part in parts])
+
+
+def _query_parts(
+    queries: Sequence[torch.Tensor], most_tokens: int
+) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Queries in groups of up to `most_tokens` tokens: (tokens, dim), each one's query, queries."""
+    ends = np.cumsum([len(query) for query in queries])
+    parts, start = [], 0
+    while start < len(queries):
+        before = ends[start - 1] if start else 0
+        end = max(int(np.searchsorted(ends, before + most_tokens, side="right")), start + 1)
+        group = [query.float() for query in queries[start:end]]
+        owner = torch.repeat_interleave(torch.tensor([len(query) for query in group]))
+        parts.append((torch.cat(group), owner, len(group)))
+        start = end
+    return parts
+
+
+def _maxsim(
+    tokens: torch.Tensor, owner: torch.Tensor, queries: int, documents: torch.Tensor
+) -> torch.Tensor:
+    """Scores (queries, documents) of query tokens with padded documents."""
+    # Tokens last: the product is faster so, and the maximum is one over whole rows.
+    similarities = documents.flatten(0, 1) @ tokens.T  # (documents · vectors, tokens)
+    best = similarities.unflatten(0, documents.shape[:2]).amax(dim=1)  # (documents, tokens)
+    return torch.zeros(queries, len(documents)).index_add_(0, owner, best.T)
+
+
+def _blocks(
+    order: np.ndarray, lengths: np.ndarray, tokens: int, block_bytes: int
+) -> Iterator[np.ndarray]:
     """Cut `order` (documents by length) so that a block's similarities fit into `block_bytes`."""
     order = order[lengths[order] > 0]
     start = 0
@@ -107,22 +140,57 @@ def exact_search(
     documents: Sequence[torch.Tensor],
     document_ids: Sequence[str],
     top_k: int = 20,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Ranking:
     """The `top_k` best documents of each query by exact MaxSim.
 
     Equal scores are ordered by document id, descending, as trec_eval does. Documents without
-    vectors are never found.
+    vectors are never found. Only the best so far are kept, so that the memory that is needed beside
+    the vectors does not grow with the number of documents.
     """
     start = time.perf_counter()
-    scores = maxsim_scores(queries, documents).numpy()
-    by_id = np.array(sorted(range(len(document_ids)), key=lambda i: document_ids[i], reverse=True))
-    found_ids, found_scores = [], []
-    for row in scores:
-        best = by_id[np.argsort(-row[by_id], kind="stable")[:top_k]] if len(by_id) else by_id
-        best = [i for i in best if row[i] > -np.inf]
-        found_ids.append([document_ids[i] for i in best])
-        found_scores.append([float(row[i]) for i in best])
-    return Ranking(found_ids, found_scores, time.perf_counter() - start)
+    # a document's place in the order of ids, descending: what ties are broken by
+    place = np.empty(len(document_ids), dtype=np.int64)
+    place[sorted(range(len(place)), key=lambda i: document_ids[i], reverse=True)] = np.arange(
+        len(place)
+    )
+    best = _Best(len(queries), top_k, place)
+    room = max(block_bytes // (4 * max(len(queries), 1)), top_k)
+    waiting: list[tuple[np.ndarray, torch.Tensor]] = []
+    for block in _score_blocks(queries, documents, block_bytes):
+        waiting.append(block)
+        if sum(len(positions) for positions, _ in waiting) >= room:
+            best.add(waiting)
+            waiting = []
+    best.add(waiting)
+    ids = [[document_ids[i] for i in row] for row in best.positions]
+    return Ranking(ids, best.scores.tolist(), time.perf_counter() - start)
+
+
+class _Best:
+    """The best documents of each query among those seen: (queries, up to top_k), best first."""
+
+    def __init__(self, queries: int, top_k: int, place: np.ndarray) -> None:
+        self.top_k, self.place = top_k, place
+        self.positions = np.empty((queries, 0), dtype=np.int64)
+        self.scores = np.empty((queries, 0), dtype=np.float32)
+
+    def add(self, blocks: list[tuple[np.ndarray, torch.Tensor]]) -> None:
+        """Take note of some documents' positions (b,) and scores (queries, b)."""
+        queries = len(self.positions)
+        new = [np.broadcast_to(positions, (queries, len(positions))) for positions, _ in blocks]
+        positions = np.concatenate([self.positions, *new], axis=1)
+        scores = np.concatenate([self.scores, *(scores.numpy() for _, scores in blocks)], axis=1)
+        if positions.shape[1] > 4 * self.top_k:
+            # ties at the last rank included, few documents are left to sort
+            least = -np.partition(-scores, self.top_k - 1, axis=1)[:, self.top_k - 1, None]
+            width = int((scores >= least).sum(axis=1).max())
+            chosen = np.argpartition(-scores, width - 1, axis=1)[:, :width]
+            positions = np.take_along_axis(positions, chosen, axis=1)
+            scores = np.take_along_axis(scores, chosen, axis=1)
+        order = np.lexsort((self.place[positions], -scores), axis=1)[:, : self.top_k]
+        self.positions = np.take_along_axis(positions, order, axis=1)
+        self.scores = np.take_along_axis(scores, order, axis=1)
 
 
 def plaid_search(

@@ -50,7 +50,13 @@ from l2p_utils.files import (
 )
 from l2p_utils.mining import load_mined, mined_folder, training_split, untrained_model
 from l2p_utils.model import PooledColBERT, load_model, quiet_loading
-from l2p_utils.pooling import PoolMethod, check_pool_factor, check_pooling, pool_padded
+from l2p_utils.pooling import (
+    PoolMethod,
+    check_pool_factor,
+    check_pooling,
+    pool_padded,
+    stored_variant,
+)
 from l2p_utils.profile import (
     BASELINE,
     Profile,
@@ -94,6 +100,8 @@ class PooledDistillation(losses.Distillation):
         Drawn from uniformly, once per batch.
     seed
         Of the draws, with `step`.
+    use_sklearn
+        See `l2p_utils.pooling.pool`.
 
     Attributes
     ----------
@@ -110,6 +118,7 @@ class PooledDistillation(losses.Distillation):
         pool_factors: Sequence[int] = (1,),
         seed: int = 42,
         protected_tokens: int = 1,
+        use_sklearn: bool = False,
     ) -> None:
         super().__init__(model)
         check_pooling(pool_method)
@@ -117,6 +126,7 @@ class PooledDistillation(losses.Distillation):
         self.pool_method = pool_method
         self.seed = seed
         self.protected_tokens = protected_tokens
+        self.use_sklearn = use_sklearn
         self.step = 0
         self.pooling_seconds = 0.0
 
@@ -160,7 +170,12 @@ class PooledDistillation(losses.Distillation):
         start = time.perf_counter()
         factor = sample_pool_factor(self.pool_factors, self.seed, self.step)
         documents, document_mask = pool_padded(
-            documents, document_mask, factor, self.pool_method, self.protected_tokens
+            documents,
+            document_mask,
+            factor,
+            self.pool_method,
+            self.protected_tokens,
+            use_sklearn=self.use_sklearn,
         )
         self.pooling_seconds += time.perf_counter() - start
         ways = (queries.shape[0], -1)
@@ -279,6 +294,7 @@ def fit(
     folder: Path,
     precision: str = "auto",
     progress: bool = True,
+    use_sklearn: bool = False,
 ) -> tuple[PooledColBERT, pd.DataFrame]:
     """Fine-tune a model; on a folder with checkpoints, go on from the last whole one.
 
@@ -296,7 +312,9 @@ def fit(
         `dev_ndcg@10`.
     """
     freeze(model, settings.frozen_layers)
-    loss = PooledDistillation(model, run.pool_method, run.pool_factors, seed)
+    loss = PooledDistillation(
+        model, run.pool_method, run.pool_factors, seed, use_sklearn=use_sklearn
+    )
     trainer = SentenceTransformerTrainer(
         model=model,
         args=_arguments(settings, len(rows), seed, folder, precision, progress, model),
@@ -409,6 +427,7 @@ def train(
     made_with = {
         "model": name,
         "run": run.model_dump(),
+        "pooling": stored_variant(pool_method, use_sklearn=profile.use_sklearn),
         "training": settings.model_dump(),
         "start": fingerprint(start),
         "rows": mined_fingerprint(mined),
@@ -444,7 +463,16 @@ def _fit_and_save(
     dev = subset(dev, settings.dev_queries, settings.dev_documents)
     start = time.perf_counter()
     best, log = fit(
-        model, rows, dev, run, settings, run.seed, checkpoints, profile.precision, progress
+        model,
+        rows,
+        dev,
+        run,
+        settings,
+        run.seed,
+        checkpoints,
+        profile.precision,
+        progress,
+        profile.use_sklearn,
     )
     provenance = {
         "settings": made_with,

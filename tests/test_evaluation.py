@@ -29,6 +29,7 @@ from l2p_utils.evaluation import (
     subset,
 )
 from l2p_utils.files import UserError
+from l2p_utils.pooling import pool
 from l2p_utils.profile import PROFILES, Profile
 from l2p_utils.results import read_per_query, read_rows
 from l2p_utils.search import Ranking
@@ -202,12 +203,21 @@ def test_every_setting_comes_once_and_the_unpooled_one_first():
     expected = [Setting("none", "", 1)]
     ways = [
         ("span", ""),
-        ("kmeans", "sklearn"),
+        ("kmeans", "fast"),
         ("hierarchical", "pylate"),
         ("hierarchical", "paper"),
     ]
     expected += [Setting(*way, factor) for way in ways for factor in (2, 3)]
     assert settings == expected
+
+
+def test_scikit_learns_kmeans_is_named_as_such_and_only_on_request():
+    encoded = random_encoded()
+    for use_sklearn, name in [(False, "fast"), (True, "sklearn")]:
+        found = dict(pooled_documents(encoded, ["kmeans"], [3], use_sklearn=use_sklearn))
+        pooled = pool(encoded.documents, 3, "kmeans", use_sklearn=use_sklearn)
+        for ours, expected in zip(found[Setting("kmeans", name, 3)], pooled, strict=True):
+            assert torch.equal(ours, expected)
 
 
 def test_documents_shrink_with_the_factor_and_stay_in_order():

@@ -151,7 +151,6 @@ def test_order_of_texts_is_kept_across_batches(embedded_model, texts):
         ({"pool_factor": 2.0}, "pool_factor is 2.0"),
         ({"pool_method": "means"}, "pool_method is 'means'"),
         ({"pool_variant": "ward"}, "pool variant is 'ward'"),
-        ({"pool_method": "kmeans", "use_sklearn": False}, "use_sklearn"),
         ({"protected_tokens": -1}, "protected_tokens is -1"),
     ],
 )

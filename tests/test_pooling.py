@@ -102,7 +102,7 @@ def test_kmeans_is_scikit_learns_with_the_papers_settings(tokens, factor):
         tol=1e-4,
         max_iter=iterations,
     ).fit(free)
-    labels = cluster_labels(free, [factor], "kmeans", protected_tokens=0)[factor]
+    labels = cluster_labels(free, [factor], "kmeans", protected_tokens=0, use_sklearn=True)[factor]
     assert groups(labels) == groups(judge.labels_)
 
 
@@ -120,7 +120,7 @@ def test_kmeans_is_as_good_on_float32_as_scikit_learn_on_either_precision():
     ours, single, double = 0.0, 0.0, 0.0
     for seed in range(10):
         free = unit_vectors(60, dim=16, seed=seed).numpy()
-        labels = cluster_labels(free, [4], "kmeans", protected_tokens=0)[4]
+        labels = cluster_labels(free, [4], "kmeans", 0, use_sklearn=True)[4]
         means = np.stack([free[labels == label].mean(0) for label in range(15)])
         ours += ((free - means[labels]) ** 2).sum()
         single += kmeans_settings(60, 15).fit(free).inertia_
@@ -402,7 +402,7 @@ def test_padding_and_masked_tokens_change_nothing(rows, way, factor, protected, 
     assert equal_lists([v[k] for v, k in zip(vectors, kept, strict=True)], expected)
     if factor > 1:  # factor 1 gives the input back
         assert (vectors[~kept] == 0).all()
-        assert kept.shape[1] == max(map(len, expected))
+        assert kept.shape[1] == pooled_count(mask.shape[1] + extra, factor, method, protected)
 
 
 def test_padded_integer_mask_is_understood():
@@ -457,12 +457,6 @@ def test_unknown_variant_is_refused_with_those_that_exist():
         pool(documents([5]), 2, "hierarchical", variant="ward")
 
 
-def test_an_engine_that_is_not_there_is_refused_not_replaced():
-    with pytest.raises(UserError, match="Leave use_sklearn=True"):
-        pool(documents([5]), 2, "kmeans", use_sklearn=False)
-    pool(documents([5]), 2, "span", use_sklearn=False)  # asks for no k-means at all
-
-
 @pytest.mark.parametrize("protected", [-1, 1.0, "one", None, True])
 def test_bad_protected_tokens_are_refused(protected):
     with pytest.raises(UserError, match="protected_tokens is"):
@@ -489,6 +483,7 @@ def test_what_is_no_document_is_refused_by_its_position(document):
 
 
 def test_stored_variant_names_what_result_rows_keep():
-    assert stored_variant("kmeans", "paper") == "sklearn"
+    assert stored_variant("kmeans", "paper", use_sklearn=True) == "sklearn"
+    assert stored_variant("kmeans", "paper") == "fast"
     assert stored_variant("hierarchical", "paper") == "paper"
     assert stored_variant("span") == stored_variant("none") == ""
