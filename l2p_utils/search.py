@@ -154,43 +154,53 @@ def exact_search(
     place[sorted(range(len(place)), key=lambda i: document_ids[i], reverse=True)] = np.arange(
         len(place)
     )
-    best = _Best(len(queries), top_k, place)
-    room = max(block_bytes // (4 * max(len(queries), 1)), top_k)
-    waiting: list[tuple[np.ndarray, torch.Tensor]] = []
-    for block in _score_blocks(queries, documents, block_bytes):
-        waiting.append(block)
-        if sum(len(positions) for positions, _ in waiting) >= room:
-            best.add(waiting)
-            waiting = []
-    best.add(waiting)
-    ids = [[document_ids[i] for i in row] for row in best.positions]
-    return Ranking(ids, best.scores.tolist(), time.perf_counter() - start)
+    best = _Best(len(queries), top_k, place, block_bytes)
+    for block, scores in _score_blocks(queries, documents, block_bytes):
+        best.add(block, scores)
+    best.sort()
+    ids = [[document_ids[i] for i in row] for row in best.positions[:, : best.filled]]
+    scores = best.scores[:, : best.filled].tolist()
+    return Ranking(ids, scores, time.perf_counter() - start)
 
 
 class _Best:
-    """The best documents of each query among those seen: (queries, up to top_k), best first."""
+    """The best documents of each query among those seen: the first `filled` columns of two arrays.
 
-    def __init__(self, queries: int, top_k: int, place: np.ndarray) -> None:
-        self.top_k, self.place = top_k, place
-        self.positions = np.empty((queries, 0), dtype=np.int64)
-        self.scores = np.empty((queries, 0), dtype=np.float32)
+    The arrays are there from the beginning: small pieces that stay, allocated between blocks that
+    go, would leave holes in memory that nothing fills.
+    """
 
-    def add(self, blocks: list[tuple[np.ndarray, torch.Tensor]]) -> None:
+    def __init__(self, queries: int, top_k: int, place: np.ndarray, block_bytes: int) -> None:
+        self.top_k, self.place, self.filled = top_k, place, 0
+        room = max(block_bytes // (16 * max(queries, 1)), 2 * top_k)
+        self.positions = np.empty((queries, top_k + min(room, len(place))), dtype=np.int64)
+        self.scores = np.empty(self.positions.shape, dtype=np.float32)
+
+    def add(self, positions: np.ndarray, scores: torch.Tensor) -> None:
         """Take note of some documents' positions (b,) and scores (queries, b)."""
-        queries = len(self.positions)
-        new = [np.broadcast_to(positions, (queries, len(positions))) for positions, _ in blocks]
-        positions = np.concatenate([self.positions, *new], axis=1)
-        scores = np.concatenate([self.scores, *(scores.numpy() for _, scores in blocks)], axis=1)
-        if positions.shape[1] > 4 * self.top_k:
+        while len(positions):
+            if self.filled == self.positions.shape[1]:
+                self.sort()
+            new = slice(self.filled, min(self.filled + len(positions), self.positions.shape[1]))
+            taken = new.stop - new.start
+            self.positions[:, new] = positions[:taken]
+            self.scores[:, new] = scores[:, :taken].numpy()
+            positions, scores, self.filled = positions[taken:], scores[:, taken:], new.stop
+
+    def sort(self) -> None:
+        """Keep the `top_k` best, in order."""
+        positions, scores = self.positions[:, : self.filled], self.scores[:, : self.filled]
+        if self.filled > 4 * self.top_k:
             # ties at the last rank included, few documents are left to sort
             least = -np.partition(-scores, self.top_k - 1, axis=1)[:, self.top_k - 1, None]
-            width = int((scores >= least).sum(axis=1).max())
+            width = int((scores >= least).sum(axis=1).max(initial=1))
             chosen = np.argpartition(-scores, width - 1, axis=1)[:, :width]
             positions = np.take_along_axis(positions, chosen, axis=1)
             scores = np.take_along_axis(scores, chosen, axis=1)
         order = np.lexsort((self.place[positions], -scores), axis=1)[:, : self.top_k]
-        self.positions = np.take_along_axis(positions, order, axis=1)
-        self.scores = np.take_along_axis(scores, order, axis=1)
+        self.filled = order.shape[1]
+        self.positions[:, : self.filled] = np.take_along_axis(positions, order, axis=1)
+        self.scores[:, : self.filled] = np.take_along_axis(scores, order, axis=1)
 
 
 def plaid_search(

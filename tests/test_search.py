@@ -1,5 +1,7 @@
 """MaxSim search, judged by hand, by float64 arithmetic and by PyLate's own scoring."""
 
+import subprocess
+import sys
 import tempfile
 
 import numpy as np
@@ -277,3 +279,46 @@ def test_plaid_takes_fewer_documents_than_top_k_and_queries_of_different_lengths
 def test_plaid_of_an_empty_corpus_or_no_query_finds_nothing(corpus):
     assert plaid_search([corpus[0]] * 2, [corpus[0][:0]], ["a"]).documents == [[], []]
     assert plaid_search([], corpus, ids(corpus)).documents == []
+
+
+PEAK = """
+import resource, sys, torch
+from l2p_utils.search import exact_search
+torch.set_num_threads(1)
+torch.manual_seed(0)
+documents = [torch.nn.functional.normalize(torch.randn(40, 64), dim=1) for _ in range(100)]
+queries = [document[:10] for document in documents]
+def search(times):  # the same vectors again and again: what the caller holds does not grow
+    ids = [str(i) for i in range(100 * times)]
+    return exact_search(queries, documents * times, ids)
+search(1)
+for times in (1, 4, 16, 64):
+    search(times)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_of_a_search_stays_flat_as_the_corpus_grows():
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    once, *more = (int(kibibytes) for kibibytes in done.stdout.split())
+    # a block of similarities takes 8 MiB; all scores of the last search would take 2.5 MiB a copy,
+    # all its similarities 1 GiB
+    assert max(more) - once < 16 * 1024
+
+
+def test_queries_are_searched_in_parts_that_fit_too():
+    queries, documents = ragged(7, 3), ragged(9, 4)
+    whole = exact_search(queries, documents, ids(documents), top_k=5)
+    small = exact_search(queries, documents, ids(documents), top_k=5, block_bytes=64)
+    assert small.documents == whole.documents
+    np.testing.assert_allclose(small.scores, whole.scores, atol=1e-5)
+
+
+def test_the_best_of_many_blocks_is_the_best_of_one_with_ties_across_blocks():
+    query = unit_vectors(3)
+    documents = [query * (1 + i % 4) for i in range(200)]  # 50 documents of each score
+    names = [f"{i:03d}" for i in np.random.default_rng(0).permutation(200)]
+    found = exact_search([query], documents, names, top_k=60, block_bytes=2_000).documents[0]
+    best = sorted((n for i, n in enumerate(names) if i % 4 == 3), reverse=True)
+    next_best = sorted((n for i, n in enumerate(names) if i % 4 == 2), reverse=True)
+    assert found == (best + next_best)[:60]
