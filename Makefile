@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) --config profile=$(PROFILE) \
 	--keep-going --rerun-incomplete --nolock --scheduler greedy --quiet all
 
-.PHONY: help run plan test lab figures notebooks clean setup
+.PHONY: help run plan test lab figures notebooks bench clean setup
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -39,6 +39,9 @@ figures: setup  ## redraw figures/ from data/
 
 notebooks: setup  ## execute the committed notebooks again from data/
 	@$(PY) -m l2p_utils.committed
+
+bench: setup  ## measure pooling, search and training steps beside the libraries that people use
+	@$(PY) -m l2p_utils.bench
 
 clean:  ## remove runs/ (and say how much it was); .venv stays
 	@if [ -d runs ]; then du -sh runs | sed 's/\t.*/ in runs\/ removed/'; rm -rf runs; \

@@ -185,11 +185,10 @@ def _nearest_neighbour_chain(distances, same):  # pragma: no cover (compiled)
         for i in range(n):  # Lance and Williams' formula: the new cluster is in slot y
             ni = size[i]
             if ni > 0 and i != y:
-                distance = (
-                    (ni + nx) * distances[i, x] + (ni + ny) * distances[i, y] - ni * nearest
+                distances[y, i] = (
+                    (ni + nx) * distances[x, i] + (ni + ny) * distances[y, i] - ni * nearest
                 ) / (ni + nx + ny)
-                distances[i, y] = distance
-                distances[y, i] = distance
+                distances[i, y] = distances[y, i]
     return first, second, heights
 
 

@@ -303,10 +303,11 @@ class Sheet(Figure):
     """A figure outside pyplot's state: shows itself in a notebook, and the same every time."""
 
     def _repr_png_(self) -> bytes:
-        return _rendered(self, "png", dpi=110)
+        return render(self, "png", dpi=110)
 
 
-def _rendered(figure: Figure, kind: str, dpi: int = DPI) -> bytes:
+def render(figure: Figure, kind: str, dpi: int = DPI) -> bytes:
+    """A figure as the bytes of a PNG or SVG file, the same every time."""
     buffer = BytesIO()
     metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     with matplotlib.rc_context(STYLE):
@@ -640,7 +641,7 @@ def save(source: Source, exhibit: str, folder: str | Path) -> list[Path]:
     output = Path(folder)
     if exhibit not in TABLES:
         figure = draw(source, exhibit)
-        return [_write(output / f"{exhibit}.{kind}", _rendered(figure, kind)) for kind in KINDS]
+        return [_write(output / f"{exhibit}.{kind}", render(figure, kind)) for kind in KINDS]
     values = table_values(source, exhibit).to_csv(index=False, lineterminator="\n")
     return [
         _write(output / f"{exhibit}.csv", values.encode()),

@@ -392,22 +392,21 @@ def _cluster(
     """Labels of the tokens in `free`, from 0 for every document."""
     wide = _wide(embeddings).masked_fill(~mask[:, :, None], 0)
     if pool_method == "kmeans" and use_sklearn:
-        return _sklearn_kmeans(wide, mask, free, factors)
+        return _sklearn_kmeans(wide, free, factors)
     if pool_method == "kmeans":
-        return _fast_kmeans(wide, mask, free, factors)
-    return _hierarchical(wide, mask, free, factors, variant)
+        return _fast_kmeans(wide, free, factors)
+    return _hierarchical(wide, free, factors, variant)
 
 
 def _fast_kmeans(
-    vectors: torch.Tensor, mask: torch.Tensor, free: torch.Tensor, factors: Sequence[int]
+    vectors: torch.Tensor, free: torch.Tensor, factors: Sequence[int]
 ) -> dict[int, torch.Tensor]:
     """Lloyd's steps from Ward's cut of the vectors; trees once for all factors."""
-    return _grow(squared_distances(vectors), mask, free, factors, _same(vectors), kmeans=True)
+    return _grow(vectors, squared_distances(vectors), free, factors, _same(vectors), kmeans=True)
 
 
 def _hierarchical(
     vectors: torch.Tensor,
-    mask: torch.Tensor,
     free: torch.Tensor,
     factors: Sequence[int],
     variant: str,
@@ -417,7 +416,7 @@ def _hierarchical(
     distances = _dissimilarities(vectors, free, variant)
     # 1 - cos is half the squared distance of unit vectors, and is squared once more
     same = _same(vectors) if variant == "euclidean" else _same(vectors).square() / 4
-    return _grow(distances, mask, free, factors, same, kmeans=False)
+    return _grow(vectors, distances, free, factors, same, kmeans=False)
 
 
 def _same(vectors: torch.Tensor) -> torch.Tensor:
@@ -439,8 +438,8 @@ def _dissimilarities(vectors: torch.Tensor, free: torch.Tensor, variant: str) ->
     distances = (1 - torch.bmm(vectors, vectors.transpose(1, 2))).masked_fill_(~both, 0)
     if variant == "paper":  # the rows of the matrix, read as observations
         return squared_distances(distances)
-    distances.diagonal(dim1=1, dim2=2).mul_(0)  # no pair; NaN stays NaN
-    if (lowest := float(distances.min())) < -ROUNDING:
+    distances.diagonal(dim1=1, dim2=2).zero_()  # no pair
+    if -math.inf < (lowest := float(distances.min())) < -ROUNDING:
         raise UserError(
             f"Two vectors have a dot product of {1 - lowest:.3g}; expected at most 1: "
             "L2-normalised token vectors (leave normalize_embeddings=True)."
@@ -449,8 +448,8 @@ def _dissimilarities(vectors: torch.Tensor, free: torch.Tensor, variant: str) ->
 
 
 def _grow(
+    vectors: torch.Tensor,
     distances: torch.Tensor,
-    mask: torch.Tensor,
     free: torch.Tensor,
     factors: Sequence[int],
     same: torch.Tensor,
@@ -460,15 +459,15 @@ def _grow(
 
     From a GPU everything travels in one copy, and the labels back in one.
     """
-    parts = [distances.flatten(1), mask.to(distances), free.to(distances), same[:, None]]
+    # of a vector with NaN or infinity, the sum is not finite either
+    parts = [distances.flatten(1), vectors.sum(dim=2), free.to(distances), same[:, None]]
     if distances.is_cuda:
         widths = [part.shape[1] for part in parts]
         parts = torch.cat(parts, dim=1).cpu().split(widths, dim=1)
     square = parts[0].reshape(distances.shape).numpy()
-    mask, free = parts[1].numpy() > 0, parts[2].numpy() > 0
+    free = parts[2].numpy() > 0
     same = parts[3].flatten().double().numpy()
-    # a vector with NaN or infinity has no distance to itself
-    _refuse_infinite(np.diagonal(square, axis1=1, axis2=2)[mask])
+    _refuse_infinite(parts[1].numpy())
     counts = np.maximum(free.sum(axis=1, keepdims=True) // np.array(factors), 1)
     threads = torch.get_num_threads()
     labels = ward_labels(square, free, counts, same, ties=not kmeans, threads=threads)
@@ -487,7 +486,7 @@ def _refuse_infinite(values: np.ndarray) -> None:
 
 
 def _sklearn_kmeans(
-    vectors: torch.Tensor, mask: torch.Tensor, free: torch.Tensor, factors: Sequence[int]
+    vectors: torch.Tensor, free: torch.Tensor, factors: Sequence[int]
 ) -> dict[int, torch.Tensor]:
     """scikit-learn's k-means, one document and factor after another."""
     # float64 spares scikit-learn the chunked upcasts that it makes for float32: 1.4 times faster.

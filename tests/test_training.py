@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 from pylate import losses
 
+from l2p_utils import pooling, training
 from l2p_utils import profile as profiles
-from l2p_utils import training
 from l2p_utils.collection import Collection
 from l2p_utils.files import UserError
 from l2p_utils.model import load_model
@@ -370,3 +370,39 @@ def test_the_stage_from_mining_to_a_model_that_is_reused(folder_profile, monkeyp
     assert training.train(profile, str(folder), "span", [1, 2], progress=False) == made
     with pytest.raises(AssertionError, match="trained again"):
         training.train(profile, str(folder), "span", [1, 2], seed=43, progress=False)
+
+
+def test_a_model_of_the_other_kmeans_is_not_reused(folder_profile, monkeypatch):
+    profile, folder = folder_profile
+    from l2p_utils import mining
+
+    monkeypatch.setattr(
+        mining, "untrained_model", lambda _: load_model(profile.folder / "models/baseline")
+    )
+    mining.mine(profile, str(folder), progress=False)
+    asked = []
+
+    class Asked(Exception):
+        pass
+
+    def note(model, rows, dev, run, settings, seed, folder, precision, progress, use_sklearn):
+        asked.append((run.pool_method, use_sklearn))
+        raise Asked
+
+    monkeypatch.setattr(training, "fit", note)
+    monkeypatch.setattr(
+        training, "settings_match", lambda _, settings: asked.append(settings["pooling"])
+    )
+    for use_sklearn in (False, True):
+        chosen = profile.model_copy(update={"use_sklearn": use_sklearn})
+        with pytest.raises(Asked):
+            training.train(chosen, str(folder), "kmeans", [1, 2], progress=False)
+    once = ["fast", "fast", ("kmeans", False)]  # the model's settings, its checkpoints', the fit
+    assert asked == [*once, "sklearn", "sklearn", ("kmeans", True)]
+
+
+@pytest.mark.parametrize("use_sklearn", [False, True])
+def test_the_loss_pools_with_the_kmeans_that_it_was_given(model, batch, monkeypatch, use_sklearn):
+    refused = "_sklearn_kmeans" if not use_sklearn else "_fast_kmeans"
+    monkeypatch.setattr(pooling, refused, None)
+    PooledDistillation(model, "kmeans", [3], use_sklearn=use_sklearn)(*batch).backward()
