@@ -94,7 +94,7 @@ def lloyd(
     Returns
     -------
     numpy.ndarray
-        (sets, cuts, n) int64, in order of first occurrence; −1 outside the mask.
+        (sets, cuts, n) int64, in order of first occurrence; outside the mask as given.
     """
     labels = labels.copy()
     arrays = (distances, mask, labels, same)
@@ -271,7 +271,6 @@ def _refine(distances, labels, same, steps):  # pragma: no cover (compiled)
                     size[nearest[farthest]] -= 1
                     size[k] = 1
                     nearest[farthest] = k
-                    least[farthest] = 0
         changed = False
         for j in range(n):
             if nearest[j] != labels[j]:

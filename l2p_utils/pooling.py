@@ -468,6 +468,7 @@ def _grow(
     free = parts[2].numpy() > 0
     same = parts[3].flatten().double().numpy()
     _refuse_infinite(parts[1].numpy())
+    _refuse_infinite(square)  # vectors so long that their distances are not finite
     counts = np.maximum(free.sum(axis=1, keepdims=True) // np.array(factors), 1)
     threads = torch.get_num_threads()
     labels = ward_labels(square, free, counts, same, ties=not kmeans, threads=threads)

@@ -15,7 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2p_utils import pooling
-from l2p_utils.clustering import by_first_occurrence, lloyd, squared_distances, ward_labels
+from l2p_utils.clustering import (
+    LLOYD_STEPS,
+    by_first_occurrence,
+    lloyd,
+    squared_distances,
+    ward_labels,
+)
 from l2p_utils.docstrings import load_docstrings
 from l2p_utils.files import UserError
 from l2p_utils.model import load_model
@@ -244,6 +250,14 @@ def test_an_emptied_cluster_takes_the_farthest_vector():
     assert (improved(EMPTIED, EMPTIED_START) == after_one).all()
 
 
+def test_an_emptied_cluster_takes_no_vector_that_is_alone():
+    # 4.5 leaves 20, the farthest from its centre, alone: so it is 4.5 that is taken, not 20
+    vectors = np.concatenate([np.array([20, 4.5])[None, :, None], EMPTIED], axis=1)
+    start = np.concatenate([[[0, 0]], EMPTIED_START + 1], axis=1)
+    assert improved(vectors, start, steps=1).tolist() == [[0, 1, 2, 2, 2, 3, 3, 3]]
+    assert improved(vectors, start).tolist() == [[0, 1, 2, 2, 2, 3, 3, 1]]
+
+
 def test_an_emptied_cluster_stays_empty_where_all_is_rounding():
     assert improved(EMPTIED, EMPTIED_START, same=1.0).tolist() == [[0, 0, 0, 1, 1, 1]]
 
@@ -384,6 +398,16 @@ def test_clusters_of_directions_are_as_tight_as_scikit_learns():
     assert_as_tight_as_scikit_learn(documents)
 
 
+def test_kmeans_is_lloyds_steps_from_wards_cut_and_tighter_than_the_cut():
+    vectors = points(10, 60, 8)
+    cut = ward(vectors, np.ones((10, 60), bool), [15])[:, 0]
+    ends = improved(vectors, cut, steps=LLOYD_STEPS)
+    found = [cluster_labels(document, [4], "kmeans", 0)[4] for document in vectors]
+    assert (np.stack(found) == ends).all()
+    before, after = (sum(map(inertia, vectors, labels)) for labels in (cut, ends))
+    assert after < before
+
+
 def test_clusters_of_an_encoders_tokens_are_as_tight_as_scikit_learns(
     model_folder, tmp_path_factory
 ):
@@ -458,6 +482,14 @@ def test_means_of_half_precision_are_rounded_only_once(dtype):
     assert means.dtype == dtype
     tolerance = max(torch.finfo(dtype).eps, 1e-5)
     torch.testing.assert_close(means.double(), judge, atol=0, rtol=tolerance)
+
+
+@pytest.mark.parametrize("method", ["kmeans", "hierarchical"])
+def test_vectors_whose_distances_are_not_finite_are_refused(method):
+    vectors = np.zeros((40, 2), np.float32)
+    vectors[:, 0] = np.where(np.arange(40) % 2, 1e20, -1e20)
+    with pytest.raises(UserError):
+        cluster_labels(vectors if method == "kmeans" else vectors * 1e60, [2], method, 0)
 
 
 # --- autocast -------------------------------------------------------------------------------

@@ -15,6 +15,11 @@ def test_the_claims_table_is_the_reference_runs():
     assert between.group(1).strip() == (ROOT / "figures/offline/claims.md").read_text().strip()
 
 
+def test_the_bench_table_is_the_stored_one():
+    between = re.search(r"<!-- bench: begin .*?-->\n(.*?)<!-- bench: end -->", README, re.S)
+    assert between.group(1).strip() == (ROOT / "figures/bench/table.md").read_text("utf-8").strip()
+
+
 def test_the_numbers_of_the_outcome_are_the_rows():
     from l2p_utils import results
 
