@@ -486,10 +486,10 @@ def test_means_of_half_precision_are_rounded_only_once(dtype):
 
 @pytest.mark.parametrize("method", ["kmeans", "hierarchical"])
 def test_vectors_whose_distances_are_not_finite_are_refused(method):
-    vectors = np.zeros((40, 2), np.float32)
-    vectors[:, 0] = np.where(np.arange(40) % 2, 1e20, -1e20)
+    vectors = np.zeros((40, 2))
+    vectors[:, 0] = np.where(np.arange(40) % 2, 1e200, -1e200)
     with pytest.raises(UserError):
-        cluster_labels(vectors if method == "kmeans" else vectors * 1e60, [2], method, 0)
+        cluster_labels(vectors, [2], method, 0)
 
 
 # --- autocast -------------------------------------------------------------------------------
