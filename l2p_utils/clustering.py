@@ -118,8 +118,9 @@ def _ward_labels(distances, mask, counts, same, labels, ties):  # pragma: no cov
         members = np.flatnonzero(mask[i])
         n = len(members)
         labels[i] = -1
-        # a copy: growing the tree uses it up
-        first, second, heights = _nearest_neighbour_chain(_among(distances[i], members), same[i])
+        # a copy: growing the tree uses it up; float64, for merges round again and again
+        among = _among(distances[i], members, np.float64)
+        first, second, heights = _nearest_neighbour_chain(among, same[i])
         order = np.argsort(heights, kind="mergesort")  # stable: children stay before parents
         for cut in range(counts.shape[1]):
             merges = max(n - counts[i, cut], 0)
@@ -132,9 +133,9 @@ def _ward_labels(distances, mask, counts, same, labels, ties):  # pragma: no cov
 
 
 @numba.njit(nogil=True, cache=True)
-def _among(distances, members):  # pragma: no cover (compiled)
+def _among(distances, members, dtype):  # pragma: no cover (compiled)
     n = len(members)
-    among = np.empty((n, n), distances.dtype)
+    among = np.empty((n, n), dtype)
     for i in range(n):
         for j in range(n):
             among[i, j] = distances[members[i], members[j]]
@@ -153,6 +154,7 @@ def _nearest_neighbour_chain(distances, same):  # pragma: no cover (compiled)
         for j in range(n):
             if distances[i, j] <= same:
                 distances[i, j] = 0
+        distances[i, i] = np.inf  # nothing is its own neighbour
     chain = np.empty(n, np.int64)
     length = 0
     for merge in range(n - 1):
@@ -163,17 +165,13 @@ def _nearest_neighbour_chain(distances, same):  # pragma: no cover (compiled)
             length = 1
         while True:  # until the two last in the chain are each other's nearest
             x = chain[length - 1]
-            y = -1
-            nearest = np.inf
-            if length > 1:
+            nearest = _least(distances[x])
+            if length > 1 and distances[x, chain[length - 2]] == nearest:
                 y = chain[length - 2]
-                nearest = distances[x, y]
-            for i in range(n):
-                if size[i] > 0 and i != x and distances[x, i] < nearest:
-                    nearest = distances[x, i]
-                    y = i
-            if length > 1 and y == chain[length - 2]:
                 break
+            y = 0
+            while distances[x, y] != nearest:
+                y += 1
             chain[length] = y
             length += 1
         length -= 2
@@ -189,7 +187,18 @@ def _nearest_neighbour_chain(distances, same):  # pragma: no cover (compiled)
                     (ni + nx) * distances[x, i] + (ni + ny) * distances[y, i] - ni * nearest
                 ) / (ni + nx + ny)
                 distances[i, y] = distances[y, i]
+                distances[i, x] = np.inf  # slot x is empty
+        distances[y, x] = np.inf
     return first, second, heights
+
+
+# Without NaN the smallest of several can be found in any order, so several at a time.
+@numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
+def _least(values):  # pragma: no cover (compiled)
+    least = values[0]
+    for value in values:
+        least = min(least, value)
+    return least
 
 
 @numba.njit(nogil=True, cache=True)
@@ -221,7 +230,7 @@ def _lloyd(distances, mask, labels, same, steps):  # pragma: no cover (compiled)
     for i in range(len(mask)):
         members = np.flatnonzero(mask[i])
         if len(members) > 1:
-            among = _among(distances[i], members)
+            among = _among(distances[i], members, distances.dtype)
             for cut in range(labels.shape[1]):
                 moved = labels[i, cut][members]
                 _refine(among, moved, same[i], steps)

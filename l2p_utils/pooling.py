@@ -412,7 +412,8 @@ def _hierarchical(
     variant: str,
 ) -> dict[int, torch.Tensor]:
     """Ward's tree, cut into at most n // factor clusters, in float64 as SciPy grows it."""
-    vectors = vectors.double()
+    if variant != "pylate":  # PyLate's products are float32; SciPy's own distances are not
+        vectors = vectors.double()
     distances = _dissimilarities(vectors, free, variant)
     # 1 - cos is half the squared distance of unit vectors, and is squared once more
     same = _same(vectors) if variant == "euclidean" else _same(vectors).square() / 4
