@@ -27,7 +27,7 @@ DONE = f"{FOLDER}/notebooks"  # executed notebooks
 
 MINED = {slug(name): name for name in PROFILE.training_collections}
 RUNS = {PROFILE.run_name(run): run for run in PROFILE.runs}
-WARM_UP = slug(PROFILE.warm_up.collection)
+WARM_UP = slug(PROFILE.warm_up.collection) if PROFILE.warm_up else ""
 READING = [
     "04_inference_pooling", "05_pooling_aware", "06_cross_dataset", "07_beir_validation", "08_claims"
 ]

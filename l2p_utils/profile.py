@@ -8,10 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from l2p_utils.files import UserError
 
@@ -19,6 +27,7 @@ PROFILES = Path(__file__).parent / "profiles"
 ROOT = Path(__file__).parent.parent
 BASELINE = "baseline"
 EMBEDDED = "docs:"
+HUB = ("nano:", "beir:")
 Method = Literal["none", "span", "kmeans", "hierarchical"]
 PooledMethod = Literal["span", "kmeans", "hierarchical"]
 SEED = {"ge": 0, "le": 2**32 - 1}  # what NumPy takes
@@ -31,13 +40,43 @@ class _Settings(BaseModel):
     )
 
 
-class ModelSettings(_Settings):
-    """The encoder that all runs start from; lengths in word pieces, prefix token included."""
+def _source(value: str) -> str:
+    if value != "embedded" and "/" not in value:
+        raise ValueError("expected `embedded`, a hub id (owner/name) or a folder's path")
+    return value
 
-    base: Literal["embedded"] = "embedded"
-    query_length: int = Field(32, ge=4, le=512)
-    document_length: int = Field(128, ge=8, le=512)
+
+Source = Annotated[str, AfterValidator(_source)]
+
+
+class ModelSettings(_Settings):
+    """The encoder that all runs start from; lengths in word pieces, prefix token included.
+
+    `base` is `embedded`, a hub id or a folder. `query_lengths` holds what differs from
+    `query_length`, by collection; `other_document_lengths` are measured of the baseline as well.
+    A base whose output dimension or prefixes are not `dim`, `query_prefix`, `document_prefix` is
+    refused.
+    """
+
+    base: Source = "embedded"
+    revision: str | None = None
+    query_length: int = Field(32, ge=4, le=8192)
+    document_length: int = Field(128, ge=8, le=8192)
+    query_lengths: dict[str, Annotated[int, Field(ge=4, le=8192)]] = {}
+    other_document_lengths: list[Annotated[int, Field(ge=8, le=8192)]] = []
+    dim: int | None = Field(None, ge=1)
+    query_prefix: str | None = None
+    document_prefix: str | None = None
     projection_texts: int = Field(400, ge=10)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the base is the embedded encoder, which needs a warm-up."""
+        return self.base == "embedded"
+
+    def query_length_on(self, collection: str) -> int:
+        """Length of the queries of `collection`."""
+        return self.query_lengths.get(collection, self.query_length)
 
 
 class MiningSettings(_Settings):
@@ -68,6 +107,34 @@ class MiningSettings(_Settings):
                 f"hard + medium + random is {self.n_ways - 1}; expected at least 1 negative and at "
                 f"most the {candidates} candidates (hard_candidates + random_candidates)"
             )
+        return self
+
+
+class Scoring(_Settings):
+    """Who proposes candidates and who scores them: `embedded`, or hub ids (or folders).
+
+    The teacher scores `checkpoint_queries` queries at a time: so much a kill can cost. `shards` is
+    the number of jobs that the scoring of a collection is spread over.
+    """
+
+    miner: Source = "embedded"
+    miner_revision: str | None = None
+    teacher: Source = "embedded"
+    teacher_revision: str | None = None
+    max_length: int = Field(1024, ge=16)
+    batch_size: int = Field(32, ge=1)
+    checkpoint_queries: int = Field(16, ge=1)
+    shards: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Scoring:
+        if (self.miner == "embedded") != (self.teacher == "embedded"):
+            raise ValueError(
+                f"miner {self.miner!r} with teacher {self.teacher!r}: expected both embedded, or "
+                "neither"
+            )
+        if self.teacher == "embedded" and self.shards > 1:
+            raise ValueError("shards: the embedded teacher scores in one go; expected 1")
         return self
 
 
@@ -117,6 +184,7 @@ class EvaluationSettings(_Settings):
     pool_methods: list[PooledMethod] = ["span", "kmeans", "hierarchical"]
     pool_factors: list[int] = [1, 2, 3, 4, 5, 6]
     baseline_variants: list[Literal["pylate", "paper", "euclidean"]] = ["pylate"]
+    precision: Literal["auto", "float32", "bfloat16", "float16"] | None = None  # None: profile's
     max_queries: int | None = Field(None, ge=1)
     max_documents: int | None = Field(None, ge=1)
 
@@ -153,18 +221,38 @@ class Profile(_Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     use_sklearn: bool = False  # k-means as the paper has it, in training and in evaluation
     model: ModelSettings
+    training_data: Literal["mined", "released"] = "mined"
+    released_rows: dict[str, str] = {}  # collection: hub data set with its published rows
     mining: MiningSettings
-    warm_up: WarmUp
+    scoring: Scoring = Scoring()
+    warm_up: WarmUp | None = None  # of the embedded model
     training: TrainingSettings
+    processes: int = Field(1, ge=1)  # of one training, data-parallel; batch_size is of them all
+    dev_collections: dict[str, str] = {}  # collection: the one whose test split picks the epoch
     runs: list[Run]
+    released_models: list[Source] = []  # hub ids of trained models, measured as they are
     evaluation: EvaluationSettings
     plaid: list[PlaidJob] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> Profile:
-        names = self.model_names
+        names = self.evaluated_names
         if len(set(names)) < len(names):
             raise ValueError(f"runs: the same model twice among {names}")
+        if self.model.embedded != (self.warm_up is not None):
+            raise ValueError(
+                "warm_up: the embedded model needs one (`warm_up: {}`)"
+                if self.model.embedded
+                else f"warm_up: only the embedded model has one; model.base is {self.model.base!r}"
+            )
+        if self.training.batch_size % self.processes:
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} cannot be shared evenly by "
+                f"{self.processes} processes"
+            )
+        unreleased = sorted(set(self.training_collections) - set(self.released_rows))
+        if self.training_data == "released" and unreleased:
+            raise ValueError(f"training_data: no released_rows of {', '.join(unreleased)}")
         for job in self.plaid:
             if job.model not in names:
                 raise ValueError(f"plaid: model {job.model!r} is none of {names}")
@@ -175,7 +263,7 @@ class Profile(_Settings):
         except ValueError as error:
             raise ValueError(f"plaid: {error}") from error
         for run in self.runs:
-            if run.collection == self.warm_up.collection:
+            if self.warm_up and run.collection == self.warm_up.collection:
                 raise ValueError(f"runs: {run.collection!r} is kept for the warm-up")
         return self
 
@@ -187,9 +275,38 @@ class Profile(_Settings):
     @property
     def training_collections(self) -> list[str]:
         """Collections to mine: the warm-up's first, then those of the runs, each once."""
-        return list(
-            dict.fromkeys([self.warm_up.collection, *(run.collection for run in self.runs)])
-        )
+        first = [self.warm_up.collection] if self.warm_up else []
+        return list(dict.fromkeys([*first, *(run.collection for run in self.runs)]))
+
+    @property
+    def prepared_names(self) -> list[str]:
+        """Models that are fetched, not trained: by name, the baseline first.
+
+        A base that is not embedded is the baseline as it is, once more at each other length.
+        """
+        base = [] if self.model.embedded else [BASELINE]
+        lengths = [length_name(length) for length in self.model.other_document_lengths]
+        return [*base, *lengths, *(released_name(name) for name in self.released_models)]
+
+    @property
+    def evaluated_names(self) -> list[str]:
+        """Every model that is measured: the baseline, the trained ones, the other prepared ones."""
+        names = self.model_names
+        return [*names, *(name for name in self.prepared_names if name not in names[:1])]
+
+    @property
+    def hub_collections(self) -> list[str]:
+        """Collections of this profile that come from the hub."""
+        plaid = [name for job in self.plaid for name in job.collections]
+        dev = [self.dev_collections.get(name) for name in self.training_collections]
+        names = [*self.training_collections, *dev, *self.evaluation.collections, *plaid]
+        return list(dict.fromkeys(name for name in names if name and name.startswith(HUB)))
+
+    @property
+    def needs_hub(self) -> bool:
+        """Whether anything has to be fetched before the first job."""
+        models = [self.model.base, self.scoring.teacher, self.scoring.miner]
+        return bool(self.hub_collections or self.prepared_names) or models != ["embedded"] * 3
 
     @property
     def folder(self) -> Path:
@@ -233,12 +350,22 @@ def slug(collection: str) -> str:
         When nothing is left of the name.
     """
     name = collection
-    if not name.startswith(EMBEDDED):
+    if not name.startswith((EMBEDDED, *HUB)):
         name = Path(name).expanduser().resolve().name
     name = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
     if not name:
         raise UserError(f"{collection!r} names no collection; expected docs:scipy or a folder.")
     return name
+
+
+def length_name(document_length: int) -> str:
+    """The name of the baseline with its documents cut at another length."""
+    return f"{BASELINE}-d{document_length}"
+
+
+def released_name(repository: str) -> str:
+    """A released model's name in the rows: `owner/Some-Model` → `released-some-model`."""
+    return f"released-{slug(repository.rstrip('/').rsplit('/', 1)[-1])}"
 
 
 def factors_name(pool_factors: list[int]) -> str:

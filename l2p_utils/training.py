@@ -410,7 +410,7 @@ def train(
     check_run(pool_method, factors)
     seed = profile.seed if seed is None else seed
     run = Run(collection=collection, pool_method=pool_method, pool_factors=factors, seed=seed)
-    warm_up = collection == profile.warm_up.collection
+    warm_up = profile.warm_up is not None and collection == profile.warm_up.collection
     if warm_up and pool_method != "none":
         raise UserError(
             f"{collection} is the warm-up's collection, trained unpooled; got pool_method "
