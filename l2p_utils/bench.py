@@ -44,7 +44,7 @@ from l2p_utils.files import atomic_path, write_json
 from l2p_utils.mining import untrained_model
 from l2p_utils.model import PooledColBERT
 from l2p_utils.pooling import pool_sweep
-from l2p_utils.profile import load_profile
+from l2p_utils.profile import EMBEDDED, load_profile
 from l2p_utils.results import paired_bootstrap
 from l2p_utils.search import exact_search
 from l2p_utils.training import PooledDistillation
@@ -324,7 +324,7 @@ def bench_quality(
         for factor, part in joined.groupby("pool_factor"):
             rows += [
                 {
-                    "collection": collection.name,
+                    "collection": name if name.startswith(EMBEDDED) else Path(name).name,
                     "pool_factor": factor,
                     "query_id": query,
                     "ours": a,
