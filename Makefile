@@ -2,18 +2,20 @@
 SHELL := /bin/bash
 PROFILE ?= quick
 CORES ?= 2
+GPUS ?= 1
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
 export TOKENIZERS_PARALLELISM := false
-# the profiles that ship need no network: nothing asks for one
+# nothing but `fetch` asks the hub for anything, and only profiles with hub names need that
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) --config profile=$(PROFILE) \
-	--keep-going --rerun-incomplete --nolock --scheduler greedy --quiet all
+SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) --resources gpu=$(GPUS) \
+	--config profile=$(PROFILE) --keep-going --rerun-incomplete --nolock --scheduler greedy \
+	--quiet all
 
-.PHONY: help run plan test lab figures notebooks bench clean setup
+.PHONY: help run plan fetch test lab figures notebooks bench clean setup
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -25,6 +27,9 @@ run: setup  ## run a profile end to end, or go on with it: PROFILE=quick (defaul
 
 plan: setup  ## show what `make run` would do
 	@$(PY) -m snakemake --cores $(CORES) --config profile=$(PROFILE) --nolock -n
+
+fetch: setup  ## bring here what a profile needs from the hub (`make run` does it first)
+	@env -u HF_HUB_OFFLINE $(PY) -m l2p_utils.fetch $(PROFILE)
 
 test: setup  ## run the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile

@@ -5,6 +5,9 @@
 # A job's output is its executed notebook. What the notebook makes (mined rows, model, results) is not
 # declared: Snakemake deletes a job's declared outputs before running it again, while the stages keep
 # what was made with the same settings and so make a rerun short.
+#
+# Each job says what it needs: threads, gpu, mem_mb, runtime (minutes). `--resources gpu=N` shares N
+# GPUs among the jobs of one machine; cluster/ has profiles for Slurm and Kubernetes.
 import fcntl
 import os
 import sys
@@ -27,13 +30,21 @@ DONE = f"{FOLDER}/notebooks"  # executed notebooks
 
 MINED = {slug(name): name for name in PROFILE.training_collections}
 RUNS = {PROFILE.run_name(run): run for run in PROFILE.runs}
+TRAINED = [*([BASELINE] if PROFILE.warm_up else []), *RUNS]
+PREPARED = PROFILE.prepared_names
+EVALUATED = PROFILE.evaluated_names
+FETCHED = [f"{FOLDER}/fetched.json"] if PROFILE.needs_hub else []
+RERANKED = PROFILE.training_data == "mined" and PROFILE.scoring.teacher != "embedded"
+SHARDS = range(PROFILE.scoring.shards if RERANKED else 0)
 WARM_UP = slug(PROFILE.warm_up.collection) if PROFILE.warm_up else ""
 READING = [
     "04_inference_pooling", "05_pooling_aware", "06_cross_dataset", "07_beir_validation", "08_claims"
 ]
-TOTAL = len(MINED) + 2 * len(PROFILE.model_names) + len(READING) + 1
+TOTAL = len(MINED) + len(TRAINED) + len(EVALUATED) + len(READING) + 1
+# only `fetch` asks the network for anything: all jobs see the same files, with it and without it
+OFFLINE = "HF_HUB_OFFLINE=1 "
 EXECUTE = (
-    f"exec {sys.executable} -m l2p_utils.execute {{input.notebook:q}} {{output.executed:q}}"
+    f"{OFFLINE}exec {sys.executable} -m l2p_utils.execute {{input.notebook:q}} {{output.executed:q}}"
     f" --stop-with-parent --of {TOTAL} --log {{params.log:q}} --parameters {{params.values:q}}"
 )
 
@@ -58,6 +69,16 @@ def executed(name):
     return {"executed": f"{DONE}/{name}.ipynb", "html": f"{DONE}/{name}.html"}
 
 
+def needs(gpu, mem_mb, minutes):
+    """A job's resources; what is told of a GPU job is more than the same on two CPU cores takes."""
+    return {"gpu": gpu if PROFILE.gpus else 0, "mem_mb": mem_mb, "runtime": minutes}
+
+
+def made_by(model):
+    """What stands for a model that is there: its training's notebook, or that it was fetched."""
+    return f"{DONE}/02_training--{model}.ipynb" if model in TRAINED else FETCHED
+
+
 def forget_lost(name, product):
     """Have a job run again when what its notebook made has been deleted since."""
     notebook = Path(f"{DONE}/{name}.ipynb")
@@ -67,14 +88,17 @@ def forget_lost(name, product):
 
 for collection in MINED:
     forget_lost(f"01_data_mining--{collection}", f"mined/{collection}/provenance.json")
-for model in PROFILE.model_names:
+for model in EVALUATED:
     forget_lost(f"02_training--{model}", f"models/{model}/provenance.json")
     forget_lost(f"03_evaluation--{model}", f"results/{model}.csv")
+for model in PREPARED:
+    if not Path(FOLDER, "models", model, "provenance.json").exists():
+        Path(FOLDER, "fetched.json").unlink(missing_ok=True)
 
 
 wildcard_constraints:
     collection="|".join(map(re.escape, MINED)),
-    model="|".join(map(re.escape, PROFILE.model_names)),
+    model="|".join(map(re.escape, EVALUATED)),
     reading="|".join(READING),
 
 
@@ -91,19 +115,55 @@ onstart:
 
 # Priorities: the warm-up holds everything up, then the longest trainings come first.
 
+localrules:
+    fetch,
+
 
 rule all:
     input:
         # all of them: a middle one that was deleted is made again too
         expand(f"{DONE}/01_data_mining--{{collection}}.ipynb", collection=MINED),
-        expand(f"{DONE}/02_training--{{model}}.ipynb", model=PROFILE.model_names),
-        expand(f"{DONE}/03_evaluation--{{model}}.ipynb", model=PROFILE.model_names),
+        expand(f"{DONE}/02_training--{{model}}.ipynb", model=TRAINED),
+        expand(f"{DONE}/03_evaluation--{{model}}.ipynb", model=EVALUATED),
         expand(f"{DONE}/{{reading}}.ipynb", reading=READING),
         f"{DONE}/00_token_pooling.ipynb",
 
 
+rule fetch:
+    input:
+        profile=PROFILE_FILE,
+    output:
+        f"{FOLDER}/fetched.json",
+    params:
+        profile=values()[0].removeprefix("profile="),
+    shell:
+        f"env -u HF_HUB_OFFLINE {sys.executable} -m l2p_utils.fetch {{params.profile:q}}"
+
+
+rule score:
+    input:
+        FETCHED,
+        profile=PROFILE_FILE,
+    output:
+        touch(f"{FOLDER}/logs/scored--{{collection}}--{{shard}}"),
+    params:
+        profile=values()[0].removeprefix("profile="),
+        name=lambda wildcards: MINED[wildcards.collection],
+    threads: PROFILE.threads
+    resources:
+        **needs(1, 24_000, 720),
+    priority: 100
+    shell:
+        f"{OFFLINE}exec {sys.executable} -m l2p_utils.scoring --profile {{params.profile:q}}"
+        " --collection {params.name:q} --shard {wildcards.shard}"
+
+
 rule mine:
     input:
+        FETCHED,
+        lambda wildcards: [
+            f"{FOLDER}/logs/scored--{wildcards.collection}--{shard}" for shard in SHARDS
+        ],
         profile=PROFILE_FILE,
         notebook=f"{NOTEBOOKS}/01_data_mining.ipynb",
     output:
@@ -112,6 +172,8 @@ rule mine:
         values=lambda wildcards: values(collection=MINED[wildcards.collection]),
         log=f"{FOLDER}/logs/01_data_mining--{{collection}}.json",
     threads: PROFILE.threads
+    resources:
+        **needs(0, 16_000, 60),
     priority: lambda wildcards: 100 if wildcards.collection == WARM_UP else 80
     shell:
         EXECUTE
@@ -126,13 +188,15 @@ rule warm_up:
         **executed(f"02_training--{BASELINE}"),
     params:
         values=values(
-            collection=PROFILE.warm_up.collection,
+            collection=PROFILE.warm_up.collection if PROFILE.warm_up else "",
             pool_method="none",
             pool_factors=1,
             seed=PROFILE.seed,
         ),
         log=f"{FOLDER}/logs/02_training--{BASELINE}.json",
     threads: PROFILE.threads
+    resources:
+        **needs(1, 16_000, 60),
     priority: 90
     shell:
         EXECUTE
@@ -141,7 +205,7 @@ rule warm_up:
 rule train:
     input:
         lambda wildcards: f"{DONE}/01_data_mining--{slug(RUNS[wildcards.run].collection)}.ipynb",
-        f"{DONE}/02_training--{BASELINE}.ipynb",
+        made_by(BASELINE),
         profile=PROFILE_FILE,
         notebook=f"{NOTEBOOKS}/02_training.ipynb",
     output:
@@ -151,7 +215,9 @@ rule train:
     params:
         values=lambda wildcards: run_values(RUNS[wildcards.run]),
         log=f"{FOLDER}/logs/02_training--{{run}}.json",
-    threads: PROFILE.threads
+    threads: PROFILE.threads * PROFILE.processes
+    resources:
+        **needs(PROFILE.processes, 24_000 * PROFILE.processes, 480),
     priority: lambda wildcards: 60 if "kmeans" in wildcards.run or "hier" in wildcards.run else 50
     shell:
         EXECUTE
@@ -159,7 +225,7 @@ rule train:
 
 rule evaluate:
     input:
-        f"{DONE}/02_training--{{model}}.ipynb",
+        lambda wildcards: made_by(wildcards.model),
         profile=PROFILE_FILE,
         notebook=f"{NOTEBOOKS}/03_evaluation.ipynb",
     output:
@@ -168,6 +234,8 @@ rule evaluate:
         values=lambda wildcards: values(model=wildcards.model),
         log=f"{FOLDER}/logs/03_evaluation--{{model}}.json",
     threads: PROFILE.threads
+    resources:
+        **needs(1, 48_000 if FETCHED else 8_000, 480),
     priority: 20
     shell:
         EXECUTE
@@ -175,7 +243,7 @@ rule evaluate:
 
 rule read:
     input:
-        expand(f"{DONE}/03_evaluation--{{model}}.ipynb", model=PROFILE.model_names),
+        expand(f"{DONE}/03_evaluation--{{model}}.ipynb", model=EVALUATED),
         notebook=f"{NOTEBOOKS}/{{reading}}.ipynb",
     output:
         **executed("{reading}"),

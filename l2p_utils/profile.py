@@ -227,6 +227,7 @@ class Profile(_Settings):
     scoring: Scoring = Scoring()
     warm_up: WarmUp | None = None  # of the embedded model
     training: TrainingSettings
+    gpus: int = Field(0, ge=0)  # that a job asks a cluster for, and that a local run counts
     processes: int = Field(1, ge=1)  # of one training, data-parallel; batch_size is of them all
     dev_collections: dict[str, str] = {}  # collection: the one whose test split picks the epoch
     runs: list[Run]
