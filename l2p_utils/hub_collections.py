@@ -323,6 +323,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class _Faster(Exception):
+    """Another process wrote the same folder, and may be reading it: it is not to be replaced."""
+
+
 def _store(root: Path, wanted: HubName, source: Source) -> Path:
     """Write a source as a folder in BEIR's layout, unless it is there already."""
     # 12 digits of each commit: 48 bits tell the commits of a few repositories apart.
@@ -345,8 +349,12 @@ def _store(root: Path, wanted: HubName, source: Source) -> Path:
                 "sha256": {path.relative_to(temporary).as_posix(): _sha256(path) for path in files},
             }
             write_json(temporary / PROVENANCE, provenance)
+            if _intact(folder):
+                raise _Faster
+    except _Faster:
+        logger.info("%s: another process wrote %s meanwhile.", wanted.plain, folder)
     except OSError as error:
-        if not _intact(folder):  # else another process was faster: the same commits, the same data
+        if not _intact(folder):  # the other one was faster in the very last moment
             with writable(root):
                 raise error
     return folder

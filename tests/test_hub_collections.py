@@ -261,6 +261,18 @@ def test_touche_and_dbpedia_have_other_names_at_each_place(hub):
     ]
 
 
+def test_files_that_are_links_as_in_the_hubs_own_cache_are_read(hub):
+    """A snapshot holds links to blobs that are called by their checksums."""
+    put_beir_parquet(hub)
+    files = [path for path in hub.root.rglob("*") if path.is_file()]
+    for number, path in enumerate(files):
+        blob = hub.root / "blobs" / f"{number:064x}"
+        blob.parent.mkdir(exist_ok=True)
+        path.rename(blob)
+        path.symlink_to(blob)
+    assert load_collection("beir:mini").qrels == TEST_QRELS
+
+
 def test_validation_is_our_dev(hub):
     put_beir(hub, splits={"train": TRAIN[:1], "validation": TRAIN[1:], "test": TEST})
     assert list(load_collection("beir:mini", "dev").queries) == ["13"]
@@ -438,16 +450,18 @@ def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path, monkeypatch):
 
 def test_two_processes_that_fetch_the_same_at_once_both_get_it(hub, monkeypatch):
     put_beir(hub)
-    written = hub_collections.write_collection
+    written, inodes = hub_collections.write_collection, []
 
     def slower(*arguments):
         """The other process finishes while this one writes."""
         monkeypatch.setattr(hub_collections, "write_collection", written)
-        fetch_collection("beir:mini")
+        inodes.append((fetch_collection("beir:mini") / "corpus.jsonl").stat().st_ino)
         return written(*arguments)
 
     monkeypatch.setattr(hub_collections, "write_collection", slower)
     assert load_collection("beir:mini").qrels == TEST_QRELS
+    # what the other one reads was not taken away from under it
+    assert [(fetch_collection("beir:mini") / "corpus.jsonl").stat().st_ino] == inodes
 
 
 # --- what is left out and counted -----------------------------------------------------------------
