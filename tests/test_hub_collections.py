@@ -568,7 +568,12 @@ def test_judgments_that_are_missing_on_the_hub_send_on_to_the_next_place(hub):
 
 @pytest.mark.parametrize(
     ("kind", "status"),
-    [(errors.GatedRepoError, 401), (errors.HfHubHTTPError, 500), (ConnectionError, 0)],
+    [
+        (errors.GatedRepoError, 401),
+        (errors.HfHubHTTPError, 500),
+        (ConnectionError, 0),
+        (errors.LocalEntryNotFoundError, 0),
+    ],
 )
 def test_any_other_failure_ends_the_search_with_its_error(hub, monkeypatch, kind, status):
     put_mteb_jsonl(hub)
