@@ -30,3 +30,20 @@ def download(
     return Path(
         snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=patterns)
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model or data set is named by a hub id, owner/name, and is no folder here."""
+    path = Path(name)
+    return name.count("/") == 1 and not path.is_absolute() and not path.exists()
+
+
+def local_folder(
+    name: str,
+    revision: str | None = None,
+    kind: Kind = "model",
+    patterns: Sequence[str] | None = None,
+) -> Path:
+    """The folder itself if `name` is one, else what `download` brings."""
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else download(name, kind, revision, patterns)
