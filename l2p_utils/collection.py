@@ -1,7 +1,7 @@
 """Retrieval collections: corpus, queries and relevance judgments, wherever they come from.
 
-Takes a name, ``docs:scipy`` or a folder in BEIR's layout, and gives a `Collection`; whatever is
-wrong with the files ends in an error that names the file and the line.
+Takes a name, ``docs:scipy``, ``nano:scifact``, ``beir:scifact`` or a folder in BEIR's layout, and
+gives a `Collection`; whatever is wrong with the files ends in an error that names file and line.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from l2p_utils.files import UserError
+from l2p_utils.profile import HUB
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Collection:
     Attributes
     ----------
     name : str
-        What `load_collection` was asked for.
+        What `load_collection` was asked for, without a hub collection's revision.
     corpus : dict of str to str
         Document id to text; the same documents in every split.
     queries : dict of str to str
@@ -67,24 +68,33 @@ def load_collection(
     split: str = "test",
     text_only: bool = False,
     cache: str | Path | None = None,
+    carve_dev: bool | None = None,
 ) -> Collection:
     """Load one split of a collection.
 
     Parameters
     ----------
     name : str or path
-        ``docs:<package>``, an embedded collection (see `l2p_utils.docstrings`); or a folder in
+        ``docs:<package>``, an embedded collection (see `l2p_utils.docstrings`); ``nano:<set>`` or
+        ``beir:<set>``, perhaps with ``@<revision>``, a collection from the hub (see
+        `l2p_utils.hub_collections`: fetched once, then read from the cache); or a folder in
         BEIR's layout: ``corpus.jsonl`` (``_id``, ``text``, perhaps ``title``), ``queries.jsonl``
         (``_id``, ``text``), ``qrels/<split>.tsv`` (header ``query-id corpus-id score``).
     split : str
-        "test", "train" or "dev", or another one that the folder has judgments for. A folder with
-        ``qrels/train.tsv`` and no ``qrels/dev.tsv`` gives a tenth of its training queries, at most
-        100, picked by hash of their ids, to "dev"; "train" is then without them.
+        "test", "train" or "dev", or another one that there are judgments for. NanoBEIR has "test"
+        only.
     text_only : bool
         False joins title and text. True takes ``text`` alone: for mining and training where the
         training queries are the documents' titles. Embedded documents have no title.
     cache : path, optional
-        Where embedded collections are cached, see `l2p_utils.docstrings.cache_folder`.
+        Where embedded and hub collections are cached, see `l2p_utils.docstrings.cache_folder`.
+    carve_dev : bool, optional
+        What happens where there are training judgments and none for "dev". True: "dev" is a tenth
+        of the training queries, at most 100, picked by hash of their ids, and "train" is without
+        them. False: "train" is whole, "dev" an error. None: True for folders; False for hub
+        collections, since the paper trains on all of BEIR's training queries. Who trains on "train"
+        and picks the epoch on "dev" must give the same value for both. Embedded collections have
+        fixed splits.
 
     Returns
     -------
@@ -99,22 +109,27 @@ def load_collection(
     """
     if str(name).startswith(EMBEDDED):
         return _load_embedded(str(name), split, cache)
-    folder = _check_folder(name)
+    if str(name).startswith(HUB):
+        carve = bool(carve_dev)
+        label, folder = _hub_collections().find_split(str(name), split, cache, carve)
+    else:
+        carve = carve_dev is None or carve_dev
+        label, folder = str(name), _check_folder(name)
     corpus, dropped = _read_corpus(folder / "corpus.jsonl", text_only)
     queries = _read_queries(folder / "queries.jsonl")
-    qrels = _read_split(folder, split, queries, corpus.keys() | dropped)
+    qrels = _read_split(folder, split, queries, corpus.keys() | dropped, carve)
     qrels = _without_documents(qrels, dropped)
     if dropped:
         logger.warning(
             "%s: %d of %d documents have no text: dropped, with their judgments.",
-            name,
+            label,
             len(dropped),
             len(dropped) + len(corpus),
         )
     if not qrels:
         raise UserError(f"{folder}: no document that the split {split!r} judges has any text.")
     queries = {query: queries[query] for query in qrels}
-    return Collection(str(name), corpus, queries, qrels, split, len(dropped))
+    return Collection(label, corpus, queries, qrels, split, len(dropped))
 
 
 def _docstrings() -> ModuleType:
@@ -122,6 +137,13 @@ def _docstrings() -> ModuleType:
     from l2p_utils import docstrings
 
     return docstrings
+
+
+def _hub_collections() -> ModuleType:
+    """Likewise of the collections from the hub."""
+    from l2p_utils import hub_collections
+
+    return hub_collections
 
 
 def _load_embedded(name: str, split: str, cache: str | Path | None) -> Collection:
@@ -145,7 +167,8 @@ def _check_folder(name: str | Path) -> Path:
         known = ", ".join(EMBEDDED + package for package in _docstrings().PACKAGES)
         raise UserError(
             f"There is no collection {str(name)!r}: it {found}. "
-            f"Give an embedded collection ({known}) or {wanted}."
+            f"Give an embedded collection ({known}), one from the hub (nano:scifact, beir:scifact, "
+            f"…) or {wanted}."
         )
     missing = [part for part in ("corpus.jsonl", "queries.jsonl") if not (folder / part).is_file()]
     if not (folder / "qrels").is_dir():
@@ -238,10 +261,12 @@ def _read_queries(path: Path) -> dict[str, str]:
     return queries
 
 
-def _read_split(folder: Path, split: str, queries: dict[str, str], documents: set[str]) -> Qrels:
-    """Read a split's judgments; a dev split that the folder lacks comes out of train."""
+def _read_split(
+    folder: Path, split: str, queries: dict[str, str], documents: set[str], carve: bool
+) -> Qrels:
+    """Read a split's judgments; with `carve`, a dev split that is missing comes out of train."""
     available = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
-    carved = "dev" not in available and "train" in available
+    carved = carve and "dev" not in available and "train" in available
     source = "train" if split == "dev" and carved else split
     if source not in available:
         there = ", ".join(f"{found}.tsv" for found in available) or "nothing"

@@ -1,25 +1,37 @@
 """Data mining: one n-way training row per query, by the paper's candidate rules.
 
 Takes a collection's training split and a teacher; gives a `datasets` set in PyLate's distillation
-layout (`query_id, document_ids, scores`, and `labels`), saved with its provenance.
+layout (`query_id, document_ids, scores`, and `labels`), saved with its provenance. The teacher is
+the embedded one, or a reranker from the hub; or the rows are those that the authors released.
 
 Source: S. Josef, *Learn to Pool* (LIR @ ECIR 2026), section on training data.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, load_from_disk
 from tqdm.auto import tqdm
 
+from l2p_utils.candidates import (
+    Candidates,
+    Proposer,
+    find_candidates,
+    find_source,
+    positives_of,
+    profile_split,
+    propose,
+    query_rng,
+    training_split,
+)
 from l2p_utils.collection import Collection, load_collection
-from l2p_utils.evaluation import subset, use_threads, versions
+from l2p_utils.evaluation import use_threads, versions
 from l2p_utils.files import (
     PROVENANCE,
     UserError,
@@ -28,57 +40,33 @@ from l2p_utils.files import (
     settings_match,
     write_json,
 )
+from l2p_utils.hub_collections import provenance_of
 from l2p_utils.model import PooledColBERT, build_embedded_model
 from l2p_utils.profile import MiningSettings, Profile, slug
+from l2p_utils.released_rows import Row, read_released
+from l2p_utils.scoring import Scores, make_plan, read_scores, score
 from l2p_utils.teacher import EmbeddedTeacher, embedded_teacher
 
+__all__ = [
+    "Row",
+    "load_mined",
+    "mine",
+    "mine_rows",
+    "mined_folder",
+    "mined_provenance",
+    "negative_limit",
+    "positives_of",
+    "profile_split",
+    "propose",
+    "query_rng",
+    "rows_of_scores",
+    "select_row",
+    "training_split",
+    "untrained_model",
+]
+
 POSITIVE, HARD, MEDIUM, RANDOM = "positive", "hard_negative", "medium_negative", "random_negative"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One training row: documents by descending teacher score, each with its label."""
-
-    query_id: str
-    document_ids: list[str]
-    scores: list[float]
-    labels: list[str]
-
-
-def positives_of(collection: Collection, query_id: str) -> list[str]:
-    """Documents judged above 0 that exist, by id."""
-    judged = collection.qrels[query_id]
-    return sorted(d for d, score in judged.items() if score > 0 and d in collection.corpus)
-
-
-def propose(
-    similarities: np.ndarray,
-    document_ids: Sequence[str],
-    positives: Sequence[str],
-    settings: MiningSettings,
-    rng: np.random.Generator,
-) -> tuple[list[str], list[str]]:
-    """Hard and random candidates of one query.
-
-    Parameters
-    ----------
-    similarities
-        (documents,) the miner's cosine with each document.
-
-    Returns
-    -------
-    tuple of list of str
-        The miner's top `hard_candidates` without the positives (ties by id, descending), and
-        `random_candidates` drawn uniformly from what is neither positive nor hard.
-    """
-    by_id = sorted(range(len(document_ids)), key=lambda i: document_ids[i], reverse=True)
-    order = np.array(by_id)[np.argsort(-similarities[by_id], kind="stable")]
-    top = [document_ids[i] for i in order[: settings.hard_candidates]]
-    hard = [document for document in top if document not in positives]
-    taken = set(hard) | set(positives)
-    rest = [document for document in sorted(document_ids) if document not in taken]
-    count = min(settings.random_candidates, len(rest))
-    return hard, [rest[i] for i in rng.choice(len(rest), count, replace=False)]
+CHOICE = 1  # random numbers of a query's choice, where its candidates were drawn by another job
 
 
 def negative_limit(positive_scores: Sequence[float], settings: MiningSettings) -> float:
@@ -148,12 +136,6 @@ def _draw(documents: Sequence[str], count: int, rng: np.random.Generator) -> lis
     return [documents[i] for i in rng.choice(len(documents), count, replace=False)]
 
 
-def query_rng(seed: int, query_id: str) -> np.random.Generator:
-    """A query's own random numbers: the same whatever other queries there are, in any order."""
-    digest = hashlib.sha256(query_id.encode()).digest()
-    return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
-
-
 def mine_rows(
     collection: Collection,
     teacher: EmbeddedTeacher,
@@ -163,32 +145,71 @@ def mine_rows(
 ) -> tuple[list[Row], Counter[str]]:
     """Rows of all training queries, and how many queries were dropped for which reason."""
     rows, dropped = [], Counter()
+    proposer = Proposer(teacher.document_ids, settings)
     bar = tqdm(collection.queries, desc=f"Mining {collection.name}", disable=not progress)
     for number, query_id in enumerate(bar):
         rng = query_rng(seed, query_id)
         positives = positives_of(collection, query_id)
-        hard, random = propose(
-            teacher.dense[number], teacher.document_ids, positives, settings, rng
-        )
-        scores = teacher.scores(query_id, [*positives, *hard, *random], positives)
-        if settings.teacher_scale == "sigmoid":
-            scores = {d: float(1 / (1 + np.exp(-score))) for d, score in scores.items()}
-        row = select_row(query_id, positives, hard, random, scores, settings, rng)
-        if isinstance(row, Row):
-            rows.append(row)
-        else:
-            dropped[row] += 1
+        found = proposer.propose(teacher.dense[number], positives, rng)
+        candidates = Candidates(query_id, positives, *found)
+        scores = teacher.scores(query_id, candidates.documents, positives)
+        _keep(_choose(candidates, scores, settings, rng), rows, dropped)
     return rows, dropped
 
 
-def training_split(name: str, settings: MiningSettings) -> Collection:
-    """A collection's training split, limited to `max_queries` and `max_documents` (by id hash)."""
-    collection = load_collection(name, split="train", text_only=settings.text_only)
-    return subset(collection, settings.max_queries, settings.max_documents)
+def rows_of_scores(
+    collection: Collection,
+    candidates: Sequence[Candidates],
+    scores: Scores,
+    settings: MiningSettings,
+    seed: int,
+) -> tuple[list[Row], Counter[str]]:
+    """As `mine_rows`, from candidates that have their scores.
+
+    The positives keep the scores that the teacher gave them: this one may doubt the judgments.
+    """
+    rows, dropped = [], Counter()
+    by_query = {found.query_id: found for found in candidates}
+    for query_id in collection.queries:
+        found = by_query.get(query_id, Candidates(query_id, [], [], []))
+        rng = query_rng(seed, query_id, CHOICE)
+        _keep(_choose(found, scores.get(query_id, {}), settings, rng), rows, dropped)
+    return rows, dropped
+
+
+def _choose(
+    candidates: Candidates,
+    scores: Mapping[str, float],
+    settings: MiningSettings,
+    rng: np.random.Generator,
+) -> Row | str:
+    if settings.teacher_scale == "sigmoid":
+        scores = {d: float(1 / (1 + np.exp(-score))) for d, score in scores.items()}
+    groups = (candidates.positives, candidates.hard, candidates.random)
+    return select_row(candidates.query_id, *groups, scores, settings, rng)
+
+
+def _keep(row: Row | str, rows: list[Row], dropped: Counter[str]) -> None:
+    if isinstance(row, Row):
+        rows.append(row)
+    else:
+        dropped[row] += 1
 
 
 def untrained_model(profile: Profile) -> PooledColBERT:
-    """The embedded model before its warm-up, made once per profile."""
+    """The embedded model before its warm-up, made once per profile.
+
+    Raises
+    ------
+    UserError
+        When the profile's base is not the embedded model.
+    """
+    if profile.warm_up is None:
+        raise UserError(
+            f"The embedded teacher is the embedded model before its warm-up, but model.base is "
+            f"{profile.model.base!r}. Give scoring.miner and scoring.teacher from the hub, or take "
+            "the released rows (training_data: released)."
+        )
     warm_up = load_collection(profile.warm_up.collection, split="train")
     texts = [warm_up.corpus[d] for d in sorted(warm_up.corpus)[: profile.model.projection_texts]]
     return build_embedded_model(
@@ -205,8 +226,20 @@ def mined_folder(profile: Profile, name: str) -> Path:
     return profile.folder / "mined" / slug(name)
 
 
+@dataclass(frozen=True)
+class _Made:
+    """Rows, why other queries have none, and what the provenance says beside the sizes."""
+
+    rows: list[Row]
+    dropped: Counter[str]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
 def mine(profile: Profile, name: str, progress: bool = True) -> Dataset:
     """Mine a collection for a profile, or reuse what was mined with the same settings.
+
+    A reranker's scores that jobs of `l2p_utils.scoring` made are used; what is missing is scored
+    here. With `training_data: released` the authors' rows are taken instead.
 
     Returns
     -------
@@ -217,52 +250,137 @@ def mine(profile: Profile, name: str, progress: bool = True) -> Dataset:
     Raises
     ------
     UserError
-        When no query gives a row.
+        When no query gives a row, or a model or data set is not what it should be.
     """
     use_threads(profile.threads)
-    collection = training_split(name, profile.mining)
+    collection = profile_split(profile, name)
     folder = mined_folder(profile, name)
+    if profile.training_data == "released":
+        way = _released
+    else:
+        way = _embedded if profile.scoring.teacher == "embedded" else _reranked
+    settings, make = way(profile, collection, progress)
+    if not settings_match(folder, settings):
+        made = make()
+        if not made.rows:
+            raise UserError(
+                f"None of the {len(collection.queries)} training queries of {name} gave a row of "
+                f"{profile.mining.n_ways} documents ({dict(made.dropped)}). Ask for fewer "
+                "negatives (mining.hard, medium, random), or more candidates."
+            )
+        _save(made, collection, folder, settings)
+    return load_mined(folder)
+
+
+def _embedded(
+    profile: Profile, collection: Collection, progress: bool
+) -> tuple[dict[str, Any], Callable[[], _Made]]:
+    """The settings of rows by the embedded teacher, and how to make them."""
     settings = {
-        "collection": name,
+        "collection": collection.name,
         "fingerprint": collection.fingerprint,
         "mining": profile.mining.model_dump(),
         "model": profile.model.model_dump(),
         "precision": profile.precision,
         "seed": profile.seed,
-        "warm_up_collection": profile.warm_up.collection,
+        "warm_up_collection": profile.warm_up.collection if profile.warm_up else None,
     }
-    if not settings_match(folder, settings):
-        model = untrained_model(profile)
-        teacher = embedded_teacher(collection, model, profile.precision)
+
+    def make() -> _Made:
+        teacher = embedded_teacher(collection, untrained_model(profile), profile.precision)
         rows, dropped = mine_rows(collection, teacher, profile.mining, profile.seed, progress)
-        if not rows:
-            raise UserError(
-                f"None of the {len(collection.queries)} training queries of {name} gave a row of "
-                f"{profile.mining.n_ways} documents ({dict(dropped)}). Ask for fewer negatives "
-                "(mining.hard, medium, random), or more candidates."
-            )
-        _save(rows, dropped, collection, folder, settings)
-    return load_mined(folder)
+        by = {
+            "miner": "all-MiniLM-L6-v2, cosine",
+            "teacher": "mean of min-max-normalised dense cosine and unpooled late interaction "
+            "(all-MiniLM-L6-v2), positives lifted to the top",
+        }
+        return _Made(rows, dropped, by)
+
+    return settings, make
 
 
-def _save(
-    rows: list[Row], dropped: Counter, collection: Collection, folder: Path, settings: dict
-) -> None:
+def _reranked(
+    profile: Profile, collection: Collection, progress: bool
+) -> tuple[dict[str, Any], Callable[[], _Made]]:
+    """The settings of rows by a miner and a reranker from the hub, and how to make them."""
+    scoring = profile.scoring
+    miner = find_source(scoring.miner, scoring.miner_revision)
+    teacher = find_source(scoring.teacher, scoring.teacher_revision)
+    settings = {
+        "collection": collection.name,
+        "fingerprint": collection.fingerprint,
+        "mining": profile.mining.model_dump(),
+        "miner": [miner.name, miner.version],
+        "teacher": [teacher.name, teacher.version],
+        "max_length": scoring.max_length,
+        "seed": profile.seed,
+    }
+
+    def make() -> _Made:
+        candidates = find_candidates(profile, collection, progress)
+        plan = make_plan(profile, collection, candidates)
+        score(profile, plan, progress=progress)
+        scores, made = read_scores(plan)
+        by = {
+            "miner": f"{miner}, cosine",
+            "teacher": f'{teacher}, logit of "Yes", {scoring.max_length} tokens',
+            "source": provenance_of(collection.name),
+            "pairs_scored": sum(map(len, scores.values())),
+            "chunks_scored_in": made,
+        }
+        mined = rows_of_scores(collection, candidates, scores, profile.mining, profile.seed)
+        return _Made(*mined, by)
+
+    return settings, make
+
+
+def _released(
+    profile: Profile, collection: Collection, progress: bool
+) -> tuple[dict[str, Any], Callable[[], _Made]]:
+    """The settings of released rows, and how to get them."""
+    name, rules = collection.name, profile.mining
+    if name not in profile.released_rows:
+        raise UserError(
+            f"training_data: the profile {profile.name!r} has no released_rows of {name!r}; it has "
+            f"{sorted(profile.released_rows) or 'none'}."
+        )
+    if rules.max_documents is not None:
+        raise UserError(
+            "mining.max_documents leaves out documents that released rows need; expected none with "
+            "training_data: released."
+        )
+    released = find_source(profile.released_rows[name], None, "dataset")
+    settings = {
+        "collection": name,
+        "fingerprint": collection.fingerprint,
+        "released": [released.name, released.version],
+        "n_ways": rules.n_ways,
+    }
+
+    def make() -> _Made:
+        whole = load_collection(name, "train", rules.text_only, carve_dev=False)
+        held_out = set(whole.queries) - set(collection.queries)
+        found = read_released(released.folder, released.name, whole, held_out, rules.n_ways)
+        by = {"miner": f"released: {released}", "teacher": f"released: {released}"}
+        return _Made(*found, by | {"source": provenance_of(name)})
+
+    return settings, make
+
+
+def _save(made: _Made, collection: Collection, folder: Path, settings: dict[str, Any]) -> None:
     provenance = {
         "settings": settings,
-        "miner": "all-MiniLM-L6-v2, cosine",
-        "teacher": "mean of min-max-normalised dense cosine and unpooled late interaction "
-        "(all-MiniLM-L6-v2), positives lifted to the top",
-        "rows": len(rows),
+        **made.provenance,
+        "rows": len(made.rows),
         "documents": len(collection.corpus),
         "documents_without_text": collection.dropped,
         "queries": len(collection.queries),
-        "queries_dropped": dict(dropped),
-        "labels": dict(Counter(label for row in rows for label in row.labels)),
+        "queries_dropped": dict(made.dropped),
+        "labels": dict(Counter(label for row in made.rows for label in row.labels)),
         "versions": versions(),
     }
     with atomic_path(folder) as temporary:
-        Dataset.from_list([vars(row) for row in rows]).save_to_disk(temporary)
+        Dataset.from_list([vars(row) for row in made.rows]).save_to_disk(temporary)
         write_json(temporary / PROVENANCE, provenance)
 
 

@@ -340,17 +340,22 @@ def from_root(path: str | Path) -> Path:
     return ROOT / Path(path).expanduser()
 
 
+def plain_name(collection: str) -> str:
+    """A hub collection's name without its revision: `beir:scifact@main` → `beir:scifact`."""
+    return collection.partition("@")[0] if collection.startswith(HUB) else collection
+
+
 def slug(collection: str) -> str:
     """A collection's name as part of a file name: `docs:scipy` → `docs-scipy`.
 
-    A folder is called by its own name, lowercased.
+    A folder is called by its own name, lowercased. A hub collection's revision is no part of it.
 
     Raises
     ------
     UserError
         When nothing is left of the name.
     """
-    name = collection
+    name = plain_name(collection)
     if not name.startswith((EMBEDDED, *HUB)):
         name = Path(name).expanduser().resolve().name
     name = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")

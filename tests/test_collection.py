@@ -132,6 +132,14 @@ def test_a_dev_file_is_used_where_there_is_one_and_train_is_then_whole(folder):
     assert set(load_collection(folder, "train").queries) == everything
 
 
+def test_without_carving_train_is_whole_and_dev_an_error(folder):
+    everything = with_train_split(folder, 30)
+    assert set(load_collection(folder, "train", carve_dev=False).queries) == everything
+    message = refusal(folder, "dev", carve_dev=False)
+    assert "no split 'dev'" in message
+    assert "test.tsv, train.tsv" in message
+
+
 def test_a_missing_split_is_named_with_those_that_exist(folder):
     write_qrels(folder, QRELS, "validation")
     for split in ("train", "dev"):
@@ -174,11 +182,12 @@ def test_any_change_of_content_changes_the_fingerprint(change):
 # --- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["nano:scifact", "beir:fiqa", "does/not/exist", "", "  "])
+@pytest.mark.parametrize("name", ["docs", "hub:fiqa", "does/not/exist", "", "  "])
 def test_a_name_that_is_neither_embedded_nor_a_folder_is_refused_with_what_there_is(name):
     message = refusal(name)
     assert repr(name) in message
     assert "docs:scipy" in message
+    assert "nano:scifact" in message
     assert "corpus.jsonl" in message
 
 

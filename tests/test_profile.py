@@ -218,6 +218,9 @@ def test_run_is_found_by_its_models_name():
         ("path/to/cranfield/", "cranfield"),
         ("/data/My Set (2)", "my-set-2"),
         ("beir.v2", "beir-v2"),
+        ("nano:fiqa", "nano-fiqa"),
+        ("beir:scifact@refs/pr/1", "beir-scifact"),
+        ("folder@2", "folder-2"),
     ],
 )
 def test_slug_is_safe_in_file_names(collection, expected):
