@@ -1,0 +1,63 @@
+"""ColBERT models with random weights, small enough to train in a blink; float32, no dropout."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedTokenizerFast,
+)
+
+from l2p_utils.model import PooledColBERT, quiet_loading
+
+SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def tiny_colbert(folder: Path, texts: list[str], architecture: str = "bert") -> Path:
+    """Save a ColBERT of two layers, whose words are those of `texts`; give back its folder."""
+    encoder = folder.with_name(f"{folder.name}-encoder")
+    tokenizer = _tokenizer(texts)
+    tokenizer.save_pretrained(encoder)
+    torch.manual_seed(0)
+    _encoder(architecture, len(tokenizer)).save_pretrained(encoder)
+    with quiet_loading():
+        model = PooledColBERT(
+            str(encoder),
+            device="cpu",
+            embedding_size=16,
+            query_length=8,
+            document_length=16,
+            do_query_expansion=False,
+        )
+        model.save(str(folder), create_model_card=False)
+    return folder
+
+
+def _encoder(architecture: str, words: int) -> torch.nn.Module:
+    sizes = {**SIZES, "intermediate_size": 64, "vocab_size": words, "max_position_embeddings": 64}
+    if architecture == "bert":
+        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return BertModel(BertConfig(**sizes, **off))
+    special = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3}
+    special |= {"bos_token_id": 2, "eos_token_id": 3}
+    return ModernBertModel(ModernBertConfig(**sizes, **special))
+
+
+def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    words = sorted(set(re.findall(r"\w+|[^\w\s]", " ".join(texts).lower())))
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL.values(), *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [(token, vocabulary[token]) for token in ("[SEP]", "[CLS]")]
+    tokenizer.post_processor = processors.BertProcessing(*ends)
+    names = {f"{name}_token": token for name, token in SPECIAL.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
