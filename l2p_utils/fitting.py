@@ -409,6 +409,8 @@ def _arguments(
         disable_tqdm=not progress,
         report_to="none",
         ddp_find_unused_parameters=False,
+        # StepTrainer drops none; sentence-transformers would warn, and set this, by itself
+        dataloader_drop_last=parallel.processes() > 1,
         **device_arguments(device),
     )
     # one GPU a process: left alone, one process would use all GPUs in threads, with another batch

@@ -50,6 +50,7 @@ from l2p_utils.model import load_model, quiet_loading
 from l2p_utils.pooling import PoolMethod, stored_variant
 from l2p_utils.profile import (
     BASELINE,
+    HUB,
     Profile,
     Run,
     TrainingSettings,
@@ -213,8 +214,19 @@ def _load_dev(profile: Profile, collection: str, settings: TrainingSettings) -> 
     """The queries that pick the epoch: a part of the dev split, or all of the other collection."""
     if other := profile.dev_collections.get(collection):
         return load_collection(other, "test")
-    dev = load_collection(collection, "dev", text_only=profile.mining.text_only)
+    carving = _carving(profile, collection)
+    dev = load_collection(collection, "dev", text_only=profile.mining.text_only, **carving)
     return subset(dev, settings.dev_queries, settings.dev_documents)
+
+
+def _carving(profile: Profile, collection: str) -> dict[str, bool]:
+    """Whether some training queries are kept for picking the epoch: as mining did it.
+
+    Not where another collection picks it. A hub collection would else keep all for training.
+    """
+    if collection in profile.dev_collections:
+        return {"carve_dev": False}
+    return {"carve_dev": True} if collection.startswith(HUB) else {}
 
 
 def mined_fingerprint(mined: Dataset) -> str:
@@ -257,9 +269,8 @@ def _fit_and_save(
         if not settings_match(checkpoints, made_with):
             remove(checkpoints)  # of other settings, or none
             write_json(checkpoints / PROVENANCE, {"settings": made_with})
-        # without the dev split's queries, unless another collection picks the epoch
-        whole = {"carve_dev": False} if "dev" in made_with else {}
-        collection = training_split(run.collection, profile.mining, **whole)
+        carving = _carving(profile, run.collection)
+        collection = training_split(run.collection, profile.mining, **carving)
         dev = _load_dev(profile, run.collection, settings)
     rows = training_rows(mined, collection, settings.max_rows)
     model = load_model(start)

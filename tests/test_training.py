@@ -474,7 +474,7 @@ def test_time_on_a_gpu_is_the_queues_and_nobody_waits_for_it(monkeypatch):
         queue.now += 5
         queue.done = queue.now - 6  # the GPU lags behind
     assert queue.waited == 0
-    assert len(watch._marks) == 1  # what it has passed is read, not kept
+    assert len(watch._marks) == 2  # the first one has been passed and read
     assert watch.seconds == 6
     assert queue.waited == 1
 
@@ -657,6 +657,13 @@ def test_the_paper_picks_the_epoch_on_the_test_queries_and_says_so(
     assert provenance["cost"]["micro_batch"] == 4
     model = load_model(made)
     assert (model.query_length, model.document_length) == (12, 20)
+
+
+def test_dev_queries_are_kept_from_training_unless_others_pick_the_epoch(hub_profile):
+    profile, folder = hub_profile
+    assert training._carving(profile, str(folder)) == {"carve_dev": False}
+    assert training._carving(profile, "beir:scifact") == {"carve_dev": True}
+    assert training._carving(profile, "docs:scipy") == {}  # has a dev split of its own
 
 
 def test_a_base_that_was_not_fetched_is_missed(hub_profile):
