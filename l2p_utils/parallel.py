@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -113,6 +113,19 @@ def group() -> Iterator[None]:
     yield
     wait()
     dist.destroy_process_group()  # not after an error: the others may be waiting in mid-sum
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`; one of several without the interpreter's own tidying up.
+
+    By then everything is written. The tidying met threads of the libraries that were still alive,
+    and about one training in twenty ended in "terminate called without an active exception".
+    """
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def check_devices(count: int) -> None:

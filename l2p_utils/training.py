@@ -11,7 +11,6 @@ Source: S. Josef, *Learn to Pool* (LIR @ ECIR 2026), section on fine-tuning.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -357,4 +356,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parallel.leave(main())

@@ -357,7 +357,8 @@ if __name__ == "__main__":
     what, *given = sys.argv[1:]
     if what == "scenarios":
         scenarios(Path(given[0]), Path(given[1]))
+        parallel.leave(0)
     elif what == "train":
-        sys.exit(train_command(*given))
+        parallel.leave(train_command(*given))
     else:
         sleep(*given)
