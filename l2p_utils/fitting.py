@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from pylate.utils import ColBERTCollator
 from sentence_transformers import (
@@ -25,7 +25,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.evaluation import SentenceEvaluator
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import TrainerCallback
 
 from l2p_utils import parallel
@@ -140,27 +140,15 @@ class StepTrainer(SentenceTransformerTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Whole batches, the same on every process, in an order that seed and epoch give."""
-        generator = torch.Generator().manual_seed(self.args.seed)
-        batches = BatchSampler(
-            RandomSampler(self.train_dataset, generator=generator),
-            self.args.per_device_train_batch_size,
-            drop_last=False,
-        )
-        loader = DataLoader(
+        # not accelerate's loader, which deals the batches out and drops uneven ones
+        size = self.args.per_device_train_batch_size
+        order = _EpochOrder(len(self.train_dataset), size, self.args.seed, self)
+        return DataLoader(
             self.train_dataset,
-            batch_sampler=batches,
+            batch_sampler=BatchSampler(order, size, drop_last=False),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
-        )
-        return prepare_data_loader(
-            loader,
-            self.args.device,
-            num_processes=1,  # accelerate would deal the batches out
-            process_index=0,
-            put_on_device=True,
-            use_seedable_sampler=True,
-            data_seed=self.args.seed,
         )
 
     def training_step(
@@ -219,6 +207,21 @@ class StepTrainer(SentenceTransformerTrainer):
                 file=sys.stderr,
                 flush=True,
             )
+
+
+class _EpochOrder(Sampler[int]):
+    """The rows in an order that seed and epoch give, so that a resumed epoch has the same."""
+
+    def __init__(self, rows: int, batch_size: int, seed: int, trainer: StepTrainer) -> None:
+        self.rows, self.batch_size, self.seed, self.trainer = rows, batch_size, seed, trainer
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.trainer.state.global_step // math.ceil(self.rows / self.batch_size)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        yield from torch.randperm(self.rows, generator=generator).tolist()
 
 
 def rows_of(inputs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:

@@ -406,6 +406,32 @@ def test_out_of_memory_is_answered_by_fewer_rows_at_a_time(
             torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=name)
 
 
+def test_a_training_goes_on_in_its_second_epoch_with_the_same_rows(
+    tiny_folder, rows, collection, tmp_path, monkeypatch
+):
+    given, forward = [], PooledDistillation.forward
+
+    def watched(self, features, labels):
+        given.append((self.step, features[0]["input_ids"].tolist()))
+        if self.step == 5 and len(given) == 12:  # the last step, not of the first training
+            raise KeyboardInterrupt
+        return forward(self, features, labels)
+
+    monkeypatch.setattr(PooledDistillation, "forward", watched)
+    expected, whole = fit_tiny(tiny_folder, rows, collection, tmp_path / "a", epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit_tiny(tiny_folder, rows, collection, tmp_path / "b", epochs=2)
+    found, resumed = fit_tiny(tiny_folder, rows, collection, tmp_path / "b", epochs=2)
+    assert given[12:] == given[4:6]  # three steps an epoch, a checkpoint after the fourth
+    assert sorted(given[0][1]) != given[0][1]
+    assert [row for _, batch in given[:3] for row in batch] != [
+        row for _, batch in given[3:6] for row in batch
+    ]
+    assert resumed.cost.resumed_at == 4
+    assert resumed.log["loss"].dropna().tolist() == whole.log["loss"].dropna().tolist()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_out_of_memory_with_one_row_says_what_to_do(
     tiny_folder, rows, collection, tmp_path, monkeypatch
 ):
