@@ -423,7 +423,6 @@ def test_a_training_goes_on_in_its_second_epoch_with_the_same_rows(
         fit_tiny(tiny_folder, rows, collection, tmp_path / "b", epochs=2)
     found, resumed = fit_tiny(tiny_folder, rows, collection, tmp_path / "b", epochs=2)
     assert given[12:] == given[4:6]  # three steps an epoch, a checkpoint after the fourth
-    assert sorted(given[0][1]) != given[0][1]
     assert [row for _, batch in given[:3] for row in batch] != [
         row for _, batch in given[3:6] for row in batch
     ]
