@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from test_mining import write_beir
-from tiny import tiny_reranker
+from tiny_reranker import tiny_reranker
 
 from l2p_utils import candidates as candidates_module
 from l2p_utils import hub, mining, scoring

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from tiny import tiny_reranker
+from tiny_reranker import tiny_reranker
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from l2p_utils import teacher as teacher_module

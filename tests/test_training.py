@@ -8,12 +8,13 @@ import pytest
 import torch
 from datasets import Dataset
 from pylate import losses
+from tiny import tiny_colbert
 
-from l2p_utils import pooling, training
+from l2p_utils import distillation, fitting, pooling, training
 from l2p_utils import profile as profiles
 from l2p_utils.collection import Collection
 from l2p_utils.files import UserError
-from l2p_utils.model import load_model
+from l2p_utils.model import load_model, quiet_loading
 from l2p_utils.profile import Run, TrainingSettings, load_profile
 from l2p_utils.training import (
     DEV_METRIC,
@@ -287,7 +288,7 @@ def test_a_half_written_checkpoint_is_not_used(tmp_path):
         folder.mkdir()
     (whole / "trainer_state.json").write_text('{"global_step": 2}')
     (half / "trainer_state.json").write_text('{"global_st')
-    assert training._last_whole_checkpoint(tmp_path) == str(whole)
+    assert fitting._last_whole_checkpoint(tmp_path) == str(whole)
     assert not half.exists() and not empty.exists()
 
 
@@ -301,10 +302,235 @@ def test_the_best_epoch_is_kept(model, rows, collection, tmp_path, monkeypatch):
     monkeypatch.setattr(training.DevEvaluator, "__call__", judge)
     run = Run(collection="tiny", pool_method="none")
     three = settings(epochs=3, learning_rate=1e-3)
-    best, log = fit(model, rows.select(range(4)), collection, run, three, 1, tmp_path / "c")
+    best, log, _ = fit(model, rows.select(range(4)), collection, run, three, 1, tmp_path / "c")
     assert log[DEV_METRIC].dropna().tolist() == [0.5, 0.9, 0.3]
     torch.testing.assert_close(best[1].linear.weight, weights[1])
     assert not torch.equal(weights[1], weights[2])
+
+
+# --- in parts: what memory does not hold at once
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    return tiny_colbert(tmp_path_factory.mktemp("tiny") / "bert", TEXTS)
+
+
+def trainer_of(model, rows, folder, **changes):
+    loss = PooledDistillation(model, "kmeans", [2])
+    return fitting.StepTrainer(
+        model=model,
+        args=fitting._arguments(
+            settings(**changes), len(rows), 1, folder, "float32", False, torch.device("cpu")
+        ),
+        train_dataset=rows,
+        loss=loss,
+        evaluator=lambda *args, **kwargs: {},
+        data_collator=fitting.ColBERTCollator(
+            lambda texts, is_query, pad, task: model.tokenize(texts, is_query=is_query)
+        ),
+    )
+
+
+@pytest.mark.parametrize("micro_batch", [6, 4, 3, 1])
+def test_a_step_in_parts_has_the_whole_batchs_gradient(model, rows, tmp_path, micro_batch):
+    # Among the six rows are documents of many lengths; six in parts of four are four and two.
+    trainer = trainer_of(model, rows.select(range(6)), tmp_path, batch_size=6)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.loss([part(inputs, "query"), part(inputs, "documents")], inputs["label"])
+    weights = {n: p for n, p in model.named_parameters() if "pooler" not in n}
+    expected = torch.autograd.grad(loss, list(weights.values()))
+    trainer.create_optimizer()
+    trainer.micro_batch = micro_batch
+    value = trainer.training_step(model, inputs)
+    assert value.item() == pytest.approx(loss.item(), abs=1e-6)
+    for (name, weight), gradient in zip(weights.items(), expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, atol=1e-6, rtol=0, msg=name)
+    assert max(gradient.abs().max() for gradient in expected) > 1e-4
+
+
+def part(inputs, column):
+    start = f"{column}_"
+    return {k[len(start) :]: v for k, v in inputs.items() if k.startswith(start)}
+
+
+def fit_tiny(folder, rows, collection, checkpoints, **changes):
+    model = load_model(folder, "cpu")
+    four = settings(batch_size=4, learning_rate=1e-3, **changes)
+    span = Run(collection="tiny", pool_method="span", pool_factors="1-6")
+    fitted = fit(model, rows, collection, span, four, 7, checkpoints, "float32", progress=False)
+    return {n: p.detach() for n, p in model.named_parameters()}, fitted
+
+
+def limit_memory(monkeypatch, rows, error):
+    """Let the loss fail for more than `rows` rows; give back the rows and texts of each try."""
+    tried, scores = [], PooledDistillation._scores
+
+    def limited(self, queries, *args):
+        tried.append((self.step, len(queries)))
+        if len(queries) > rows:
+            raise error
+        return scores(self, queries, *args)
+
+    monkeypatch.setattr(PooledDistillation, "_scores", limited)
+    return tried
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "cublas", "cpu"])
+def test_out_of_memory_is_answered_by_fewer_rows_at_a_time(
+    tiny_folder, rows, collection, tmp_path, monkeypatch, capsys, error
+):
+    rows = rows.select(range(11))  # the last step has three rows
+    expected, whole = fit_tiny(tiny_folder, rows, collection, tmp_path / "a")
+    assert whole.cost.micro_batch == 4
+    tried = limit_memory(monkeypatch, 1, error)
+    found, parts = fit_tiny(tiny_folder, rows, collection, tmp_path / "b")
+    # step 0: four, two, then one at a time, and so it stays
+    assert tried == [(0, 4), (0, 2), *[(0, 1)] * 4, *[(1, 1)] * 4, *[(2, 1)] * 3]
+    assert parts.cost.micro_batch == 1
+    notice = capsys.readouterr().err
+    assert "Out of memory with 4 rows at a time" in notice
+    assert "with 1 at a time; a step keeps its 4 rows" in notice
+    for column in ("step", "pool_factor"):
+        assert parts.log[column].tolist() == whole.log[column].tolist()
+    np.testing.assert_allclose(parts.log["loss"], whole.log["loss"], atol=1e-6)
+    for name, value in expected.items():
+        if not name.endswith("key.bias"):  # no gradient but rounding, which Adam makes large
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=name)
+
+
+def test_a_training_goes_on_in_its_second_epoch_with_the_same_rows(
+    tiny_folder, rows, collection, tmp_path, monkeypatch
+):
+    given, forward = [], PooledDistillation.forward
+
+    def watched(self, features, labels):
+        given.append((self.step, features[0]["input_ids"].tolist()))
+        if self.step == 5 and len(given) == 12:  # the last step, not of the first training
+            raise KeyboardInterrupt
+        return forward(self, features, labels)
+
+    monkeypatch.setattr(PooledDistillation, "forward", watched)
+    expected, whole = fit_tiny(tiny_folder, rows, collection, tmp_path / "a", epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit_tiny(tiny_folder, rows, collection, tmp_path / "b", epochs=2)
+    found, resumed = fit_tiny(tiny_folder, rows, collection, tmp_path / "b", epochs=2)
+    assert given[12:] == given[4:6]  # three steps an epoch, a checkpoint after the fourth
+    assert [row for _, batch in given[:3] for row in batch] != [
+        row for _, batch in given[3:6] for row in batch
+    ]
+    assert resumed.cost.resumed_at == 4
+    assert resumed.log["loss"].dropna().tolist() == whole.log["loss"].dropna().tolist()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_out_of_memory_with_one_row_says_what_to_do(
+    tiny_folder, rows, collection, tmp_path, monkeypatch
+):
+    limit_memory(monkeypatch, 0, OUT_OF_MEMORY[0])
+    with pytest.raises(UserError, match="one row at a time.*document_length.*frozen_layers"):
+        fit_tiny(tiny_folder, rows, collection, tmp_path / "c")
+
+
+def test_another_error_is_no_lack_of_memory(tiny_folder, rows, collection, tmp_path, monkeypatch):
+    tried = limit_memory(monkeypatch, 0, RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        fit_tiny(tiny_folder, rows, collection, tmp_path / "c")
+    assert len(tried) == 1
+
+
+# --- the device
+
+
+def test_only_a_gpu_is_fed_by_workers_from_pinned_memory():
+    cpu, gpu = (fitting.device_arguments(torch.device(name)) for name in ("cpu", "cuda:1"))
+    assert cpu["use_cpu"] and not gpu["use_cpu"]
+    assert not cpu["dataloader_pin_memory"] and gpu["dataloader_pin_memory"]
+    assert cpu["dataloader_num_workers"] == 0 < gpu["dataloader_num_workers"]
+
+
+def test_workers_give_the_same_batches(tiny_folder, rows, tmp_path):
+    model = load_model(tiny_folder, "cpu")
+    trainer = trainer_of(model, rows, tmp_path)
+    alone = list(trainer.get_train_dataloader())
+    trainer.args.dataloader_num_workers = 2
+    for ours, theirs in zip(trainer.get_train_dataloader(), alone, strict=True):
+        for key in ("query_input_ids", "documents_input_ids", "label"):
+            assert torch.equal(ours[key], theirs[key])
+
+
+class Queue:
+    """Stands for a GPU's queue: an event is passed when the clock reaches it."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.done, self.waited = 0.0, 0.0, 0
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+
+
+class Event:
+    def __init__(self, queue):
+        self.queue = queue
+
+    def record(self):
+        self.time = self.queue.now
+
+    def query(self):
+        return self.queue.done >= self.time
+
+    def synchronize(self):
+        self.queue.waited += not self.query()
+
+    def elapsed_time(self, other):
+        return 1000 * (other.time - self.time)
+
+
+def test_time_on_a_gpu_is_the_queues_and_nobody_waits_for_it(monkeypatch):
+    queue, watch = Queue(monkeypatch), distillation.Stopwatch()
+    for _ in range(3):
+        with watch.measure(torch.device("cuda")):
+            queue.now += 2
+        queue.now += 5
+        queue.done = queue.now - 6  # the GPU lags behind
+    assert queue.waited == 0
+    assert len(watch._marks) == 2  # the first one has been passed and read
+    assert watch.seconds == 6
+    assert queue.waited == 1
+
+
+def test_what_a_training_cost_is_kept(tiny_folder, rows, collection, tmp_path):
+    cost = fit_tiny(tiny_folder, rows, collection, tmp_path / "c", epochs=2)[1].cost
+    assert (cost.device, cost.processes, cost.precision) == ("cpu", 1, "float32")
+    assert (cost.steps, cost.resumed_at, cost.peak_gpu_megabytes) == (6, 0, None)
+    assert cost.seconds > cost.pooling_seconds >= 0
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_float32(
+    tiny_folder, rows, collection, tmp_path
+):
+    half = load_model(tiny_folder, "cpu").bfloat16()
+    with quiet_loading():
+        half.save(str(tmp_path / "half"), create_model_card=False)
+    found, fitted = fit_tiny(tmp_path / "half", rows, collection, tmp_path / "c")
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert {value.dtype for value in fitted.model.parameters()} == {torch.float32}
+
+
+def test_the_lowest_layers_of_a_modernbert_are_frozen(tmp_path):
+    model = load_model(tiny_colbert(tmp_path / "modern", TEXTS, "modernbert"), "cpu")
+    freeze(model, 1)
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert {name for name in frozen if "layers.0." in name or "embeddings" in name} == frozen
+    assert any("layers.0." in name for name in frozen)
+    assert any("embeddings" in name for name in frozen)
+    with pytest.raises(UserError, match="the encoder has 2 layers"):
+        freeze(model, 3)
 
 
 # --- the stage
@@ -406,3 +632,89 @@ def test_the_loss_pools_with_the_kmeans_that_it_was_given(model, batch, monkeypa
     refused = "_sklearn_kmeans" if not use_sklearn else "_fast_kmeans"
     monkeypatch.setattr(pooling, refused, None)
     PooledDistillation(model, "kmeans", [3], use_sklearn=use_sklearn)(*batch).backward()
+
+
+# --- a checkpoint as the base, and another collection to pick the epoch
+
+
+@pytest.fixture
+def hub_profile(folder_profile):
+    """As the paper's: no warm-up, lengths by collection, the epoch picked on a test split."""
+    profile, folder = folder_profile
+    given = profile.model_dump()
+    given |= {"warm_up": None, "plaid": [], "dev_collections": {str(folder): "nano:tiny"}}
+    given["model"] = {
+        "base": "owner/model",
+        "document_length": 20,
+        "query_lengths": {str(folder): 12},
+    }
+    given["runs"] = [{"collection": str(folder), "pool_method": "none"}]
+    profile = profiles.Profile.model_validate(given)
+    mined = training.mined_folder(profile, str(folder))
+    row = {"query_id": "q1", "document_ids": ["d1", "d2", "d3"], "scores": [1.0, 0.4, 0.1]}
+    Dataset.from_list([row] * 4).save_to_disk(str(mined))
+    (mined / "provenance.json").write_text("{}")
+    return profile, folder
+
+
+def test_the_paper_picks_the_epoch_on_the_test_queries_and_says_so(
+    hub_profile, collection, monkeypatch
+):
+    profile, folder = hub_profile
+    asked = []
+
+    def load(name, split, **options):
+        asked.append((name, split))
+        return collection
+
+    def split(name, settings, carve_dev=None):
+        asked.append((name, "train", carve_dev))
+        return collection
+
+    monkeypatch.setattr(training, "load_collection", load)
+    monkeypatch.setattr(training, "training_split", split)
+    made = training.train(profile, str(folder), "span", [1, 2], progress=False)
+    assert asked == [(str(folder), "train", False), ("nano:tiny", "test")]
+    provenance = json.loads((made / "provenance.json").read_text())
+    assert provenance["settings"]["dev"] == "nano:tiny, test split"
+    assert provenance["dev"]["collection"] == "nano:tiny, test split"
+    assert provenance["dev"]["looks_at_test_queries"] is True
+    assert provenance["cost"]["micro_batch"] == 4
+    model = load_model(made)
+    assert (model.query_length, model.document_length) == (12, 20)
+
+
+def test_dev_queries_are_kept_from_training_unless_others_pick_the_epoch(hub_profile):
+    profile, folder = hub_profile
+    assert training._carving(profile, str(folder)) == {"carve_dev": False}
+    assert training._carving(profile, "beir:scifact") == {"carve_dev": True}
+    assert training._carving(profile, "docs:scipy") == {}  # has a dev split of its own
+
+
+def test_a_base_that_was_not_fetched_is_missed(hub_profile):
+    profile, folder = hub_profile
+    (profile.folder / "models" / "baseline").unlink()
+    with pytest.raises(UserError, match="python -m l2p_utils.fetch"):
+        training.train(profile, str(folder), "span", [1, 2])
+
+
+def test_the_embedded_models_settings_are_as_they_were(folder_profile):
+    profile, folder = folder_profile
+    assert training._lengths(profile, str(folder)) == {}
+    assert training._dev(profile, str(folder)) == {}
+
+
+def test_the_command_trains_what_it_is_told(hub_profile, monkeypatch, capsys):
+    asked = []
+
+    def train(profile, *arguments, progress):
+        asked.append((profile.name, *arguments, progress))
+        return "the folder"
+
+    monkeypatch.setattr(training, "train", train)
+    given = "--profile smoke --collection docs:scipy --pool-method kmeans --pool-factors 1-3"
+    assert training.main(given.split()) == 0
+    assert asked == [("smoke", "docs:scipy", "kmeans", [1, 2, 3], None, True)]
+    assert "the folder" in capsys.readouterr().out
+    assert training.main([*given.split()[:-1], "0"]) == 1
+    assert "pool_factors is '0'" in capsys.readouterr().err

@@ -1,47 +1,63 @@
-"""A reranking language model of Gemma's shape, small enough to be made in a test."""
+"""ColBERT models with random weights, small enough to train in a blink; float32, no dropout."""
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, trainers
-from transformers import GemmaConfig, GemmaForCausalLM, GemmaTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedTokenizerFast,
+)
 
-from l2p_utils.teacher import PROMPT
+from l2p_utils.model import PooledColBERT, quiet_loading
 
-SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-ALPHABET = [chr(i) for i in range(32, 127)] + ["\n", "▁"]
-TEXTS = [PROMPT, "A: what is topic1", "B: About topic12. Sort the rows, and the columns."]
-
-
-def tiny_tokenizer(yes: bool = True) -> GemmaTokenizer:
-    """Gemma's kind of tokenizer on some hundred pieces; "Yes" is one of them, or not."""
-    base = Tokenizer(models.BPE(unk_token="<unk>"))
-    base.normalizer = normalizers.Replace(" ", "▁")
-    trainer = trainers.BpeTrainer(
-        vocab_size=260, special_tokens=SPECIAL, initial_alphabet=ALPHABET, show_progress=False
-    )
-    # One word at a time: no piece then reaches over a space, as in Gemma's own vocabulary.
-    words = [f" {word}" for text in TEXTS for word in text.replace("'Yes'", "").split()]
-    base.train_from_iterator([*words * 3, *["Yes"] * 50 * yes], trainer)
-    model = json.loads(base.to_str())["model"]
-    merges = [tuple(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
-    return GemmaTokenizer(vocab=model["vocab"], merges=merges)
+SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def tiny_reranker(folder: Path, yes: bool = True, seed: int = 0, positions: int = 4096) -> Path:
-    """Save a two-layer Gemma with random weights and its tokenizer in `folder`."""
-    tokenizer = tiny_tokenizer(yes)
-    config = GemmaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, initializer_range=0.3,
-        max_position_embeddings=positions, pad_token_id=0, eos_token_id=1, bos_token_id=2,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = GemmaForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def tiny_colbert(folder: Path, texts: list[str], architecture: str = "bert") -> Path:
+    """Save a ColBERT of two layers, whose words are those of `texts`; give back its folder."""
+    encoder = folder.with_name(f"{folder.name}-encoder")
+    tokenizer = _tokenizer(texts)
+    tokenizer.save_pretrained(encoder)
+    torch.manual_seed(0)
+    _encoder(architecture, len(tokenizer)).save_pretrained(encoder)
+    with quiet_loading():
+        model = PooledColBERT(
+            str(encoder),
+            device="cpu",
+            embedding_size=16,
+            query_length=8,
+            document_length=16,
+            do_query_expansion=False,
+        )
+        model.save(str(folder), create_model_card=False)
     return folder
+
+
+def _encoder(architecture: str, words: int) -> torch.nn.Module:
+    sizes = {**SIZES, "intermediate_size": 64, "vocab_size": words, "max_position_embeddings": 64}
+    if architecture == "bert":
+        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return BertModel(BertConfig(**sizes, **off))
+    special = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3}
+    special |= {"bos_token_id": 2, "eos_token_id": 3}
+    return ModernBertModel(ModernBertConfig(**sizes, **special))
+
+
+def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    words = sorted(set(re.findall(r"\w+|[^\w\s]", " ".join(texts).lower())))
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL.values(), *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [(token, vocabulary[token]) for token in ("[SEP]", "[CLS]")]
+    tokenizer.post_processor = processors.BertProcessing(*ends)
+    names = {f"{name}_token": token for name, token in SPECIAL.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
