@@ -66,8 +66,9 @@ def shown(collection: str) -> str:
 
 
 def sources(made: dict[str, Any]) -> dict[str, str]:
-    """Hub repositories that rows come from, with their commits, as their provenance tells."""
-    return dict(made.get("repositories") or made["settings"].get("repositories") or {})
+    """What rows come from, as their provenance tells: hub id → commit, a zip's URL → SHA-256."""
+    places = [made, *(part for part in made.values() if isinstance(part, dict))]
+    return next((dict(p["repositories"]) for p in places if p.get("repositories")), {})
 
 
 def model_card(facts: ModelFacts) -> str:
@@ -137,8 +138,8 @@ def _model_details(facts: ModelFacts) -> str:
         ("schedule", ", ".join(f"{key} {training[key]}" for key in
          ("epochs", "batch_size", "learning_rate", "warm_up_ratio", "frozen_layers")
          if key in training) or "not recorded"),
-        ("kept", f"epoch {_recorded(epoch.get('epoch'))}, the best of the development queries "
-         f"({dev}, unpooled)"),
+        ("kept", f"epoch {_recorded(epoch.get('epoch'))}, the best on {_dev_queries(facts)}, "
+         f"unpooled ({dev})"),
         ("precision", _recorded(facts.made["settings"].get("precision"))),
         ("query, document length", f"{model.query_length}, {model.document_length} word pieces; "
          "longer texts are cut"),
@@ -150,6 +151,15 @@ def _model_details(facts: ModelFacts) -> str:
         ", fine-tuned so that its document vectors can be pooled.\n\n" if facts.pooled
         else ", fine-tuned without pooling: the control of pooling-aware models.\n\n"
     ) + _table(["", ""], rows)  # fmt: skip
+
+
+def _dev_queries(facts: ModelFacts) -> str:
+    other = facts.profile.dev_collections.get(facts.run.collection)
+    looks = facts.made.get("dev", {}).get("looks_at_test_queries", other is not None)
+    if looks:
+        where = shown(other) if other else "another collection"
+        return f"the test queries of {where} (so its results there are not held out)"
+    return f"development queries of {facts.collection}"
 
 
 def _pooling(facts: ModelFacts) -> str:
@@ -295,9 +305,8 @@ def _rows_provenance(made: dict[str, Any], collection: str) -> str:
     mining = settings.get("mining", {})
     rows = [
         ("collection", f"`{collection}`, training split"),
-        ("repositories", ", ".join(f"[{name}](https://huggingface.co/datasets/{name}) at "
-         f"`{commit}`" for name, commit in sorted(repositories.items())) or "none: not from the hub"
-         if not collection.startswith(HUB) or repositories else "not recorded"),
+        ("repositories", ", ".join(_place(*item) for item in sorted(repositories.items()))
+         or ("not recorded" if collection.startswith(HUB) else "none: not from the hub")),
         ("content", f"fingerprint `{_recorded(settings.get('fingerprint'))[:16]}`, "
          f"{_recorded(made.get('documents'))} documents, "
          f"{_recorded(made.get('queries'))} training queries"),
@@ -312,6 +321,12 @@ def _rows_provenance(made: dict[str, Any], collection: str) -> str:
         ("made with", _recorded(made.get("versions")).replace(";", ", ")),
     ]  # fmt: skip
     return _table(["", ""], rows)
+
+
+def _place(name: str, commit: str) -> str:
+    if "://" in name:
+        return f"<{name}> (SHA-256 `{commit}`)"
+    return f"[{name}](https://huggingface.co/datasets/{name}) at `{commit}`"
 
 
 def _row_layout(facts: DatasetFacts) -> str:

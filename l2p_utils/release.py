@@ -121,8 +121,8 @@ def release_model(
         replaced.
     licence
         A hub licence identifier, or ``other:<name>``. Needed where the terms of the base model or
-        of the training collection are not known here (a folder of your own); refused where it
-        would contradict known terms.
+        of the training collection are not known here (a folder of your own); refused where the
+        collection's terms leave no choice (FiQA, SciFact).
     dataset
         Hub id of the training rows where they are released too (`release_dataset`).
 
@@ -228,7 +228,7 @@ def release_dataset(
         task_categories=["text-retrieval"],
         tags=["distillation", "hard negatives", "late interaction", "ColBERT", "PyLate"],
         annotations_creators=["machine-generated"],
-        source_datasets=sorted(sources(made)) or None,
+        source_datasets=_hub_ids(made) or None,
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": ROWS_FILE}]}],
     )
     facts = DatasetFacts(
@@ -292,23 +292,19 @@ def _base_revision(profile: Profile) -> str | None:
     if profile.model.embedded:
         return None
     fetched = profile.folder / "models" / BASELINE / PROVENANCE
-    made = read_json(fetched) if fetched.is_file() else {}
-    for found in (made, made.get("settings", {})):
-        for key in ("commit", "revision"):
-            if found.get(key):
-                return str(found[key])
-    return profile.model.revision
+    origin = read_json(fetched)["settings"].get("origin", {}) if fetched.is_file() else {}
+    return origin.get("commit") or profile.model.revision
 
 
 def _terms(data: Terms | None, base: Terms | None, given: str | None, what: str) -> Terms:
-    """On which terms it is released: the narrower known ones, or those that were given."""
+    """On which terms it is released: those that restrict, else those given, else the known ones."""
     decided = data if data and data.restricts else base if data and base else None
-    if decided and given and given != decided.licence:
+    if decided and decided.restricts and given not in (None, decided.licence):
         raise UserError(
             f"licence {given!r} contradicts what is known of a repository {what}: "
             f"{decided.licence}. Leave the licence out."
         )
-    if decided:
+    if decided and (decided.restricts or not given):
         return decided
     if not given:
         raise UserError(
@@ -390,7 +386,12 @@ def _datasets(profile: Profile, run: Run, mined: dict, dataset: str | None) -> l
     rows = dataset and repository_id(dataset)
     if profile.training_data == "released":
         rows = rows or profile.released_rows[run.collection]
-    return list(dict.fromkeys([*([rows] if rows else []), *sorted(sources(mined))]))
+    return list(dict.fromkeys([*([rows] if rows else []), *_hub_ids(mined)]))
+
+
+def _hub_ids(made: dict[str, Any]) -> list[str]:
+    """The sources that are repositories of the hub; a zip's address is none."""
+    return sorted(name for name in sources(made) if "://" not in name)
 
 
 def _tags(run: Run) -> list[str]:

@@ -246,10 +246,10 @@ def test_an_unpooled_control_shows_every_method(root, model_folder):
 
 
 def test_fiqa_is_for_non_commercial_use(root, model_folder):
-    profile = hub_profile("beir:fiqa")
+    profile = hub_profile("beir:fiqa", dev_collections={"beir:fiqa": "nano:fiqa"})
     repositories = {"BeIR/fiqa": COMMIT, "BeIR/fiqa-qrels": COMMIT[::-1]}
     tools = {"miner": "BAAI/bge-small-en-v1.5", "teacher": "BAAI/bge-reranker-v2-gemma"}
-    name = prepare(profile, model_folder, repositories=repositories, **tools)
+    name = prepare(profile, model_folder, data={"repositories": repositories}, **tools)
     folder = release_model(profile, name, "me/fiqa", dataset="me/fiqa-rows")
     assert folder == root / "runs" / "tiny" / "release" / "fiqa"
     card = (folder / "README.md").read_text("utf-8")
@@ -265,8 +265,41 @@ def test_fiqa_is_for_non_commercial_use(root, model_folder):
     assert f"Base model {BASE}: Apache-2.0." in notices
     assert "BAAI/bge-small-en-v1.5: MIT" in notices and "gemma: Apache-2.0" in notices
     assert f"BeIR/fiqa) at `{COMMIT}`" in card and f"revision {COMMIT}" in card
+    assert "best on the test queries of nano:fiqa (so its results there are not held out)" in card
     with pytest.raises(UserError, match="contradicts.*fiqa-2018-non-commercial"):
         release_model(profile, name, "me/fiqa", licence="mit")
+
+
+def test_a_zip_is_named_as_a_source_but_is_no_data_set_of_the_hub(root, model_folder):
+    profile = hub_profile("beir:fiqa")
+    zipped = {"https://example.org/fiqa.zip": "ab" * 32}
+    name = prepare(profile, model_folder, repositories=zipped)
+    card = (release_model(profile, name, "me/fiqa") / "README.md").read_text("utf-8")
+    assert "datasets" not in front(card)
+    assert f"<https://example.org/fiqa.zip> (SHA-256 `{'ab' * 32}`)" in card
+
+
+def test_the_base_models_commit_is_the_fetched_one(root, model_folder):
+    profile = hub_profile("beir:fiqa")
+    name = prepare(profile, model_folder)
+    fetched = profile.folder / "models" / "baseline" / PROVENANCE
+    origin = {"revision": None, "commit": "f00d" * 10}
+    fetched.parent.mkdir()
+    write_json(fetched, {"settings": {"source": BASE, "origin": origin}})
+    card = (release_model(profile, name, "me/fiqa") / "README.md").read_text("utf-8")
+    assert f"revision {'f00d' * 10}" in card and COMMIT not in card
+
+
+def test_a_base_of_ones_own_needs_a_licence_and_has_no_hub_id(root, model_folder):
+    model = {"base": str(model_folder), "query_length": 16, "document_length": 32}
+    runs = [{"collection": "docs:scipy", "pool_method": "kmeans", "pool_factors": "1-6"}]
+    profile = make_profile(model=model, runs=runs, warm_up=None)
+    name = prepare(profile, model_folder)
+    with pytest.raises(UserError, match="needs a licence.*base model"):
+        release_model(profile, name, "me/x")
+    card = (release_model(profile, name, "me/x", licence="mit") / "README.md").read_text("utf-8")
+    assert "base_model" not in front(card) and str(model_folder.parent) not in card
+    assert "| base model | embedded (a checkpoint of its own)" in card
 
 
 def test_scifact_stays_cc_by_nc_also_at_a_revision(root, model_folder):
@@ -275,6 +308,15 @@ def test_scifact_stays_cc_by_nc_also_at_a_revision(root, model_folder):
     card = (release_model(profile, name, "me/scifact") / "README.md").read_text("utf-8")
     assert front(card)["license"] == "cc-by-nc-2.0" and "annotations" in card
     assert "| repositories | not recorded |" in card
+
+
+def test_permissive_terms_leave_the_choice_to_the_publisher(root, model_folder):
+    profile = make_profile()
+    name = prepare(profile, model_folder)
+    card = (release_model(profile, name, "me/x", licence="cc-by-4.0") / "README.md").read_text()
+    assert front(card)["license"] == "cc-by-4.0" and "scipy: BSD-3-Clause" in card
+    with pytest.raises(UserError, match="'bsd3' is none that the hub knows"):
+        release_dataset(profile, "docs:scipy", "me/x", licence="bsd3")
 
 
 def test_a_collection_of_ones_own_needs_a_licence(root, model_folder):
