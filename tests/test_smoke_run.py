@@ -91,6 +91,19 @@ def test_figures_and_tables_are_written(project):
         assert {f"table{number}.csv", f"table{number}.md"} <= found
 
 
+def test_a_trained_model_and_its_rows_can_be_released(project):
+    parameters = {"profile": "smoke", "model": MODELS[1], "rows": "me/rows", "repository": "me/it"}
+    command = [sys.executable, "-m", "l2p_utils.execute", "notebooks/09_release.ipynb"]
+    command += ["released.ipynb", "--parameters", *(f"{k}={v}" for k, v in parameters.items())]
+    environment = {**os.environ, "PYTHONPATH": str(project), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    smoke = project / "runs" / "smoke"
+    card = (smoke / "release" / "it" / "README.md").read_text("utf-8")
+    assert "- me/rows" in card and "not measured" not in card
+    assert (smoke / "release_data" / "rows" / "data" / "train-00000-of-00001.parquet").is_file()
+
+
 def test_the_same_run_again_does_nothing(project):
     again = snakemake(project, "-n")
     assert again.returncode == 0

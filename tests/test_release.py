@@ -1,0 +1,574 @@
+"""A release: a folder that plain PyLate loads, a card that tells only what was stored."""
+
+import json
+import re
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from datasets import Dataset, load_dataset
+from synthetic import QUICK_MODELS, make_rows, write_synthetic
+
+from l2p_utils import card_text
+from l2p_utils import profile as profiles
+from l2p_utils.cards import SIZES, check_card, repository_id, size_category
+from l2p_utils.collection import load_collection
+from l2p_utils.evaluation import fingerprint
+from l2p_utils.files import PROVENANCE, UserError, write_json
+from l2p_utils.mining import load_mined
+from l2p_utils.profile import PROFILES, Profile
+from l2p_utils.release import load_both, release_dataset, release_model
+from l2p_utils.results import read_rows, write_rows
+from l2p_utils.training import mined_fingerprint
+
+NAME = "docs-scipy-kmeans-pf1-6-s42"
+BASE = "mixedbread-ai/mxbai-edge-colbert-v0-32m"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COLUMNS = ["query_id", "document_ids", "scores", "labels"]
+
+
+def make_profile(**changes):
+    content = yaml.safe_load((PROFILES / "smoke.yaml").read_text("utf-8"))
+    content["evaluation"] |= {"collections": ["docs:scipy", "docs:torch"], "pool_factors": "1-6"}
+    return Profile.model_validate({"name": "tiny", **content, "plaid": [], **changes})
+
+
+def hub_profile(collection, **changes):
+    """As the paper's: a base and a training collection from the hub."""
+    model = {"base": BASE, "revision": COMMIT, "query_length": 16, "document_length": 32}
+    scoring = {"miner": "BAAI/bge-small-en-v1.5", "teacher": "BAAI/bge-reranker-v2-gemma"}
+    runs = [{"collection": collection, "pool_method": "kmeans", "pool_factors": "1-6"}]
+    settings = {"model": model, "scoring": scoring, "runs": runs, "warm_up": None}
+    return make_profile(**settings | changes)
+
+
+def write_mined(profile, collection, **provenance):
+    """Two mined rows of the collection, with their provenance."""
+    source = load_collection("docs:scipy", "train")
+    documents = sorted(source.corpus)[:2]
+    rows = Dataset.from_list(
+        [
+            {
+                "query_id": query,
+                "document_ids": documents,
+                "scores": [1.5, 0.25],
+                "labels": ["positive", "hard_negative"],
+            }
+            for query in sorted(source.queries)[:2]
+        ]
+    )
+    folder = profile.folder / "mined" / profiles.slug(collection)
+    rows.save_to_disk(folder)
+    settings = {"collection": collection, "fingerprint": "f" * 64, "seed": 42}
+    made = {"settings": settings, "miner": "miner", "teacher": "teacher", "rows": 2, "queries": 5}
+    made |= {"documents": 77, "queries_dropped": {"no positive": 3}, "versions": "a=1;b=2"}
+    write_json(folder / PROVENANCE, made | provenance)
+    return rows
+
+
+def write_model(profile, name, model_folder, rows, **settings):
+    folder = profile.folder / "models" / name
+    shutil.copytree(model_folder, folder)
+    settings = {"rows": mined_fingerprint(rows), "pooling": "sklearn"} | settings
+    epoch = {"epoch": 2.0, "dev_ndcg@10": 0.625}
+    write_json(folder / PROVENANCE, {"settings": settings, "rows": 2, "epoch": epoch})
+    return folder
+
+
+def prepare(profile, model_folder, **provenance):
+    """Everything that a release of the profile's pooled model reads."""
+    run = profile.runs[-1]
+    name = profile.run_name(run)
+    rows = write_mined(profile, run.collection, **provenance)
+    write_model(profile, name, model_folder, rows)
+    for model, trained in (("baseline", QUICK_MODELS[0]), (name, QUICK_MODELS[2])):
+        frames = [frame.assign(model=model) for frame in make_rows([trained], queries=8)]
+        write_rows(profile.folder / "results", model, *frames)
+    return name
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiles, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory, model_folder):
+    """A released model, its card, the run's profile and what its folder is called."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiles, "ROOT", folder)
+        profile = make_profile()
+        prepare(profile, model_folder)
+        target = folder / "your-name" / "your-model"
+        release_model(profile, NAME, "your-name/your-model", target)
+        rows = read_rows(profile.folder / "results")
+    return target, (target / "README.md").read_text("utf-8"), profile, rows
+
+
+def front(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def code_of(card):
+    return re.findall(r"```python\n(.*?)```", card, re.S)
+
+
+def table_rows(card, title):
+    """The cells of the table below a line that holds `title`, by (collection, model)."""
+    block = card[card.index(title) :].split("\n\n")[1].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in block]
+    header, body = cells[0], cells[2:]
+    return {(line[0], line[1]): dict(zip(header[3:], line[3:], strict=True)) for line in body}
+
+
+# ---------------------------------------------------------------- the model's folder
+
+
+def test_plain_pylate_and_pooled_colbert_load_it_and_agree(released, model_folder, texts):
+    folder, *_ = released
+    plain, pooled = load_both(folder)
+    assert type(plain).__name__ == "ColBERT" and type(pooled).__name__ == "PooledColBERT"
+    _, trained = load_both(model_folder)
+    for is_query in (True, False):
+        vectors = [model.encode(texts, is_query=is_query) for model in (plain, pooled, trained)]
+        for one, other, original in zip(*vectors, strict=True):
+            assert len(one) > 1
+            assert np.array_equal(one, other) and np.array_equal(one, original)
+
+
+def test_it_holds_what_the_hub_needs_and_nothing_of_this_machine(released):
+    folder, *_ = released
+    assert {path.name for path in folder.iterdir()} >= {
+        "README.md", "config.json", "config_sentence_transformers.json", "model.safetensors",
+        "modules.json", "tokenizer.json", "tokenizer_config.json", "1_Dense",
+    }  # fmt: skip
+    texts = [*folder.rglob("*.json"), folder / "README.md"]
+    assert [path.name for path in texts if str(folder.parents[1]) in path.read_text()] == []
+    assert not (folder / PROVENANCE).exists()
+
+
+def test_the_code_of_the_card_runs_as_it_stands(released, monkeypatch, capsys):
+    folder, card, *_ = released
+    monkeypatch.chdir(folder.parents[1])  # where your-name/your-model is a folder
+    pooled, plain = code_of(card)
+    assert 'pool_factor=4, pool_method="kmeans", use_sklearn=True' in pooled
+    assert "l2p_utils" not in plain
+    for code in (pooled, plain):
+        exec(compile(code, "card", "exec"), {})
+    counts, ranking = capsys.readouterr().out.splitlines()
+    assert max(json.loads(counts.split("]")[0] + "]")) <= 5  # of about a dozen tokens
+    assert "mean" in ranking.split("spline")[0]  # first
+
+
+# ---------------------------------------------------------------- the model's card
+
+
+def test_the_front_matter_says_what_it_is(released):
+    _, card, *_ = released
+    check_card(card, "model")
+    assert front(card) == {
+        "language": "en",
+        "license": "apache-2.0",
+        "library_name": "PyLate",
+        "pipeline_tag": "sentence-similarity",
+        "base_model": "sentence-transformers/all-MiniLM-L6-v2",
+        "tags": ["ColBERT", "PyLate", "sentence-transformers", "retrieval", "pooling", "kmeans",
+                 "distillation"],
+    }  # fmt: skip
+
+
+def test_the_tables_numbers_are_the_rows(released):
+    _, card, profile, rows = released
+    for engine, title in card_text.ENGINES.items():
+        table = table_rows(card, title)
+        stored = rows[(rows["engine"] == engine) & rows["pool_method"].isin(["none", "kmeans"])]
+        assert len(table) == 2 * stored["collection"].nunique()
+        shown = [cell for line in table.values() for cell in line.values()]
+        assert len(shown) == len(stored) and "not measured" not in shown
+        for row in stored.to_dict("records"):
+            label = "baseline" if row["model"] == "baseline" else "**this model**"
+            cell = table[row["collection"], label][f"PF{row['pool_factor']}"]
+            assert cell == f"{row['ndcg@10']:.3f}"
+
+
+def test_the_provenance_is_the_stored_one(released):
+    _, card, *_ = released
+    for line in (
+        "| trained on | docs:scipy, 2 rows, seed 42 |",
+        "| pooling in training | kmeans (sklearn), pool factor 1-6, one drawn for each batch |",
+        "| dropped queries | 3 (no positive) |",
+        "| miner | miner |",
+        "| schedule | not recorded |",
+        "| repositories | none: not from the hub |",
+    ):
+        assert line in card
+    assert "epoch 2.0" in card and "dev_ndcg@10 0.625" in card and "77 documents" in card
+    for section in ("Model details", "Intended use", "Usage", "Evaluation",
+                    "Training-data provenance", "Licence and notices"):  # fmt: skip
+        assert f"\n## {section}\n" in card
+
+
+def test_what_was_not_measured_is_said_to_be(root, model_folder):
+    evaluation = {"collections": ["docs:scipy", "docs:sklearn"], "pool_factors": [1, 2, 9]}
+    profile = make_profile(evaluation=evaluation)
+    prepare(profile, model_folder)
+    results = profile.folder / "results"
+    (results / "baseline.csv").unlink()
+    (results / "baseline.per_query.parquet").unlink()
+    rows, per_query = make_rows([QUICK_MODELS[2]], queries=8, plaid=False)
+    kept = [frame[frame["collection"] != "docs:sklearn"] for frame in (rows, per_query)]
+    write_rows(results, NAME, *kept)
+    card = (release_model(profile, NAME, "a/b") / "README.md").read_text("utf-8")
+    table = table_rows(card, "Exact search")
+    assert set(table["docs:scipy", "baseline"].values()) == {"not measured"}
+    assert set(table["docs:sklearn", "**this model**"].values()) == {"not measured"}
+    assert table["docs:scipy", "**this model**"]["PF9"] == "not measured"
+    assert re.fullmatch(r"0\.\d{3}", table["docs:scipy", "**this model**"]["PF6"])
+    assert "PLAID index" not in card
+
+
+def test_an_unpooled_control_shows_every_method(root, model_folder):
+    profile = make_profile()
+    rows = write_mined(profile, "docs:scipy")
+    write_model(profile, "docs-scipy-pf1-s42", model_folder, rows, pooling="")
+    write_synthetic(profile.folder / "results", QUICK_MODELS, queries=8)
+    card = (release_model(profile, "docs-scipy-pf1-s42", "a/b") / "README.md").read_text("utf-8")
+    for method in ("span", "kmeans (sklearn)", "hierarchical (pylate)"):
+        assert f"**Exact search (MaxSim in float32), {method}:**" in card
+    assert "pooling" not in front(card)["tags"] and "pool_method=" not in card
+
+
+# ---------------------------------------------------------------- licences
+
+
+def test_fiqa_is_for_non_commercial_use(root, model_folder):
+    profile = hub_profile("beir:fiqa", dev_collections={"beir:fiqa": "nano:fiqa"})
+    repositories = {"BeIR/fiqa": COMMIT, "BeIR/fiqa-qrels": COMMIT[::-1]}
+    tools = {"miner": "BAAI/bge-small-en-v1.5", "teacher": "BAAI/bge-reranker-v2-gemma"}
+    name = prepare(profile, model_folder, data={"repositories": repositories}, **tools)
+    folder = release_model(profile, name, "me/fiqa", dataset="me/fiqa-rows")
+    assert folder == root / "runs" / "tiny" / "release" / "fiqa"
+    card = (folder / "README.md").read_text("utf-8")
+    head = front(card)
+    assert head["license"] == "other" and head["license_name"] == "fiqa-2018-non-commercial"
+    assert (
+        head["license_link"] == "LICENSE" and "non-commercial" in (folder / "LICENSE").read_text()
+    )
+    assert head["base_model"] == BASE
+    assert head["datasets"] == ["me/fiqa-rows", "BeIR/fiqa", "BeIR/fiqa-qrels"]
+    notices = card.split("## Licence and notices")[1]
+    assert "FiQA-2018: non-commercial use only" in notices
+    assert f"Base model {BASE}: Apache-2.0." in notices
+    assert "BAAI/bge-small-en-v1.5: MIT" in notices and "gemma: Apache-2.0" in notices
+    assert f"BeIR/fiqa) at `{COMMIT}`" in card and f"revision {COMMIT}" in card
+    assert "best on the test queries of nano:fiqa (so its results there are not held out)" in card
+    with pytest.raises(UserError, match="contradicts.*fiqa-2018-non-commercial"):
+        release_model(profile, name, "me/fiqa", licence="mit")
+
+
+def test_a_zip_is_named_as_a_source_but_is_no_data_set_of_the_hub(root, model_folder):
+    profile = hub_profile("beir:fiqa")
+    zipped = {"https://example.org/fiqa.zip": "ab" * 32}
+    name = prepare(profile, model_folder, repositories=zipped)
+    card = (release_model(profile, name, "me/fiqa") / "README.md").read_text("utf-8")
+    assert "datasets" not in front(card)
+    assert f"<https://example.org/fiqa.zip> (SHA-256 `{'ab' * 32}`)" in card
+
+
+def test_the_base_models_commit_is_the_fetched_one(root, model_folder):
+    profile = hub_profile("beir:fiqa")
+    name = prepare(profile, model_folder)
+    fetched = profile.folder / "models" / "baseline" / PROVENANCE
+    origin = {"revision": None, "commit": "f00d" * 10}
+    fetched.parent.mkdir()
+    write_json(fetched, {"settings": {"source": BASE, "origin": origin}})
+    card = (release_model(profile, name, "me/fiqa") / "README.md").read_text("utf-8")
+    assert f"revision {'f00d' * 10}" in card and COMMIT not in card
+
+
+def test_a_base_of_ones_own_needs_a_licence_and_has_no_hub_id(root, model_folder):
+    model = {"base": str(model_folder), "query_length": 16, "document_length": 32}
+    runs = [{"collection": "docs:scipy", "pool_method": "kmeans", "pool_factors": "1-6"}]
+    profile = make_profile(model=model, runs=runs, warm_up=None)
+    name = prepare(profile, model_folder)
+    with pytest.raises(UserError, match="needs a licence.*base model"):
+        release_model(profile, name, "me/x")
+    card = (release_model(profile, name, "me/x", licence="mit") / "README.md").read_text("utf-8")
+    assert "base_model" not in front(card) and str(model_folder.parent) not in card
+    assert "| base model | embedded (a checkpoint of its own)" in card
+
+
+def test_scifact_stays_cc_by_nc_also_at_a_revision(root, model_folder):
+    profile = hub_profile(f"beir:scifact@{COMMIT}")
+    name = prepare(profile, model_folder)
+    card = (release_model(profile, name, "me/scifact") / "README.md").read_text("utf-8")
+    assert front(card)["license"] == "cc-by-nc-2.0" and "annotations" in card
+    assert "| repositories | not recorded |" in card
+
+
+def test_permissive_terms_leave_the_choice_to_the_publisher(root, model_folder):
+    profile = make_profile()
+    name = prepare(profile, model_folder)
+    card = (release_model(profile, name, "me/x", licence="cc-by-4.0") / "README.md").read_text()
+    assert front(card)["license"] == "cc-by-4.0" and "scipy: BSD-3-Clause" in card
+    with pytest.raises(UserError, match="'bsd3' is none that the hub knows"):
+        release_dataset(profile, "docs:scipy", "me/x", licence="bsd3")
+
+
+def test_a_collection_of_ones_own_needs_a_licence(root, model_folder):
+    collection = str(root / "private" / "My Notes")
+    profile = make_profile(
+        runs=[{"collection": collection, "pool_method": "kmeans", "pool_factors": "1-6"}]
+    )
+    name = prepare(profile, model_folder)
+    with pytest.raises(UserError, match="trained on my-notes needs a licence"):
+        release_model(profile, name, "me/notes")
+    with pytest.raises(UserError, match="'cc-by-9.0' is none that the hub knows"):
+        release_model(profile, name, "me/notes", licence="cc-by-9.0")
+    with pytest.raises(UserError, match="'other' is none"):
+        release_model(profile, name, "me/notes", licence="other")
+    card = (release_model(profile, name, "me/n", licence="cc-by-4.0") / "README.md").read_text()
+    assert front(card)["license"] == "cc-by-4.0" and "private" not in card
+    card = (release_model(profile, name, "me/n", licence="other:mine") / "README.md").read_text()
+    assert front(card)["license_name"] == "mine" and "adds its text as `LICENSE`" in card
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_a_model_that_the_profile_does_not_train_is_refused(root):
+    for name in ("baseline", "docs-scipy-kmeans-pf2-s42"):
+        with pytest.raises(UserError, match=f"trains no model '{name}'.*{NAME}"):
+            release_model(make_profile(), name, "me/x")
+
+
+@pytest.mark.parametrize("repository", ["x", "a/b/c", "a b/c", "", "me/x.git", "me/-x"])
+def test_a_repository_that_the_hub_would_refuse_is_refused(root, repository):
+    with pytest.raises(UserError, match="Expected owner/name"):
+        release_model(make_profile(), NAME, repository)
+    assert repository_id("me/x") == "me/x"
+
+
+def test_a_model_without_results_is_refused(root, model_folder):
+    profile = make_profile()
+    prepare(profile, model_folder)
+    (profile.folder / "results" / f"{NAME}.csv").unlink()
+    with pytest.raises(UserError, match="no result rows of.*03_evaluation"):
+        release_model(profile, NAME, "me/x")
+    shutil.rmtree(profile.folder / "results")
+    with pytest.raises(UserError, match="there are no result rows"):
+        release_model(profile, NAME, "me/x")
+    assert not (profile.folder / "release").exists()
+
+
+def test_measurements_of_other_weights_are_refused(root, model_folder):
+    profile = make_profile()
+    prepare(profile, model_folder)
+    measured = profile.folder / "evaluated" / NAME / "docs-scipy-exact" / PROVENANCE
+    write_json(measured, {"settings": {"model": fingerprint(profile.folder / "models" / NAME)}})
+    release_model(profile, NAME, "me/x")
+    write_json(measured, {"settings": {"model": "0123"}})
+    with pytest.raises(UserError, match="measured of other weights"):
+        release_model(profile, NAME, "me/x")
+
+
+def test_rows_that_were_mined_anew_since_are_refused(root, model_folder):
+    profile = make_profile()
+    prepare(profile, model_folder)
+    folder = profile.folder / "mined" / "docs-scipy"
+    changed = load_mined(folder).select([0])
+    provenance = (folder / PROVENANCE).read_text()
+    changed.save_to_disk(folder.with_name("other"))
+    shutil.rmtree(folder)
+    folder.with_name("other").rename(folder)
+    (folder / PROVENANCE).write_text(provenance)
+    with pytest.raises(UserError, match="not those that the model was trained on"):
+        release_model(profile, NAME, "me/x")
+
+
+def test_only_a_release_is_replaced(root, model_folder):
+    profile = make_profile()
+    prepare(profile, model_folder)
+    other = root / "thesis"
+    other.mkdir()
+    (other / "README.md").write_text("chapter one")
+    with pytest.raises(UserError, match="something else than a release"):
+        release_model(profile, NAME, "me/x", other)
+    assert (other / "README.md").read_text() == "chapter one"
+    folder = release_model(profile, NAME, "me/x")
+    (folder / "stale.txt").write_text("")
+    before = (folder / "README.md").read_text()
+    assert release_model(profile, NAME, "me/x") == folder
+    assert not (folder / "stale.txt").exists() and (folder / "README.md").read_text() == before
+    (folder / ".git").mkdir()
+    with pytest.raises(UserError, match="something else"):
+        release_model(profile, NAME, "me/x")
+
+
+# ---------------------------------------------------------------- the data set
+
+
+@pytest.fixture
+def rows_released(root):
+    profile = make_profile()
+    rows = write_mined(profile, "docs:scipy")
+    folder = release_dataset(profile, "docs:scipy", "me/rows", root / "me" / "rows")
+    return folder, rows, (folder / "README.md").read_text("utf-8")
+
+
+def test_the_released_rows_are_the_mined_ones(rows_released, tmp_path):
+    folder, rows, card = rows_released
+    again = load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    assert again.column_names == COLUMNS and again.to_list() == rows.to_list()
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+    assert files == ["README.md", "data/train-00000-of-00001.parquet"]
+    check_card(card, "dataset")
+    head = front(card)
+    assert head["license"] == "bsd-3-clause" and head["task_categories"] == ["text-retrieval"]
+    assert head["size_categories"] == "n<1K" and "| dropped queries | 3 (no positive) |" in card
+
+
+def test_the_code_of_the_data_sets_card_runs(rows_released, root, monkeypatch, capsys):
+    _, rows, card = rows_released
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
+    (code,) = code_of(card)
+    exec(compile(code, "card", "exec"), {})
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == load_collection("docs:scipy", "train").queries[rows[0]["query_id"]]
+    assert [line.split()[0] for line in said[1:]] == ["1.5", "0.25"]
+
+
+def test_rows_on_fiqa_carry_its_notice_and_sources(root):
+    profile = hub_profile("beir:fiqa")
+    write_mined(profile, "beir:fiqa", repositories={"BeIR/fiqa": COMMIT})
+    folder = release_dataset(profile, "beir:fiqa", "me/rows")
+    assert folder == root / "runs" / "tiny" / "release_data" / "rows"
+    card = (folder / "README.md").read_text("utf-8")
+    assert front(card)["license_name"] == "fiqa-2018-non-commercial"
+    assert front(card)["source_datasets"] == ["BeIR/fiqa"] and (folder / "LICENSE").is_file()
+
+
+def test_rows_of_others_and_rows_that_are_not_there_are_refused(root):
+    released = {"training_data": "released", "released_rows": {"beir:fiqa": "them/rows"}}
+    with pytest.raises(UserError, match="released rows .them/rows"):
+        release_dataset(hub_profile("beir:fiqa", **released), "beir:fiqa", "me/rows")
+    with pytest.raises(UserError, match="no mined rows"):
+        release_dataset(make_profile(), "docs:scipy", "me/rows")
+
+
+def test_a_model_trained_on_released_rows_names_them(root, model_folder):
+    released = {"training_data": "released", "released_rows": {"beir:fiqa": "them/rows"}}
+    profile = hub_profile("beir:fiqa", **released)
+    name = prepare(profile, model_folder)
+    card = (release_model(profile, name, "me/x") / "README.md").read_text("utf-8")
+    assert front(card)["datasets"] == ["them/rows"]
+
+
+# ---------------------------------------------------------------- the hub's rules
+
+MODEL = {
+    "language": ["en"],
+    "license": "mit",
+    "library_name": "PyLate",
+    "pipeline_tag": "sentence-similarity",
+    "tags": ["ColBERT"],
+    "base_model": "a/b",
+}
+DATASET = {
+    "language": "en",
+    "license": "other",
+    "license_name": "my-licence-1.0",
+    "tags": ["distillation"],
+    "pretty_name": "Rows",
+    "size_categories": ["n<1K"],
+    "task_categories": ["text-retrieval"],
+    "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "a.csv"}]}],
+}
+FILES = DATASET["configs"][0]["data_files"]
+
+
+def card(content):
+    return f"---\n{yaml.safe_dump(content)}---\n\n# Title\n"
+
+
+def test_good_cards_pass():
+    check_card(card(MODEL), "model")
+    check_card(card(DATASET), "dataset")
+    check_card(card(MODEL | {"language": ["fra", "code"], "datasets": "a/b"}), "model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "key"),
+    [
+        ("model", {"license": "apache2"}, "license"),
+        ("model", {"license": "Apache-2.0"}, "license"),
+        ("model", {"license": "other"}, "license_name"),
+        ("model", {"license": None}, "license"),
+        ("model", {"license_name": "my-licence"}, "license_name"),
+        ("dataset", {"license_name": "My Licence"}, "license_name"),
+        ("dataset", {"license_link": "terms.txt"}, "license_link"),
+        ("model", {"tags": [1]}, "tags"),
+        ("model", {"tags": []}, "tags"),
+        ("model", {"base_model": "MiniLM"}, "base_model"),
+        ("model", {"base_model": "/some/where/model"}, "base_model"),
+        ("model", {"base_model_relation": "fine-tuned"}, "base_model_relation"),
+        ("model", {"datasets": ["librispeech 960h"]}, "datasets"),
+        ("model", {"datasets": [None]}, "datasets"),
+        ("model", {"pipeline_tag": "retrieval"}, "pipeline_tag"),
+        ("model", {"language": "en-US"}, "language"),
+        ("model", {"language": "xx"}, "language"),
+        ("model", {"language": False}, "language"),  # what YAML reads in `language: no`
+        ("model", {"libary_name": "PyLate"}, "libary_name"),
+        ("dataset", {"size_categories": "small"}, "size_categories"),
+        ("dataset", {"task_categories": ["retrieving"]}, "task_categories"),
+        ("dataset", {"configs": []}, "configs"),
+        ("dataset", {"configs": [{"config_name": "x"}]}, "configs.0.data_files"),
+        ("dataset", {"configs": [{"data_files": FILES}]}, "configs.0.config_name"),
+        ("dataset", {"annotations_creators": "me"}, "annotations_creators"),
+    ],
+)
+def test_a_bad_value_is_refused_by_its_key(kind, change, key):
+    good = MODEL if kind == "model" else DATASET
+    with pytest.raises(UserError, match=rf"(?m)^  {re.escape(key)}(\.\d+)?: "):
+        check_card(card(good | change), kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [(kind, key) for kind, good in (("model", MODEL), ("dataset", DATASET)) for key in good],
+)
+def test_a_missing_key_is_named(kind, key):
+    good = MODEL if kind == "model" else DATASET
+    content = {name: value for name, value in good.items() if name != key}
+    if key == "base_model":
+        check_card(card(content), kind)  # a model may have none
+        return
+    with pytest.raises(UserError, match=rf"(?m)^  {key}: "):
+        check_card(card(content), kind)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("# Title\n", "does not begin with a front matter"),
+        ("\n" + card(MODEL), "does not begin with a front matter"),
+        ("---\na: [\n---\n", "not valid YAML"),
+        ("---\n- a\n---\n", "holds no keys"),
+        (card(MODEL).replace("---\n", "---\nlicense: mit\n", 1), "license: given twice"),
+    ],
+)
+def test_a_front_matter_that_cannot_be_read_is_refused(text, reason):
+    with pytest.raises(UserError, match=reason):
+        check_card(text, "model")
+
+
+def test_sizes_are_the_hubs():
+    sizes = [1, 999, 1000, 9999, 10_000, 10**6, 10**12, 10**15]
+    expected = ["n<1K", "n<1K", "1K<n<10K", "1K<n<10K", "10K<n<100K", "1M<n<10M", "n>1T", "n>1T"]
+    assert [size_category(n) for n in sizes] == expected
+    assert size_category(10**12 - 1) == SIZES[-2]
