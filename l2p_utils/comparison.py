@@ -42,7 +42,14 @@ import pandas as pd
 
 from l2p_utils.exhibits import ENGINE, rows_source
 from l2p_utils.files import UserError
-from l2p_utils.results import BASELINE, HUB_SUITES, PAPER_EXHIBITS, Roles, roles_of
+from l2p_utils.results import (
+    BASELINE,
+    HUB_SUITES,
+    PAPER_EXHIBITS,
+    Roles,
+    default_variant,
+    roles_of,
+)
 
 # The paper's unpooled baseline, NDCG@10: exact as its Table 2 prints it; PLAID from the result
 # files that its authors published, since Figure 4 has percentages only.
@@ -164,8 +171,8 @@ def _band(exhibit: str, engine: str, dataset: str, quantity: str) -> tuple[float
     )
 
 
-def _by_definition(comparison: pd.DataFrame) -> pd.Series:
-    """The baseline's own 100 %, which cannot be otherwise."""
+def by_definition(comparison: pd.DataFrame) -> pd.Series:
+    """Which values are the baseline's own 100 %, which cannot be otherwise (a mask)."""
     unpooled = (comparison["label"] == "Baseline") & (comparison["pool_factor"] == 1)
     return unpooled & (comparison["quantity"] == "relative") & comparison["ours"].notna()
 
@@ -191,7 +198,7 @@ def comparison_summary(comparison: pd.DataFrame) -> pd.DataFrame:
 
 def _counts(part: pd.DataFrame) -> dict[str, object]:
     counts = part["verdict"].value_counts()
-    trivial = _by_definition(part)
+    trivial = by_definition(part)
     line = {"values": len(part), **{v: int(counts.get(v, 0)) for v in (INSIDE, OUTSIDE, NOT_RUN)}}
     line |= {"by definition": int(trivial.sum()), "mean": np.nan, "largest": np.nan, "where": ""}
     measured = part[~trivial].dropna(subset=["points"])
@@ -301,6 +308,22 @@ def tolerance_note() -> str:
     )
 
 
+SUMMARY_NOTE = (
+    "Differences in NDCG points, ours − paper; means of absolute values, without what is 100 % *by "
+    "definition* (the baseline relative to itself). Tables print up to three values a cell."
+)
+
+
+def variants_note(rows: pd.DataFrame) -> str:
+    """Which variants of the pool methods our values were read in, in a sentence."""
+    kmeans, tree = (default_variant(rows, method) for method in ("kmeans", "hierarchical"))
+    return (
+        f"Ours are read in the variants that most models have: kmeans `{kmeans}`, hierarchical "
+        f"`{tree}`. The paper used scikit-learn's kmeans (`sklearn`) and Ward on the square matrix "
+        "of cosine distances (`paper`); others group tokens differently."
+    )
+
+
 def markdown(frame: pd.DataFrame, digits: dict[str, int] | None = None) -> str:
     """A frame as a Markdown table; numbers rounded to `digits` (default 3), NaN as "not run"."""
     digits = digits or {}
@@ -341,8 +364,9 @@ def comparison_markdown(comparison: pd.DataFrame, rows: pd.DataFrame) -> str:
     parts = [
         "# The paper's values and ours\n",
         tolerance_note() + "\n",
+        variants_note(rows) + "\n",
         "## Summary\n",
-        "Differences in NDCG points (ours − paper, means of absolute values).\n",
+        SUMMARY_NOTE + "\n",
         summary_markdown(comparison),
         "## The baseline's document length\n",
         "Unpooled NDCG@10; differences in NDCG points. The paper says 300 tokens; its authors' "
@@ -352,5 +376,5 @@ def comparison_markdown(comparison: pd.DataFrame, rows: pd.DataFrame) -> str:
     for exhibit in [BASELINES, *PAPER_EXHIBITS]:
         values = comparison[comparison["exhibit"] == exhibit].drop(columns=["exhibit", "engine"])
         title = exhibit if exhibit == BASELINES else f"{exhibit[:-1]} {exhibit[-1]}"
-        parts += [f"## {title.capitalize()}\n", markdown(values, {"points": 2})]
+        parts += [f"## {title.capitalize()}\n", markdown(values, {"points": 2, "tolerance": 4})]
     return "\n".join(parts)

@@ -197,8 +197,14 @@ def _note(rows: pd.DataFrame, name: str, roles: Roles) -> str:
 def _exhibit_rows(rows: pd.DataFrame, exhibit: str, roles: Roles) -> pd.DataFrame:
     """All cells of one exhibit: the grid of `CONTENTS`, filled where rows exist."""
     tidy = []
+    engine = ENGINE.get(exhibit, "exact")
+    methods = {method for lines in CONTENTS[exhibit].values() for _, method in lines}
+    # Settled on all rows, so that every model is read in the same variant.
+    variants = {method: default_variant(rows, method) for method in methods}
     for dataset, lines in CONTENTS[exhibit].items():
-        curves = [_curve(rows, exhibit, dataset, *line, roles) for line in lines]
+        collection = roles.evaluated(dataset, engine)
+        here = rows[(rows["collection"] == collection) & (rows["engine"] == engine)]
+        curves = [_curve(here, exhibit, dataset, *line, roles, variants) for line in lines]
         first = curves[0]["ndcg"].to_numpy()  # the baseline at the same factors
         for curve in curves:
             trained = curve["label"].iloc[0] != "Baseline"
@@ -210,18 +216,16 @@ def _exhibit_rows(rows: pd.DataFrame, exhibit: str, roles: Roles) -> pd.DataFram
     return frame.reindex(columns=PAPER_COLUMNS)
 
 
-def _curve(rows, exhibit, dataset, label, pool_method, roles: Roles) -> pd.DataFrame:
+def _curve(rows, exhibit, dataset, label, pool_method, roles: Roles, variants) -> pd.DataFrame:
     """One model's values at the exhibit's factors; several seeds are averaged, as in the paper."""
     trained = parse_label(label, dataset)
     names = find_models(rows, roles.trained(trained[0]), *trained[1:])
     factors = FACTORS.get(exhibit, POOL_FACTORS)
     engine = ENGINE.get(exhibit, "exact")
-    where = (roles.evaluated(dataset, engine), pool_method, engine)
-    # Settled on all rows, so that every model is read in the same variant.
-    variant = default_variant(rows, pool_method)
+    where = (roles.evaluated(dataset, engine), pool_method, engine, variants[pool_method])
 
     def mean(value: str) -> np.ndarray:
-        curves = [series(rows, name, *where, variant, value, factors) for name in names]
+        curves = [series(rows, name, *where, value, factors) for name in names]
         # Of the seeds that were run: one may still be under way.
         return pd.DataFrame(curves, columns=list(factors)).mean().to_numpy(dtype=float)
 

@@ -30,6 +30,7 @@ from l2p_utils.comparison import (
     OUTSIDE,
     PAPER_BASELINES,
     POINTS,
+    by_definition,
     compare_with_paper,
     comparison_markdown,
 )
@@ -396,10 +397,11 @@ def draw_comparison(comparison: pd.DataFrame) -> Sheet:
         axes[0, 0].set_ylabel("Ours (NDCG@10 × 100)")
         axes[1, 0].set_ylabel("Ours − paper (NDCG points)")
         band = "Shaded: the tolerance, ± {exact:g} point and ± {plaid:g} points".format(**POINTS)
-        notes.append(
-            f"{band}. Drawn are NDCG values and percentages; differences (Table 2) and averages "
-            "of data sets (Figure 1) are counted only."
-        )
+        notes += [
+            f"{band}. Filled: inside; open: outside.",
+            "Counted but not drawn: differences (Table 2), averages of data sets (Figure 1), the "
+            "baseline’s own 100 %.",
+        ]
         _foot(figure, "The paper’s values and ours", notes, handles)
     return figure
 
@@ -415,6 +417,7 @@ def _verdicts(values: pd.DataFrame) -> str:
 def _dots(values: pd.DataFrame) -> pd.DataFrame:
     """Values with a place on the NDCG scale: ``x`` the paper's, ``y`` ours, in points."""
     drawn = values["quantity"].isin(["ndcg", "relative"]) & (values["dataset"] != "Average")
+    drawn &= ~by_definition(values)
     values = values[drawn & values["points"].notna()]
     scale = [
         100.0 if value.quantity == "ndcg" else PAPER_BASELINES[value.engine][value.dataset]
@@ -434,6 +437,7 @@ def _compared(above: Axes, below: Axes, dots: pd.DataFrame, engine: str) -> dict
         for axis in (above, below):
             place = {"transform": axis.transAxes, "ha": "center", "va": "center"}
             axis.text(0.5, 0.5, "not run", color="#777777", **place)
+            axis.set(xticks=[], yticks=[])
         return {}
     ends = [dots[["x", "y"]].min().min() - 2, dots[["x", "y"]].max().max() + 2]
     above.fill_between(ends, [e - width for e in ends], [e + width for e in ends], **BAND)
@@ -443,11 +447,11 @@ def _compared(above: Axes, below: Axes, dots: pd.DataFrame, engine: str) -> dict
     below.axhline(0, color="#333333", linestyle="--", linewidth=1, zorder=1)
     limit = 1.15 * max(2 * width, dots["points"].abs().max())
     below.set_ylim(-limit, limit)
-    handles = {}
+    handles: dict[str, object] = {}
     for (method, verdict), part in dots.groupby(["pool_method", "verdict"], sort=True):
         style = _dot(method, verdict)
-        name = f"{METHOD_NAMES.get(method, 'unpooled')}, {verdict}"
-        (handles[name],) = above.plot(part["x"], part["y"], **style)
+        (drawn,) = above.plot(part["x"], part["y"], **style)
+        handles.setdefault(METHOD_NAMES.get(method, "unpooled"), drawn)  # filled, where any is
         below.plot(part["x"], part["points"], **style)
     return handles
 

@@ -12,10 +12,12 @@ import pandas as pd
 
 from l2p_utils.claims import FAILS, FINDINGS, HOLDS, NOT_RUN, UNDECIDED, claims_table
 from l2p_utils.comparison import (
+    SUMMARY_NOTE,
     compare_with_paper,
     lengths_markdown,
     summary_markdown,
     tolerance_note,
+    variants_note,
 )
 from l2p_utils.exhibits import Source, missing
 from l2p_utils.files import UserError
@@ -532,7 +534,8 @@ def value_by_value(paper: pd.DataFrame, rows: pd.DataFrame) -> str:
     return "\n".join(
         [
             tolerance_note() + "\n",
-            "Differences in NDCG points, ours − paper:\n",
+            variants_note(rows) + "\n",
+            SUMMARY_NOTE + "\n",
             summary_markdown(compare_with_paper(paper, rows)),
             "**Documents at 300 or at 180 tokens?** The baseline, unpooled; differences in NDCG "
             "points.\n",
