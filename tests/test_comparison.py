@@ -414,7 +414,7 @@ def test_collections_are_named_as_they_are(paper, same):
     assert "searched by both engines" in reading.pooling_loss(same[1])
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(st.data())
 def test_any_part_of_the_grid_can_be_read(paper, same, data):
     rows = same[0]
@@ -440,10 +440,8 @@ def test_any_part_of_the_grid_can_be_read(paper, same, data):
         lambda rows: rows["engine"] == "plaid",
         lambda rows: rows["model"] == "baseline-d180",
         lambda rows: rows["model"].str.startswith("beir-fiqa"),
-        lambda rows: rows["pool_factor"] == 1,
-        lambda rows: rows["collection"] == "nano:touche",
     ],
-    ids=["PLAID only", "180 tokens only", "FiQA models", "unpooled only", "one collection"],
+    ids=["PLAID only", "180 tokens only", "FiQA models"],
 )
 def test_what_a_run_under_way_has_is_drawn_and_worded(paper, same, keep):
     parts = [frame[keep(frame)] for frame in same]
