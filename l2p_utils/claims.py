@@ -24,7 +24,7 @@ of its comparisons do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,9 +36,11 @@ from l2p_utils.results import (
     BASELINE,
     POOL_FACTORS,
     ROLES,
+    Roles,
     bootstrap_means,
     default_variant,
     find_models,
+    roles_of,
 )
 
 CLAIM_COLUMNS = [
@@ -358,9 +360,11 @@ class PaperCells:
 
 
 class OurCells:
-    """Our per-query values of a cell, averaged over training seeds."""
+    """Our per-query values of a cell under exact search, averaged over training seeds."""
 
-    def __init__(self, rows: pd.DataFrame, per_query: pd.DataFrame, roles: dict[str, str]):
+    def __init__(
+        self, rows: pd.DataFrame, per_query: pd.DataFrame, roles: Roles | Mapping[str, str] | None
+    ):
         exact = per_query[per_query["engine"] == "exact"]
         variants = {
             m: default_variant(exact, m) for m in ("none", "span", "kmeans", "hierarchical")
@@ -371,7 +375,7 @@ class OurCells:
             key: group.set_index("query_id")["ndcg@10"].sort_index()
             for key, group in exact.groupby(keys)
         }
-        self._rows, self._roles = rows, roles
+        self._rows, self._roles = rows, roles_of(rows, roles)
         self._cache: dict[Cell, pd.Series | None] = {}
 
     def values(self, cell: Cell) -> pd.Series | None:
@@ -383,10 +387,10 @@ class OurCells:
     def _find(self, cell: Cell) -> pd.Series | None:
         names = [BASELINE]
         if cell.trained_on:
-            source = self._roles.get(cell.trained_on, "")
+            source = self._roles.trained(cell.trained_on)
             names = find_models(self._rows, source, cell.train_method, cell.train_factors)
         method = "none" if cell.pool_factor == 1 else cell.pool_method
-        collection = self._roles.get(cell.dataset, "")
+        collection = self._roles.evaluated(cell.dataset)
         found = [self._values.get((name, collection, method, cell.pool_factor)) for name in names]
         found = [values for values in found if values is not None]
         if not found:
@@ -403,8 +407,11 @@ class OurCells:
     def has(self, comparisons: list[Comparison]) -> bool:
         """Whether every cell of `comparisons`, and the baseline they are relative to, was run."""
         cells = set().union(*(comparison.cells for comparison in comparisons))
-        cells |= {Cell(cell.dataset, "", "", "", "none", 1) for cell in cells}
-        return all(self.values(cell) is not None for cell in cells)
+        if not all(self.values(cell) is not None for cell in cells):
+            return False
+        unpooled = [self.values(Cell(d, "", "", "", "none", 1)) for d in {c.dataset for c in cells}]
+        # Of a baseline that found nothing there is no percentage.
+        return all(values is not None and values.mean() > 0 for values in unpooled)
 
 
 # ---------------------------------------------------------------- judging
@@ -500,7 +507,7 @@ def check_claims(
     rows: pd.DataFrame | None,
     per_query: pd.DataFrame | None,
     paper: pd.DataFrame,
-    roles: dict[str, str] | None = None,
+    roles: Roles | Mapping[str, str] | None = None,
     seed: int = 42,
     resamples: int = 10_000,
 ) -> pd.DataFrame:
@@ -513,14 +520,15 @@ def check_claims(
     paper
         From `results.read_paper`.
     roles
-        The collection that plays each of the paper's data sets; default `ROLES`.
+        The collections that stand for the paper's data sets; by default those that `rows` hold
+        (see `results.roles_of`).
 
     Returns
     -------
     One row a part, columns `CLAIM_COLUMNS`. ``difference``, ``low``, ``high`` are ours, of the
     part's weakest comparison, in `unit`; NaN where not run.
     """
-    roles = ROLES if roles is None else roles
+    roles = roles_of(rows, roles)
     theirs = PaperCells(paper)
     ours = None if rows is None or per_query is None else OurCells(rows, per_query, roles)
     lines = []
@@ -535,14 +543,14 @@ def check_claims(
     return pd.DataFrame(lines)[CLAIM_COLUMNS]
 
 
-def _named(text: str, roles: dict[str, str] | None, both: bool) -> str:
+def _named(text: str, roles: Roles | None, both: bool) -> str:
     """Fill in data set names: {SciFact} → SciFact, docs:scipy, or "SciFact (docs:scipy)"."""
     for dataset in ROLES:
         name = dataset
         if both:
-            name = f"{dataset} ({roles.get(dataset, '–')})"
+            name = f"{dataset} ({roles.evaluated(dataset) or '–'})"
         elif roles is not None:
-            name = roles.get(dataset, dataset)
+            name = roles.evaluated(dataset) or dataset
         text = text.replace(f"{{{dataset}}}", name)
     return text
 

@@ -10,7 +10,6 @@ import argparse
 import itertools
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -25,75 +24,41 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from l2p_utils.claims import check_claims, claims_table
+from l2p_utils.comparison import (
+    INSIDE,
+    NOT_RUN,
+    OUTSIDE,
+    PAPER_BASELINES,
+    POINTS,
+    by_definition,
+    compare_with_paper,
+    comparison_markdown,
+)
+from l2p_utils.exhibits import (
+    ENGINE,
+    FIGURES,
+    TABLES,
+    Source,
+    holds_paper,
+    missing,
+    read_source,
+)
 from l2p_utils.files import UserError, atomic_path
 from l2p_utils.results import (
-    BASELINE,
-    PAPER_COLUMNS,
-    PAPER_EXHIBITS,
+    HUB_SUITES,
     POOL_FACTORS,
-    ROLES,
-    default_variant,
-    find_models,
     has_rows,
-    parse_label,
     read_paper,
     read_per_query,
     read_rows,
-    relative_ndcg,
-    series,
+    roles_of,
 )
 
-FIGURES, TABLES = PAPER_EXHIBITS[:4], PAPER_EXHIBITS[4:]
-TRAINED = ("SciFact", "FiQA")
 DPI = 220
 KINDS = ("png", "svg")
 
-# ---------------------------------------------------------------- what each exhibit shows
+# ---------------------------------------------------------------- how each exhibit looks
 
-BASELINES = [("Baseline", method) for method in ("hierarchical", "kmeans", "span")]
-MULTI = [
-    ("FT Span PF1-6", "span"),
-    ("FT Hier PF1-6", "hierarchical"),
-    ("FT KMeans PF1-6", "kmeans"),
-]
-CROSS = ["Baseline", "FT SciFact KMeans PF1-6", "FT FiQA KMeans PF1-6"]
-SPAN = ["Baseline", "FT PF1", "FT Span PF2", "FT Span PF3", "FT Span PF1-6"]
-
-
-def _own(dataset: str) -> list[tuple[str, str]]:
-    """Figure 4's trained models: every method on its own data set, kmeans also across."""
-    across = [(label, "kmeans") for label in CROSS[1:]]
-    own = [
-        (f"FT {dataset} {name} PF1-6", method)
-        for name, method in (("Hier", "hierarchical"), ("Span", "span"))
-        if dataset in TRAINED
-    ]
-    return across + own
-
-
-# exhibit → data set → the (label, pool method) pairs that it shows there, in order.
-CONTENTS: dict[str, dict[str, list[tuple[str, str]]]] = {
-    "figure1": {d: BASELINES for d in ("FiQA", "NFCorpus", "SCIDOCS", "SciFact", "Touche")},
-    "figure2": {d: [(label, "span") for label in SPAN] for d in TRAINED},
-    "figure3": {d: [("Baseline", "hierarchical"), *MULTI] for d in TRAINED},
-    "figure4": {d: BASELINES + _own(d) for d in ("SciFact", "FiQA", "NFCorpus", "SCIDOCS")},
-    "table1": {"SciFact": [("Baseline", "span"), *((label, "span") for label, _ in MULTI)]},
-    "table2": {d: [(label, "kmeans") for label in CROSS] for d in ROLES},
-    "table3": {
-        "SciFact": [
-            (label, "hierarchical")
-            for label in ("Baseline", "FT PF1", "FT Hier PF2", "FT Hier PF1-6")
-        ]
-    },
-    "table4": {
-        "SciFact": [
-            (label, "kmeans")
-            for label in ("Baseline", "FT PF1", "FT KMeans PF2", "FT KMeans PF1-6")
-        ]
-    },
-}
-FACTORS = {"table2": (1, 2, 4, 6)}
-ENGINE = {"figure4": "plaid"}
 PANELS = {
     "figure1": [["FiQA", "NFCorpus", "SCIDOCS"], ["SciFact", "Touche", "Average"]],
     "figure2": [["SciFact", "FiQA"]],
@@ -119,160 +84,12 @@ TITLES = {
     "table4": "Table 4. K-means pooling: models trained with one factor or with all",
     "overview": "NDCG@10 kept as documents shrink: k-means pooling on",
 }
-OWN = "each model is trained on its panel’s collection"
+SEARCH = {"exact": "Exact search", "plaid": "PLAID search"}
+OWN = "; each model is trained on its panel’s collection"
 CAPTIONS = {
-    "figure1": "Exact search.",
-    "figure2": f"Exact search; {OWN}.",
-    "figure3": f"Exact search; {OWN}; the baseline is pooled hierarchically.",
-    "figure4": "PLAID search.",
-    "overview": "Exact search.",
+    "figure2": OWN,
+    "figure3": f"{OWN}; the baseline is pooled hierarchically",
 }
-
-# ---------------------------------------------------------------- the tidy frame
-
-
-@dataclass(frozen=True)
-class Source:
-    """Numbers to draw: where they come from and how their data sets are called.
-
-    Attributes
-    ----------
-    name
-        "paper", or the name of the folder of rows.
-    frame
-        Tidy numbers with the columns of `PAPER_COLUMNS`; NaN is "not run".
-    names
-        Data set → (panel title, short name in labels and notes).
-    note
-        One line on what the numbers are.
-    vectors
-        Mean vectors a document at each pool factor (kmeans, SciFact's role), where known.
-    """
-
-    name: str
-    frame: pd.DataFrame
-    names: dict[str, tuple[str, str]]
-    note: str
-    vectors: pd.Series | None = None
-
-    @property
-    def is_paper(self) -> bool:
-        """Whether these are the paper's own numbers."""
-        return self.name == "paper"
-
-    def rename(self, label: str) -> str:
-        """A model's label with this source's name for the collection that it was trained on."""
-        for dataset in TRAINED:
-            label = label.replace(f" {dataset} ", f" {self.names[dataset][1]} ")
-        return label
-
-
-def read_source(folder: str | Path) -> Source:
-    """Read `folder`: the paper's CSVs (it has a ``figure1.csv``) or a run's result rows.
-
-    Raises
-    ------
-    UserError
-        When it holds neither.
-    """
-    folder = Path(folder)
-    if _holds_paper(folder):
-        return paper_source(read_paper(folder))
-    return rows_source(read_rows(folder), folder.name)
-
-
-def paper_source(frame: pd.DataFrame) -> Source:
-    """The paper's numbers as a source."""
-    names = {dataset: (dataset, dataset) for dataset in [*ROLES, "Average"]}
-    names["Average"] = ("Average of the five", "Average")
-    return Source(
-        "paper", frame, names, "The paper's numbers (S. Josef, LIR @ ECIR 2026, CC BY 4.0)"
-    )
-
-
-def rows_source(rows: pd.DataFrame, name: str, roles: dict[str, str] | None = None) -> Source:
-    """A run's result rows as a source: every exhibit's cells, NaN where one was not run.
-
-    Parameters
-    ----------
-    rows
-        Result rows (see `results.read_rows`), among them the unpooled baseline.
-    name
-        What to call the run in the figures' notes.
-    roles
-        The collection that plays each of the paper's data sets; default `ROLES`.
-    """
-    roles = ROLES if roles is None else roles
-    rows = relative_ndcg(rows)
-    frames = [_exhibit_rows(rows, exhibit, roles) for exhibit in CONTENTS]
-    names = {d: (f"{c} (in {d}’s role)", c) for d, c in roles.items()}
-    names["Average"] = ("Average of the five", "Average")
-    return Source(
-        name, pd.concat(frames, ignore_index=True), names, _note(rows, name), _vectors(rows, roles)
-    )
-
-
-def _note(rows: pd.DataFrame, name: str) -> str:
-    """What a run's numbers are, in one line: profile, queries, seeds."""
-    note = f"Run “{' + '.join(sorted(set(rows['profile']) - {''})) or name}”"
-    for engine, part in rows.dropna(subset=["queries"]).groupby("engine"):  # exact before plaid
-        few, many = part["queries"].min(), part["queries"].max()
-        number = f"{few}–{many}" if few < many else f"{few}"
-        exact = engine == "exact"
-        note += f", {number} test queries a collection" if exact else f" (PLAID: {number})"
-    seeds = rows.loc[rows["model"] != BASELINE, "seed"].nunique()
-    return note + f", {seeds} training seed{'s' if seeds > 1 else ''}" if seeds else note
-
-
-def _exhibit_rows(rows: pd.DataFrame, exhibit: str, roles: dict[str, str]) -> pd.DataFrame:
-    """All cells of one exhibit: the grid of `CONTENTS`, filled where rows exist."""
-    tidy = []
-    for dataset, lines in CONTENTS[exhibit].items():
-        curves = [_curve(rows, exhibit, dataset, *line, roles) for line in lines]
-        first = curves[0]["ndcg"].to_numpy()  # the baseline at the same factors
-        for curve in curves:
-            trained = curve["label"].iloc[0] != "Baseline"
-            delta = curve["ndcg"] - first if exhibit == "table2" and trained else np.nan
-            tidy.append(curve.assign(delta=delta))
-    frame = pd.concat(tidy, ignore_index=True)
-    if exhibit == "figure1":
-        frame = pd.concat([frame, _average(frame)], ignore_index=True)
-    return frame.reindex(columns=PAPER_COLUMNS)
-
-
-def _curve(rows, exhibit, dataset, label, pool_method, roles) -> pd.DataFrame:
-    """One model's values at the exhibit's factors; several seeds are averaged, as in the paper."""
-    trained = parse_label(label, dataset)
-    names = find_models(rows, roles.get(trained[0], ""), *trained[1:])
-    factors = FACTORS.get(exhibit, POOL_FACTORS)
-    where = (roles[dataset], pool_method, ENGINE.get(exhibit, "exact"))
-    # Settled on all rows, so that every model is read in the same variant.
-    variant = default_variant(rows, pool_method)
-
-    def mean(value: str) -> np.ndarray:
-        curves = [series(rows, name, *where, variant, value, factors) for name in names]
-        return np.mean(curves, axis=0) if curves else np.full(len(factors), np.nan)
-
-    values = {"pool_factor": factors, "ndcg": mean("ndcg@10"), "relative": mean("relative_ndcg@10")}
-    fixed = dict(zip(["trained_on", "train_method", "train_factors"], trained, strict=True))
-    return pd.DataFrame(values).assign(
-        exhibit=exhibit, dataset=dataset, label=label, pool_method=pool_method, **fixed
-    )
-
-
-def _average(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mean of the data sets' percentages; NaN where one of them was not run."""
-    columns = [c for c in frame.columns if c not in ("dataset", "ndcg", "relative", "delta")]
-    mean = frame.groupby(columns, sort=False)["relative"].agg(lambda x: x.mean(skipna=False))
-    return mean.reset_index().assign(dataset="Average")
-
-
-def _vectors(rows: pd.DataFrame, roles: dict[str, str]) -> pd.Series | None:
-    try:
-        return series(rows, "baseline", roles["SciFact"], "kmeans", value="vectors_per_document")
-    except KeyError:
-        return None
-
 
 # ---------------------------------------------------------------- drawing
 
@@ -297,6 +114,9 @@ STYLE = {
     "lines.markersize": 6.5,
     "svg.hashsalt": "learn-to-pool",
 }
+
+
+BAND = {"color": "#DDDDDD", "linewidth": 0, "zorder": 0}
 
 
 class Sheet(Figure):
@@ -381,7 +201,8 @@ def _panel(axis: Axes, source: Source, frame: pd.DataFrame, dataset: str, exhibi
 
 
 def _panel_name(source: Source, dataset: str, exhibit: str) -> str:
-    if source.is_paper and exhibit == "figure1" and dataset in ("FiQA", "Touche"):
+    own = source.is_paper or source.suites
+    if own and exhibit == "figure1" and dataset in ("FiQA", "Touche"):
         return {"FiQA": "FiQA2018", "Touche": "Touche2020"}[dataset]  # as printed there
     return source.names[dataset][0]
 
@@ -423,7 +244,15 @@ def _furnish(figure: Figure, axes: np.ndarray, source: Source, exhibit: str, han
 def _notes(source: Source, exhibit: str) -> list[str]:
     """Small print: what the numbers are, and what was not run."""
     gaps = missing(source, exhibit)
-    return [f"{source.note}. {CAPTIONS[exhibit]}", *([f"Not run: {gaps}."] if gaps else [])]
+    note = f"{source.note}. {_caption(source, exhibit)}"
+    return [note, *([f"Not run: {gaps}."] if gaps else [])]
+
+
+def _caption(source: Source, exhibit: str) -> str:
+    """How an exhibit's numbers were measured, and on what where the name says more."""
+    engine = ENGINE.get(exhibit, "exact")
+    on = f" on {source.suites[engine]}" if source.suites else ""
+    return f"{SEARCH[engine]}{on}{CAPTIONS.get(exhibit, '')}."
 
 
 def _foot(figure: Figure, title: str, notes: list[str], handles: dict) -> None:
@@ -471,34 +300,6 @@ def _freeze(figure: Figure, heading: Text) -> None:
     heading.set_y(round(heading.get_position()[1], 4))
 
 
-def missing(source: Source, exhibit: str) -> str:
-    """What `exhibit` should show and `source` did not run, as one line; "" if nothing."""
-    frame = source.frame[source.frame["exhibit"] == exhibit]
-    parts: list[str] = []
-    gaps: dict[str, list[str]] = {}
-    for dataset in CONTENTS[exhibit]:
-        here = frame[frame["dataset"] == dataset]
-        if here["relative"].isna().all():
-            parts.append(f"{source.names[dataset][1]} (everything)")
-            continue
-        for (label, method), curve in here.groupby(["label", "pool_method"], sort=False):
-            if curve["relative"].isna().any():
-                name = _gap(source, label, method, curve)
-                gaps.setdefault(name, []).append(source.names[dataset][1])
-    for name, places in gaps.items():
-        everywhere = len(places) == len(CONTENTS[exhibit])
-        parts.append(name if everywhere else f"{name} on {', '.join(places)}")
-    return "; ".join(parts)
-
-
-def _gap(source: Source, label: str, method: str, curve: pd.DataFrame) -> str:
-    name = f"{source.rename(label)} {method}" if label == "Baseline" else source.rename(label)
-    lacking = curve.loc[curve["relative"].isna(), "pool_factor"]
-    if len(lacking) == len(curve):
-        return name
-    return f"{name} at PF {', '.join(str(factor) for factor in lacking)}"
-
-
 def draw_overview(source: Source) -> Sheet:
     """The project in one picture: baseline, FT PF1 and FT kmeans PF1-6 under kmeans pooling.
 
@@ -524,7 +325,7 @@ def draw_overview(source: Source) -> Sheet:
                 ends[text] = (curve["relative"].iloc[-1], style["color"])
         _finish_overview(axis, source, frame[frame["label"].isin(wanted)], ends)
         title = f"{TITLES['overview']} {source.names['SciFact'][1]}"
-        _foot(figure, title, [f"{source.note}. {CAPTIONS['overview']}"], {})
+        _foot(figure, title, [f"{source.note}. {_caption(source, 'overview')}"], {})
     return figure
 
 
@@ -539,10 +340,11 @@ def _finish_overview(axis: Axes, source: Source, frame: pd.DataFrame, ends: dict
             1.015, height, f"{y:.1f} %  {text}", transform=beside, va="center", color=colour,
             fontsize=11, fontweight="bold",
         )  # fmt: skip
-    axis.set_xticks(POOL_FACTORS, _ticks(source.vectors))
     axis.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
+    ticks = _ticks(source.vectors)
+    axis.set_xticks(POOL_FACTORS, ticks)
     unit = ", and mean vectors stored per document"
-    axis.set_xlabel("Pool factor" + (unit if source.vectors is not None else ""))
+    axis.set_xlabel("Pool factor" + (unit if "\n" in ticks[0] else ""))
     axis.set_ylabel("Relative NDCG@10\n(% of the unpooled baseline)")
     sns.despine(ax=axis)
 
@@ -564,6 +366,129 @@ def _spread(heights: list[float], gap: float) -> list[float]:
                 placed[lower] -= overlap / 2
                 placed[upper] += overlap / 2
     return list(placed)
+
+
+# ---------------------------------------------------------------- the paper against ours
+
+
+def draw_comparison(comparison: pd.DataFrame) -> Sheet:
+    """The paper's values against ours: exact search on the left, PLAID on the right.
+
+    Above, ours over the paper's on one scale; below, what they differ by, since the band of the
+    tolerance is narrow on the whole scale. Everything in NDCG points; percentages count as that
+    part of the paper's unpooled baseline, a table's cell once.
+
+    Parameters
+    ----------
+    comparison
+        From `comparison.compare_with_paper`.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Sheet(figsize=(10.6, 8.0), dpi=DPI, layout="constrained")
+        axes = figure.subplots(2, 2, sharex="col", height_ratios=(1.5, 1))
+        handles: dict[str, object] = {}
+        notes = []
+        for column, (engine, suite) in enumerate(HUB_SUITES.items()):
+            chosen = comparison[comparison["engine"] == engine]
+            dots = _dots(chosen)
+            handles |= _compared(axes[0, column], axes[1, column], dots, engine)
+            axes[0, column].set_title(f"{SEARCH[engine]}, {suite[1]}", fontsize=11.5)
+            notes.append(f"{SEARCH[engine]}: {_verdicts(chosen)}.")
+        axes[0, 0].set_ylabel("Ours (NDCG@10 × 100)")
+        axes[1, 0].set_ylabel("Ours − paper (NDCG points)")
+        band = "Shaded: the tolerance, ± {exact:g} point and ± {plaid:g} points".format(**POINTS)
+        notes += [
+            f"{band}. Filled: inside; open: outside.",
+            "Counted but not drawn: differences (Table 2), averages of data sets (Figure 1), the "
+            "baseline’s own 100 %.",
+        ]
+        _foot(figure, "The paper’s values and ours", notes, handles)
+    return figure
+
+
+def _verdicts(values: pd.DataFrame) -> str:
+    counts = values["verdict"].value_counts()
+    said = ", ".join(
+        f"{counts.get(verdict, 0)} {verdict}" for verdict in (INSIDE, OUTSIDE, NOT_RUN)
+    )
+    return f"of {len(values)} printed values {said}"
+
+
+def _dots(values: pd.DataFrame) -> pd.DataFrame:
+    """Values with a place on the NDCG scale: ``x`` the paper's, ``y`` ours, in points."""
+    drawn = values["quantity"].isin(["ndcg", "relative"]) & (values["dataset"] != "Average")
+    drawn &= ~by_definition(values)
+    values = values[drawn & values["points"].notna()]
+    scale = [
+        100.0 if value.quantity == "ndcg" else PAPER_BASELINES[value.engine][value.dataset]
+        for value in values.itertuples()
+    ]
+    x = values["paper"] * np.array(scale, dtype=float)
+    return values.assign(x=x, y=x + values["points"])
+
+
+def _compared(above: Axes, below: Axes, dots: pd.DataFrame, engine: str) -> dict[str, object]:
+    """Draw one engine's two panels; returns legend entries by label."""
+    width = POINTS[engine]
+    for axis in (above, below):
+        sns.despine(ax=axis)
+    below.set_xlabel("The paper (NDCG@10 × 100)")
+    if dots.empty:
+        for axis in (above, below):
+            place = {"transform": axis.transAxes, "ha": "center", "va": "center"}
+            axis.text(0.5, 0.5, "not run", color="#777777", **place)
+            axis.set(xticks=[], yticks=[])
+        return {}
+    ends = [dots[["x", "y"]].min().min() - 2, dots[["x", "y"]].max().max() + 2]
+    above.fill_between(ends, [e - width for e in ends], [e + width for e in ends], **BAND)
+    above.plot(ends, ends, color="#333333", linestyle="--", linewidth=1, zorder=1)
+    above.set(xlim=ends, ylim=ends)
+    below.axhspan(-width, width, **BAND)
+    below.axhline(0, color="#333333", linestyle="--", linewidth=1, zorder=1)
+    limit = 1.15 * max(2 * width, dots["points"].abs().max())
+    below.set_ylim(-limit, limit)
+    handles: dict[str, object] = {}
+    for (method, verdict), part in dots.groupby(["pool_method", "verdict"], sort=True):
+        style = _dot(method, verdict)
+        (drawn,) = above.plot(part["x"], part["y"], **style)
+        handles.setdefault(METHOD_NAMES.get(method, "unpooled"), drawn)  # filled, where any is
+        below.plot(part["x"], part["points"], **style)
+    return handles
+
+
+def _dot(method: str, verdict: str) -> dict:
+    """How a value looks: colour and marker by method, filled where it lies inside."""
+    colour = COLOURS.get(method, GREY)
+    style = dict(linestyle="none", marker=MARKERS.get(method, "s"), color=colour, markersize=5)
+    if verdict == INSIDE:
+        return style | dict(alpha=0.65, markeredgecolor="white", markeredgewidth=0.4, zorder=3)
+    return style | dict(markerfacecolor="white", markeredgewidth=1.5, markersize=7, zorder=4)
+
+
+def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path) -> list[Path]:
+    """Write the paper's values beside ours into `folder`: ``paper_vs_ours`` as CSV, Markdown,
+    PNG and SVG.
+
+    Parameters
+    ----------
+    rows, paper
+        From `results.read_rows` and `results.read_paper`.
+
+    Returns
+    -------
+    The files written; none where the rows are not of the paper's own data sets.
+    """
+    if not roles_of(rows).own:
+        return []
+    comparison, output = compare_with_paper(paper, rows), Path(folder)
+    csv = comparison.round(6).to_csv(index=False, lineterminator="\n")
+    text = comparison_markdown(comparison, rows)
+    figure = draw_comparison(comparison)
+    return [
+        _write(output / "paper_vs_ours.csv", csv.encode()),
+        _write(output / "paper_vs_ours.md", text.encode()),
+        *(_write(output / f"paper_vs_ours.{kind}", render(figure, kind)) for kind in KINDS),
+    ]
 
 
 # ---------------------------------------------------------------- tables
@@ -663,23 +588,20 @@ def draw_all(
     Returns
     -------
     The files written: ``figure1.png``, ``figure1.svg`` …, ``overview``, ``table1.csv``,
-    ``table1.md`` …; from result rows also ``claims.csv`` and ``claims.md``.
+    ``table1.md`` …; from result rows also ``claims.csv`` and ``claims.md``; from rows of the
+    paper's own data sets also ``paper_vs_ours`` as CSV, Markdown, PNG and SVG.
     """
     source, output = read_source(source_folder), Path(output_folder)
     files = []
     for exhibit in [*FIGURES, "overview", *TABLES]:
         files += save(source, exhibit, output)
     beside = (Path(source_folder).parent / "paper", Path("data/paper"))
-    paper = next((p for p in (paper_folder, *beside) if p and _holds_paper(p)), None)
+    paper = next((p for p in (paper_folder, *beside) if p and holds_paper(p)), None)
     if paper and not source.is_paper:
-        files += _write_claims(Path(source_folder), Path(paper), output)
+        rows, numbers = read_rows(source_folder), read_paper(paper)
+        claims = check_claims(rows, read_per_query(source_folder), numbers)
+        files += save_claims(claims, output) + save_comparison(rows, numbers, output)
     return files
-
-
-def _write_claims(folder: Path, paper: Path, output: Path) -> list[Path]:
-    return save_claims(
-        check_claims(read_rows(folder), read_per_query(folder), read_paper(paper)), output
-    )
 
 
 def save_claims(claims: pd.DataFrame, folder: str | Path) -> list[Path]:
@@ -693,10 +615,6 @@ def save_claims(claims: pd.DataFrame, folder: str | Path) -> list[Path]:
     ]
 
 
-def _holds_paper(folder: str | Path) -> bool:
-    return (Path(folder) / "figure1.csv").is_file()
-
-
 def _write(path: Path, content: bytes) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
@@ -706,7 +624,7 @@ def _write(path: Path, content: bytes) -> Path:
 def sources(data: str | Path) -> Iterator[Path]:
     """Subfolders of `data` that hold rows or the paper's numbers, in order of name."""
     for folder in sorted(Path(data).iterdir()):
-        if folder.is_dir() and (_holds_paper(folder) or has_rows(folder)):
+        if folder.is_dir() and (holds_paper(folder) or has_rows(folder)):
             yield folder
 
 

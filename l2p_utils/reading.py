@@ -11,9 +11,17 @@ from collections.abc import Iterable
 import pandas as pd
 
 from l2p_utils.claims import FAILS, FINDINGS, HOLDS, NOT_RUN, UNDECIDED, claims_table
-from l2p_utils.figures import Source, missing
+from l2p_utils.comparison import (
+    SUMMARY_NOTE,
+    compare_with_paper,
+    lengths_markdown,
+    summary_markdown,
+    tolerance_note,
+    variants_note,
+)
+from l2p_utils.exhibits import Source, missing
 from l2p_utils.files import UserError
-from l2p_utils.results import BASELINE, ROLES, default_variant, relative_ndcg
+from l2p_utils.results import BASELINE, ROLES, default_variant, relative_ndcg, roles_of
 
 # ---------------------------------------------------------------- numbers behind the words
 
@@ -126,10 +134,14 @@ def _models(source: Source, wide: pd.DataFrame) -> list[str]:
     """Figures 2 and 3, Tables 1, 3 and 4: trained models beside one baseline."""
     lines, pooled = [], _pooled(wide)
     for dataset, part in wide.groupby(level="dataset", sort=False):
+        if (dataset, "Baseline") not in part.index.droplevel("pool_method"):
+            continue  # nothing to compare with
         method = part.loc[(dataset, "Baseline")].index[0]
         part, where = part.droplevel(["dataset", "pool_method"]), source.names[dataset][1]
         part = part.rename({"Baseline": f"baseline ({method})"})
-        base, trained = part.iloc[0], part.iloc[1:]
+        # One baseline, one line a model: labels name the rows from here.
+        base = part.loc[f"baseline ({method})"]
+        trained = part.drop(index=base.name)
         if trained.empty:
             continue
         lines.append(f"**{where}**: highest is {_leaders(part)}.")
@@ -205,8 +217,9 @@ def _plaid(source: Source, wide: pd.DataFrame) -> list[str]:
     means = wide[pooled].mean(axis=1)
     for dataset, part in means.groupby(level="dataset", sort=False):
         part, where = part.droplevel("dataset"), source.names[dataset][1]
-        text = f"**{where}**, mean of PF {_span(pooled)}: baseline {_listed(part['Baseline'])}"
-        trained = part.drop("Baseline")
+        base = part[part.index.get_level_values("label") == "Baseline"].droplevel("label")
+        text = f"**{where}**, mean of PF {_span(pooled)}: baseline {_listed(base) or 'not run'}"
+        trained = part[part.index.get_level_values("label") != "Baseline"]
         if len(trained):
             best = trained.idxmax()
             text += f"; the best trained model is {source.rename(best[0])}, {trained[best]:.1f} %"
@@ -241,7 +254,8 @@ def means_table(sources: Iterable[Source], exhibit: str) -> pd.DataFrame:
     for source in sources:
         tables["the paper" if source.is_paper else "this run"] = _means(curves(source, exhibit))
         if not source.is_paper:
-            places = {d: f"{d} · {source.names[d][1]}" for d in ROLES}
+            # The paper's own data sets have one name.
+            places = {d: f"{d} · {source.names[d][1]}" for d in ROLES if not source.suites}
     table = pd.concat(tables, axis=1).rename(index=places, level=0).fillna("not run")
     return table.rename_axis(index=["", "model", "pooled with"], columns=["", ""])
 
@@ -262,7 +276,7 @@ def _means(wide: pd.DataFrame) -> pd.DataFrame:
 def _with_gain(numbers: pd.DataFrame, key: tuple[str, str, str]) -> list[str]:
     dataset, label, method = key
     mine = numbers.loc[key]
-    if label == "Baseline":
+    if label == "Baseline" or (dataset, "Baseline") not in numbers.index.droplevel("pool_method"):
         return [f"{value:.1f}" for value in mine]
     baselines = numbers.loc[(dataset, "Baseline")]
     base = baselines.loc[method] if method in baselines.index else baselines.iloc[0]
@@ -277,10 +291,12 @@ def roles_table(paper: Source, rows: pd.DataFrame) -> pd.DataFrame:
     unpooled = paper.frame[(paper.frame["exhibit"] == "table2") & (paper.frame["pool_factor"] == 1)]
     theirs = unpooled[unpooled["label"] == "Baseline"].set_index("dataset")["ndcg"]
     ours = _baseline(rows, "exact")
-    ours = ours[ours["pool_method"] == "none"].set_index("collection").reindex(ROLES.values())
+    roles = roles_of(rows)
+    places = [roles.evaluated(dataset) for dataset in ROLES]
+    ours = ours[ours["pool_method"] == "none"].set_index("collection").reindex(places)
     table = pd.DataFrame(
         {
-            "in the role of": list(ROLES),
+            "the paper's data set" if roles.own else "in the role of": list(ROLES),
             "documents": ours["documents"],
             "test queries": ours["queries"],
             "vectors a document": ours["vectors_per_document"].round(1),
@@ -308,7 +324,7 @@ def variants_table(rows: pd.DataFrame) -> pd.DataFrame:
 
     Means over collections; one line a variant, one column a pool factor and their mean.
     """
-    chosen = _baseline(relative_ndcg(rows), "exact")
+    chosen = _baseline(relative_ndcg(rows, partial=True), "exact")
     chosen = chosen[chosen["pool_method"] == "hierarchical"]
     wide = chosen.pivot_table("relative_ndcg@10", "pool_variant", "pool_factor")
     pooled = [int(factor) for factor in wide.columns]
@@ -381,7 +397,10 @@ def pooling_loss(per_query: pd.DataFrame) -> str:
     factor = int(per_query["pool_factor"].max())
     table = engines_table(per_query, (1, factor)).dropna()
     if table.empty:
-        return "Not run: PLAID."
+        for engine, name in (("plaid", "PLAID"), ("exact", "exact search")):
+            if engine not in set(per_query["engine"]):
+                return f"Not run: {name}."
+        return "Nothing was searched by both engines, pooled and unpooled."
     loss = {
         engine: (table[f"PF{factor} {engine}"] - table[f"PF1 {engine}"]).mean()
         for engine in ("exact", "PLAID")
@@ -491,3 +510,35 @@ def unmeasured(rows: pd.DataFrame, paper: Source, ours: Source) -> str:
     variant = default_variant(rows, "hierarchical")
     what = "\n".join(lines) if lines else "- Nothing of the paper's exhibits was left out."
     return f"{what}\n- Hierarchical pooling is read in the variant `{variant}` throughout.\n"
+
+
+# ---------------------------------------------------------------- value by value
+
+
+def value_by_value(paper: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """How many of the paper's printed values ours come close to (Markdown).
+
+    Parameters
+    ----------
+    paper
+        From `results.read_paper`.
+    rows
+        Result rows. Only those of the paper's own data sets can be compared; of others the text
+        says so.
+    """
+    if not roles_of(rows).own:
+        return (
+            "Nothing to compare value by value: this run's collections are not the paper's data "
+            "sets, so its numbers need not be near the paper's. The profile `paper` runs those.\n"
+        )
+    return "\n".join(
+        [
+            tolerance_note() + "\n",
+            variants_note(rows) + "\n",
+            SUMMARY_NOTE + "\n",
+            summary_markdown(compare_with_paper(paper, rows)),
+            "**Documents at 300 or at 180 tokens?** The baseline, unpooled; differences in NDCG "
+            "points.\n",
+            lengths_markdown(rows),
+        ]
+    )

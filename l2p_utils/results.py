@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,10 @@ ROLES = {
     "SCIDOCS": "docs:pandas",
     "Touche": "docs:sklearn",
 }
+# The paper's own data sets as they are called on the hub: `nano:scifact`, `beir:scifact`.
+HUB_NAMES = {name: name.lower() for name in ROLES}
+HUB_SUITES = {"exact": ("nano", "NanoBEIR"), "plaid": ("beir", "BEIR")}
+RELEASED = "released:"  # before the training collection of a checkpoint that others trained
 PAPER_EXHIBITS = [*(f"figure{i}" for i in range(1, 5)), *(f"table{i}" for i in range(1, 5))]
 PAPER_COLUMNS = [
     "exhibit", "dataset", "label", "trained_on", "train_method", "train_factors",
@@ -343,6 +348,96 @@ def _nothing_there(folder: Path, what: str) -> str:
     )
 
 
+# ---------------------------------------------------------------- roles
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which collections stand for the paper's data sets, by what is done with them.
+
+    Attributes
+    ----------
+    exact, plaid
+        Data set (a key of `ROLES`) → the collection that each engine searches.
+    training
+        Data set → the collection whose training split models are trained on.
+    suites
+        Engine → what its collections are called together; empty unless they are the paper's own.
+    """
+
+    exact: Mapping[str, str]
+    plaid: Mapping[str, str]
+    training: Mapping[str, str]
+    suites: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def own(self) -> bool:
+        """Whether the collections are the paper's own, so that values can be compared."""
+        return bool(self.suites)
+
+    def evaluated(self, dataset: str, engine: str = "exact") -> str:
+        """The collection of `dataset` that `engine` searches; "" where there is none."""
+        return {"exact": self.exact, "plaid": self.plaid}[engine].get(dataset, "")
+
+    def trained(self, dataset: str) -> str:
+        """The collection that models "trained on `dataset`" were trained on; "" for none."""
+        return self.training.get(dataset, "")
+
+
+def roles_of(rows: pd.DataFrame | None, given: Roles | Mapping[str, str] | None = None) -> Roles:
+    """The roles that `rows` are read with.
+
+    Rows of NanoBEIR or BEIR collections are the paper's own data sets: exact search reads
+    ``nano:…``, PLAID ``beir:…``, and models were trained on ``beir:…``, as in the paper. All other
+    rows, and a folder that holds embedded collections beside the hub's, go by `ROLES`.
+
+    Parameters
+    ----------
+    rows
+        Result rows; None for the default roles.
+    given
+        Roles that somebody chose, or one collection a data set for all purposes: then these.
+
+    Raises
+    ------
+    UserError
+        When one collection is there in several revisions, so that curves would mix them.
+    """
+    if isinstance(given, Roles):
+        return given
+    if given is not None:
+        return Roles(given, given, given)
+    found = [] if rows is None else sorted(set(rows["collection"]))
+    if set(found) & set(ROLES.values()) or not any(map(_on_hub, found)):
+        return Roles(ROLES, ROLES, ROLES)
+    trained = sorted(set(rows["train_collection"]))
+    return Roles(
+        exact=_hub_roles("nano", found),
+        plaid=_hub_roles("beir", found),
+        training=_hub_roles("beir", trained),
+        suites={engine: title for engine, (_, title) in HUB_SUITES.items()},
+    )
+
+
+def _on_hub(collection: str) -> bool:
+    return collection.startswith(tuple(f"{prefix}:" for prefix, _ in HUB_SUITES.values()))
+
+
+def _hub_roles(prefix: str, names: list[str]) -> dict[str, str]:
+    """Data set → its name among `names`, which may end in ``@revision``."""
+    roles = {}
+    for dataset, name in HUB_NAMES.items():
+        plain = f"{prefix}:{name}"
+        found = [one for one in names if one.split("@")[0] == plain]
+        if len(found) > 1:
+            raise UserError(
+                f"rows of {plain} in several revisions: {found}. Figures and tables read one. "
+                "Move the files with the others out of the results folder, or evaluate again."
+            )
+        roles[dataset] = found[0] if found else plain
+    return roles
+
+
 # ---------------------------------------------------------------- selecting
 
 
@@ -367,8 +462,12 @@ def find_models(
 ) -> list[str]:
     """Names of the models trained so, one a seed, sorted; ``[]`` where none was evaluated.
 
-    ``train_method="none", train_factors="1"`` is FT PF1; three empty strings are the baseline.
+    ``train_method="none", train_factors="1"`` is FT PF1; three empty strings are the baseline. The
+    baseline at other document lengths and released checkpoints are found by neither.
     """
+    if not train_collection:  # nothing but the baseline itself is untrained in a curve
+        asked = not (train_method or train_factors)
+        return [BASELINE] if asked and (rows["model"] == BASELINE).any() else []
     chosen = rows[
         (rows["train_collection"] == train_collection)
         & (rows["train_method"] == train_method)
@@ -377,10 +476,15 @@ def find_models(
     return sorted(chosen["model"].unique())
 
 
-def relative_ndcg(rows: pd.DataFrame) -> pd.DataFrame:
+def relative_ndcg(rows: pd.DataFrame, partial: bool = False) -> pd.DataFrame:
     """Add ``relative_ndcg@10``: percent of the unpooled baseline's NDCG@10.
 
     The baseline is the one of the same collection and engine.
+
+    Parameters
+    ----------
+    partial
+        Whether rows may lack their baseline, as in a run that is not finished: NaN there.
 
     Raises
     ------
@@ -391,13 +495,21 @@ def relative_ndcg(rows: pd.DataFrame) -> pd.DataFrame:
     reference = unpooled.set_index(["collection", "engine"])["ndcg@10"]
     pairs = pd.MultiIndex.from_frame(rows[["collection", "engine"]])
     denominator = reference.reindex(pairs).to_numpy()
-    lacking = pairs[~(denominator > 0)].unique()
-    if len(lacking):
+    denominator = np.where(denominator > 0, denominator, np.nan)
+    lacking = pairs[np.isnan(denominator)].unique()
+    if len(lacking) and not partial:
         raise UserError(
             f"no unpooled baseline for {sorted(lacking)}: relative NDCG@10 is a percentage of it. "
             "Evaluate the model 'baseline' on these first (notebook 03, or `make run`)."
         )
     return rows.assign(**{"relative_ndcg@10": 100 * rows["ndcg@10"].to_numpy() / denominator})
+
+
+def without_baseline(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """(collection, engine) pairs in `rows` without an unpooled baseline above 0, sorted."""
+    relative = relative_ndcg(rows, partial=True)
+    gaps = relative[relative["relative_ndcg@10"].isna() & relative["ndcg@10"].notna()]
+    return sorted(set(zip(gaps["collection"], gaps["engine"], strict=True)))
 
 
 def series(

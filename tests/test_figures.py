@@ -12,17 +12,12 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from synthetic import OFFLINE_MODELS, PAPER, QUICK_MODELS, make_rows, write_synthetic
 
+from l2p_utils.exhibits import CONTENTS, FIGURES, TABLES, missing, read_source, rows_source
 from l2p_utils.figures import (
-    CONTENTS,
-    FIGURES,
     PANELS,
-    TABLES,
     draw,
     draw_all,
     main,
-    missing,
-    read_source,
-    rows_source,
     table,
     table_markdown,
     table_values,

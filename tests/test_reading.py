@@ -9,7 +9,8 @@ import pytest
 from IPython.display import Markdown
 
 from l2p_utils.claims import FAILS, HOLDS, NOT_RUN, UNDECIDED, check_claims
-from l2p_utils.figures import FIGURES, TABLES, Sheet, read_source, save
+from l2p_utils.exhibits import FIGURES, TABLES, read_source
+from l2p_utils.figures import Sheet, save
 from l2p_utils.files import UserError
 from l2p_utils.profile import ROOT, from_root
 from l2p_utils.reading import (
@@ -129,7 +130,16 @@ def test_reading_notebooks_do_not_load_torch():
     sources = "".join(
         path.read_text("utf-8") for path in (ROOT / "notebooks").glob("0[4-8]_*.ipynb")
     )
-    modules = ["reading", "figures", "claims", "results", "parameters", "profile"]
+    modules = [
+        "reading",
+        "comparison",
+        "exhibits",
+        "figures",
+        "claims",
+        "results",
+        "parameters",
+        "profile",
+    ]
     for module in modules:
         sources += (ROOT / "l2p_utils" / f"{module}.py").read_text("utf-8")
     assert not any(f"import {name}" in sources for name in ("torch", "pylate", "transformers"))
