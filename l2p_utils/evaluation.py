@@ -25,7 +25,7 @@ from l2p_utils.collection import Collection, load_collection
 from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, write_json
 from l2p_utils.model import PooledColBERT
 from l2p_utils.pooling import DEFAULT_VARIANT, pool_sweep, stored_variant
-from l2p_utils.profile import BASELINE, Profile, factors_name, slug
+from l2p_utils.profile import BASELINE, HUB, Profile, factors_name, slug
 from l2p_utils.results import write_rows
 from l2p_utils.search import Ranking, exact_search, plaid_search
 
@@ -71,7 +71,8 @@ def forward_precision(precision: str, device: torch.device) -> str:
         return "float32"
     if precision != "auto":
         return precision
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    cuda = device.type == "cuda"
+    fast = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if fast else "float32"
 
 
@@ -151,7 +152,8 @@ def measure(collection: Collection, ranking: Ranking) -> pd.DataFrame:
     """NDCG@10, recall@10 and MRR@10 of each query, through ranx, in [0, 1].
 
     A query whose id and text are also a document's (ArguAna, Quora) does not find itself: that
-    document is taken out of its ranking unless it is judged relevant. Judgments below 0 count as 0.
+    document is taken out of its ranking unless it is judged relevant. Of the hub's collections the
+    id alone decides. Judgments below 0 count as 0.
 
     Returns
     -------
@@ -179,7 +181,10 @@ def measure(collection: Collection, ranking: Ranking) -> pd.DataFrame:
 
 def _without_itself(collection: Collection, query: str, found: list[str]) -> list[str]:
     text = collection.corpus.get(query)
-    same = text is not None and collection.queries[query].strip() in text
+    hub = collection.name.startswith(
+        HUB
+    )  # there one id names one text, as BEIR's own tools have it
+    same = text is not None and (hub or collection.queries[query].strip() in text)
     if same and collection.qrels[query].get(query, 0) <= 0:
         return [document for document in found if document != query]
     return found

@@ -1,17 +1,44 @@
 """The hub: repositories brought here whole, or an error that says which, why and what to do.
 
-Takes a repository's id; gives the folder of one commit in the hub's own cache.
+Takes a repository's id; gives the folder of one commit in the hub's own cache. What was fetched
+whole once is used again when the network is gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from huggingface_hub import snapshot_download
+import httpx
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from l2p_utils.files import UserError, read_json, remove, write_json
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["model", "dataset"]
+ATTEMPTS = 5
+PASSING = {408, 429, 500, 502, 503, 504}  # statuses that a later attempt may not meet
+MANIFESTS = "l2p"  # folder in the hub's cache: one file for each snapshot that is whole
+NO_NETWORK = (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx.TransportError, ConnectionError)
+
+
+class _Damaged(Exception):
+    """A file is not what the hub says it is."""
 
 
 def download(
@@ -22,14 +49,180 @@ def download(
 ) -> Path:
     """Fetch a repository (or the files of it that match `patterns`); reuse what is here.
 
+    Failures that pass (too many requests, server errors, broken connections) are tried again,
+    after the time that the hub asks for. Sizes are checked, and the SHA-256 of large files. A
+    snapshot that was whole once is used when the hub cannot be reached.
+
     Returns
     -------
     pathlib.Path
         The snapshot's folder; its name is the commit.
+
+    Raises
+    ------
+    UserError
+        Naming the repository, the cause and the remedy: an unknown repository or revision, one
+        that asks for a licence or a login, no network and nothing here, a file that stays damaged.
     """
-    return Path(
-        snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=patterns)
-    )
+    try:
+        wanted = _patiently(lambda: _listing(repository, kind, revision, patterns))
+        return _fetch(repository, kind, wanted, patterns)
+    except GatedRepoError as error:
+        raise UserError(
+            f"The hub's {kind} {repository} is gated. Accept its licence on its page "
+            f"({constants.ENDPOINT}/{repository}), then log in: `hf auth login`, or set HF_TOKEN."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"The hub has no {kind} {repository!r} that you may see. Check the spelling "
+            "(owner/name); for a private one log in: `hf auth login`, or set HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"The hub's {kind} {repository} has no revision {revision!r}. Expected a branch, a tag "
+            "or a commit of it."
+        ) from error
+    except NO_NETWORK as error:
+        return _whole_before(repository, kind, revision, patterns, error)
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        if status in PASSING:
+            return _whole_before(repository, kind, revision, patterns, error)
+        raise UserError(
+            f"The hub refused {kind} {repository}: {status}. Check that you may read it; log in "
+            "with `hf auth login`, or set HF_TOKEN."
+        ) from error
+    except _Damaged as error:
+        raise UserError(
+            f"The hub's {kind} {repository} arrived damaged, twice: {error}. Nothing of it was "
+            "used. Try again later, or fetch it over another network."
+        ) from error
+
+
+def _listing(
+    repository: str, kind: Kind, revision: str | None, patterns: Sequence[str] | None
+) -> dict[str, Any]:
+    """The commit, and each wanted file's size and checksum (None where the hub tells none)."""
+    info = HfApi().repo_info(repository, repo_type=kind, revision=revision, files_metadata=True)
+    files = {
+        file.rfilename: [file.size, file.lfs.sha256 if file.lfs else None]
+        for file in info.siblings or []
+        if not patterns or any(fnmatch(file.rfilename, pattern) for pattern in patterns)
+    }
+    if not files:
+        raise UserError(
+            f"The hub's {kind} {repository} has no file that matches {list(patterns or ['*'])}."
+        )
+    return {"commit": info.sha, "revision": revision, "files": files}
+
+
+def _fetch(
+    repository: str, kind: Kind, wanted: dict[str, Any], patterns: Sequence[str] | None
+) -> Path:
+    """The snapshot, verified; a file that is damaged is fetched once more."""
+    manifest = _manifest(repository, kind, wanted["revision"], patterns)
+    for last in (False, True):
+        folder = Path(
+            _patiently(
+                lambda: snapshot_download(
+                    repository,
+                    repo_type=kind,
+                    revision=wanted["commit"],
+                    allow_patterns=list(patterns) if patterns else None,
+                )
+            )
+        )
+        known = manifest.is_file() and read_json(manifest)["commit"] == wanted["commit"]
+        damage = _damage(folder, wanted["files"], checksums=not known)
+        if not damage:
+            write_json(manifest, wanted | {"folder": str(folder)})
+            return folder
+        for name in damage:
+            logger.warning("%s: %s is damaged (%s).", repository, name, damage[name])
+            remove((folder / name).resolve())
+            remove(folder / name)
+        if last:
+            raise _Damaged("; ".join(f"{name} ({why})" for name, why in damage.items()))
+    raise AssertionError("unreachable")
+
+
+def _damage(folder: Path, files: dict[str, list], checksums: bool) -> dict[str, str]:
+    """What is wrong with a snapshot's files, by name."""
+    found = {}
+    for name, (size, sha256) in files.items():
+        path = folder / name
+        if not path.is_file():
+            found[name] = "not there"
+        elif size is not None and path.stat().st_size != size:
+            found[name] = f"{path.stat().st_size} bytes, expected {size}"
+        elif checksums and sha256 and _sha256(path) != sha256:
+            found[name] = f"SHA-256 {_sha256(path)[:12]}…, expected {sha256[:12]}…"
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _whole_before(
+    repository: str,
+    kind: Kind,
+    revision: str | None,
+    patterns: Sequence[str] | None,
+    error: Exception,
+) -> Path:
+    """The snapshot that was whole when the hub could be reached."""
+    manifest = _manifest(repository, kind, revision, patterns)
+    if manifest.is_file():
+        stored = read_json(manifest)
+        folder = Path(stored["folder"])
+        if not _damage(folder, stored["files"], checksums=False):
+            logger.info("%s: the hub cannot be reached; taking commit %s.", repository, folder.name)
+            return folder
+    why = " (HF_HUB_OFFLINE is set)" if isinstance(error, OfflineModeIsEnabled) else ""
+    raise UserError(
+        f"The hub cannot be reached{why}, and {kind} {repository} was not fetched whole before: "
+        f"{_first_line(error)}. With a network, run `python -m l2p_utils.fetch PROFILE` once; "
+        "after that none is needed."
+    ) from error
+
+
+def _manifest(
+    repository: str, kind: Kind, revision: str | None, patterns: Sequence[str] | None
+) -> Path:
+    """Where it is noted that a snapshot is whole: one file for each way of asking."""
+    asked = repr((constants.ENDPOINT, kind, repository, revision, sorted(patterns or [])))
+    name = f"{repository.replace('/', '--')}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
+    return Path(constants.HF_HUB_CACHE) / MANIFESTS / f"{name}.json"
+
+
+def _patiently(work: Callable[[], Any]) -> Any:
+    """Call `work`; again, after a wait, when it fails in a way that may pass."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return work()
+        except (HfHubHTTPError, httpx.TransportError, ConnectionError) as error:
+            response = getattr(error, "response", None)
+            passing = response is None or response.status_code in PASSING
+            if not passing or isinstance(error, OfflineModeIsEnabled) or attempt == ATTEMPTS - 1:
+                raise
+            wait = _seconds(response, attempt)
+            logger.warning("The hub: %s. Again in %.0f s.", _first_line(error), wait)
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _seconds(response: Any, attempt: int) -> float:
+    """As long as the hub asks for, else 1, 2, 4, … seconds (L2P_HUB_WAIT times that)."""
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    if asked.isdigit():
+        return min(float(asked), 300.0)
+    return float(os.environ.get("L2P_HUB_WAIT", 1)) * 2**attempt
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_hub_id(name: str) -> bool:

@@ -1,0 +1,190 @@
+"""Fetching repositories: what passes is tried again, the rest is told; nothing half is used."""
+
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from huggingface_hub import errors
+
+from l2p_utils import hub
+from l2p_utils.files import UserError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONTENT = {"config.json": b"{}", "model.safetensors": b"weights" * 100}
+
+
+class Hub:
+    """Stands in for the two calls of huggingface_hub; fails as told, once for each fault."""
+
+    def __init__(self, folder):
+        self.folder, self.faults, self.calls = folder / COMMIT, [], []
+        self.content = dict(CONTENT)
+
+    def repo_info(self, repository, repo_type, revision, files_metadata):
+        self._call("info")
+        sha = hashlib.sha256(CONTENT["model.safetensors"]).hexdigest()
+        lfs = {"model.safetensors": SimpleNamespace(sha256=sha)}
+        files = [
+            SimpleNamespace(rfilename=name, size=len(content), lfs=lfs.get(name))
+            for name, content in CONTENT.items()
+        ]
+        return SimpleNamespace(sha=COMMIT, siblings=files)
+
+    def snapshot_download(self, repository, repo_type, revision, allow_patterns):
+        assert revision == COMMIT  # the one whose files are known
+        self._call("download")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.content.items():
+            if not (self.folder / name).exists():
+                (self.folder / name).write_bytes(content)
+        return str(self.folder)
+
+    def _call(self, name):
+        self.calls.append(name)
+        if self.faults:
+            raise self.faults.pop(0)
+
+
+def status(number, kind=errors.HfHubHTTPError, **headers):
+    request = httpx.Request("GET", "http://127.0.0.1/api")
+    response = httpx.Response(number, headers=headers, request=request)
+    return kind(f"{number} for url", response=response)
+
+
+@pytest.fixture
+def remote(monkeypatch, tmp_path):
+    fake = Hub(tmp_path / "snapshots")
+    monkeypatch.setattr(hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(hub, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    fake.waits = []
+    monkeypatch.setattr(hub.time, "sleep", fake.waits.append)
+    return fake
+
+
+def test_a_snapshot_is_the_commits_folder(remote):
+    folder = hub.download("owner/name")
+    assert folder.name == COMMIT
+    assert {path.name for path in folder.iterdir()} == CONTENT.keys()
+    assert remote.calls == ["info", "download"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [status(429), status(500), status(503), httpx.ReadError("reset"), httpx.ConnectTimeout("slow")],
+    ids=["429", "500", "503", "reset", "timeout"],
+)
+@pytest.mark.parametrize("before", ["info", "download"])
+def test_what_passes_is_tried_again(remote, fault, before):
+    if before == "download":
+
+        def call(name):
+            remote.calls.append(name)
+            if name == "download" and remote.calls.count("download") == 1:
+                raise fault
+
+        remote._call = call
+    else:
+        remote.faults = [fault]
+    assert hub.download("owner/name").name == COMMIT
+    assert len(remote.waits) == 1
+
+
+def test_the_hubs_own_waiting_time_is_kept(remote):
+    remote.faults = [status(429, **{"Retry-After": "7"}), status(503)]
+    hub.download("owner/name")
+    assert remote.waits == [7.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (status(404, errors.RepositoryNotFoundError), ["no model 'owner/name'", "spelling"]),
+        (status(404, errors.RevisionNotFoundError), ["no revision 'v9'", "a branch, a tag"]),
+        (status(403, errors.GatedRepoError), ["gated", "Accept its licence", "hf auth login"]),
+        (status(401), ["refused model owner/name: 401", "hf auth login"]),
+    ],
+    ids=["repository", "revision", "gated", "401"],
+)
+def test_what_does_not_pass_is_told_at_once(remote, fault, words):
+    remote.faults = [fault]
+    with pytest.raises(UserError) as refusal:
+        hub.download("owner/name", revision="v9")
+    assert all(word in str(refusal.value) for word in ["owner/name", *words])
+    assert remote.waits == [] and refusal.value.__cause__ is fault
+
+
+def no_network():
+    return [httpx.ConnectError("no route to host")] * hub.ATTEMPTS
+
+
+def test_without_a_network_what_was_whole_is_used(remote):
+    folder = hub.download("owner/name")
+    for faults in (no_network(), [errors.OfflineModeIsEnabled("offline")]):
+        remote.faults = faults
+        assert hub.download("owner/name") == folder
+
+
+@pytest.mark.parametrize("damage", ["shorter", "gone"])
+def test_without_a_network_what_is_not_whole_is_refused(remote, damage):
+    file = hub.download("owner/name") / "model.safetensors"
+    file.write_bytes(b"weights") if damage == "shorter" else file.unlink()
+    remote.faults = no_network()
+    with pytest.raises(UserError, match="owner/name was not fetched whole before: no route"):
+        hub.download("owner/name")
+
+
+def test_without_a_network_nothing_is_made_up(remote):
+    remote.faults = [errors.OfflineModeIsEnabled("offline")]
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set.*l2p_utils.fetch"):
+        hub.download("owner/name")
+    remote.faults = no_network()
+    with pytest.raises(UserError, match="cannot be reached"):
+        hub.download("owner/name")
+    hub.download("owner/name", patterns=["*.json"])
+    remote.faults = no_network()
+    with pytest.raises(UserError, match="not fetched whole"):  # only a part of it was
+        hub.download("owner/name")
+
+
+@pytest.mark.parametrize("wrong", [b"weights", b"WEIGHTS" * 100], ids=["truncated", "checksum"])
+def test_a_damaged_file_is_fetched_once_more(remote, wrong):
+    remote.content["model.safetensors"] = wrong
+    fetch = remote.snapshot_download
+
+    def once(*arguments, **keywords):
+        folder = fetch(*arguments, **keywords)
+        remote.content = dict(CONTENT)
+        return folder
+
+    hub.snapshot_download = once  # the fixture's monkeypatch puts the real one back
+    folder = hub.download("owner/name")
+    assert (folder / "model.safetensors").read_bytes() == CONTENT["model.safetensors"]
+    assert remote.calls.count("download") == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"), [(b"weights", "7 bytes, expected 700"), (b"WEIGHTS" * 100, "SHA-256")]
+)
+def test_a_file_that_stays_damaged_is_never_used(remote, wrong, found):
+    remote.content["model.safetensors"] = wrong
+    with pytest.raises(UserError) as refusal:
+        hub.download("owner/name")
+    assert found in str(refusal.value) and "model.safetensors" in str(refusal.value)
+    assert not (remote.folder / "model.safetensors").exists()
+    assert not list(Path(hub.constants.HF_HUB_CACHE).rglob("*.json"))
+
+
+def test_patterns_choose_the_files(remote):
+    hub.download("owner/name", patterns=["*.json"])
+    with pytest.raises(UserError, match=r"no file that matches \['\*\.csv'\]"):
+        hub.download("owner/name", patterns=["*.csv"])
+
+
+def test_a_folder_is_itself_and_everything_else_an_id(remote, tmp_path):
+    assert hub.local_folder(str(tmp_path)) == tmp_path and remote.calls == []
+    assert hub.local_folder("owner/name").name == COMMIT
+    assert hub.is_hub_id("owner/name")
+    assert not hub.is_hub_id(str(tmp_path)) and not hub.is_hub_id("a/b/c")
