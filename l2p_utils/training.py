@@ -288,6 +288,7 @@ def _fit_and_save(
         progress,
         profile.use_sklearn,
     )
+    parallel.wait()  # all have read the best epoch: saving removes the checkpoints
     if parallel.rank() == 0:
         _save(fitted, target, checkpoints, made_with, len(rows), dev)
     parallel.wait()

@@ -297,6 +297,21 @@ def test_a_profile_of_two_processes_trains_in_two(folder_profile, capsys):
     assert training.train(again, str(folder), "kmeans", [1, 2], progress=False) == made
 
 
+def test_checkpoints_stay_until_every_process_has_read_the_best_epoch(folder_profile, monkeypatch):
+    profile, folder = folder_profile
+    order, fit, save = [], training.fit, training._save
+    done = {
+        "fit": lambda *a, **k: (fit(*a, **k), order.append("fit"))[0],
+        "_save": lambda *a, **k: (order.append("save"), save(*a, **k))[1],
+    }
+    for name, function in done.items():
+        monkeypatch.setattr(training, name, function)
+    monkeypatch.setattr(training.parallel, "wait", lambda: order.append("wait"))
+    alone = profile.model_copy(update={"processes": 1})
+    training.train(alone, str(folder), "kmeans", [1, 2], progress=False)
+    assert order[order.index("fit") :] == ["fit", "wait", "save", "wait"]
+
+
 def test_an_error_in_a_process_reaches_the_user(folder_profile):
     profile, folder = folder_profile
     corpus = folder / "corpus.jsonl"
