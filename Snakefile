@@ -7,7 +7,7 @@
 # what was made with the same settings and so make a rerun short.
 #
 # Each job says what it needs: threads, gpu, mem_mb, runtime (minutes). `--resources gpu=N` shares N
-# GPUs among the jobs of one machine; cluster/ has profiles for Slurm and Kubernetes.
+# GPUs among the jobs of one machine; cluster/ has a profile for Slurm.
 import fcntl
 import os
 import sys
@@ -36,7 +36,7 @@ EVALUATED = PROFILE.evaluated_names
 FETCHED = [f"{FOLDER}/fetched.json"] if PROFILE.needs_hub else []
 RERANKED = PROFILE.training_data == "mined" and PROFILE.scoring.teacher != "embedded"
 SHARDS = range(PROFILE.scoring.shards if RERANKED else 0)
-WARM_UP = slug(PROFILE.warm_up.collection) if PROFILE.warm_up else ""
+WARM_UP = slug(PROFILE.warm_up.collection) if PROFILE.warm_up else None
 READING = [
     "04_inference_pooling", "05_pooling_aware", "06_cross_dataset", "07_beir_validation", "08_claims"
 ]
@@ -71,7 +71,7 @@ def executed(name):
 
 def needs(gpu, mem_mb, minutes):
     """A job's resources; what is told of a GPU job is more than the same on two CPU cores takes."""
-    return {"gpu": gpu if PROFILE.gpus else 0, "mem_mb": mem_mb, "runtime": minutes}
+    return {"gpu": gpu if PROFILE.gpu else 0, "mem_mb": mem_mb, "runtime": minutes}
 
 
 def made_by(model):
@@ -179,27 +179,29 @@ rule mine:
         EXECUTE
 
 
-rule warm_up:
-    input:
-        f"{DONE}/01_data_mining--{WARM_UP}.ipynb",
-        profile=PROFILE_FILE,
-        notebook=f"{NOTEBOOKS}/02_training.ipynb",
-    output:
-        **executed(f"02_training--{BASELINE}"),
-    params:
-        values=values(
-            collection=PROFILE.warm_up.collection if PROFILE.warm_up else "",
-            pool_method="none",
-            pool_factors=1,
-            seed=PROFILE.seed,
-        ),
-        log=f"{FOLDER}/logs/02_training--{BASELINE}.json",
-    threads: PROFILE.threads
-    resources:
-        **needs(1, 16_000, 60),
-    priority: 90
-    shell:
-        EXECUTE
+if PROFILE.warm_up:
+
+    rule warm_up:
+        input:
+            f"{DONE}/01_data_mining--{WARM_UP}.ipynb",
+            profile=PROFILE_FILE,
+            notebook=f"{NOTEBOOKS}/02_training.ipynb",
+        output:
+            **executed(f"02_training--{BASELINE}"),
+        params:
+            values=values(
+                collection=PROFILE.warm_up.collection,
+                pool_method="none",
+                pool_factors=1,
+                seed=PROFILE.seed,
+            ),
+            log=f"{FOLDER}/logs/02_training--{BASELINE}.json",
+        threads: PROFILE.threads
+        resources:
+            **needs(1, 16_000, 60),
+        priority: 90
+        shell:
+            EXECUTE
 
 
 rule train:
@@ -250,6 +252,8 @@ rule read:
     params:
         values=[f"source={FOLDER}/results", f"output={FOLDER}/figures"],
         log=f"{FOLDER}/logs/{{reading}}.json",
+    resources:
+        **needs(0, 4_000, 15),
     shell:
         EXECUTE
 
@@ -262,5 +266,7 @@ rule token_pooling:
     params:
         values=[],
         log=f"{FOLDER}/logs/00_token_pooling.json",
+    resources:
+        **needs(0, 4_000, 15),
     shell:
         EXECUTE

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from tqdm.auto import tqdm
 
 from l2p_utils.files import UserError
+from l2p_utils.hub import PASSING
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,6 @@ def zip_address(dataset: str) -> str:
 
 
 ATTEMPTS, TIMEOUT, LONGEST_WAIT = 4, 60, 60  # tries; seconds without a byte; seconds between tries
-TEMPORARY = (408, 429, 500, 502, 503, 504)
 
 
 def download(url: str, target: Path) -> str:
@@ -78,7 +78,7 @@ def download(url: str, target: Path) -> str:
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 raise NotFound(f"{url}: not found") from error
-            if error.code not in TEMPORARY or attempt == ATTEMPTS:
+            if error.code not in PASSING or attempt == ATTEMPTS:
                 raise _failed(url, error) from error
             asked = error.headers.get("Retry-After", "")
             wait = int(asked) if asked.isdecimal() else wait

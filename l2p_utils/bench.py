@@ -29,6 +29,7 @@ from threadpoolctl import threadpool_limits
 from l2p_utils.bench_figure import save_bench
 from l2p_utils.bench_peers import Pooler, Vectors, poolers
 from l2p_utils.collection import load_collection
+from l2p_utils.distillation import PooledDistillation
 from l2p_utils.evaluation import (
     Encoded,
     autocast,
@@ -47,7 +48,6 @@ from l2p_utils.pooling import pool_sweep
 from l2p_utils.profile import EMBEDDED, load_profile
 from l2p_utils.results import paired_bootstrap
 from l2p_utils.search import exact_search
-from l2p_utils.training import PooledDistillation
 
 FACTORS = [2, 3, 4, 5, 6]
 METHODS = ["span", "kmeans", "hierarchical"]

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from l2p_utils.collection import Collection, load_collection
 from l2p_utils.evaluation import subset, versions
 from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, write_json
-from l2p_utils.hub import is_hub_id, local_folder
+from l2p_utils.hub import find_source
 from l2p_utils.model import quiet_loading
 from l2p_utils.profile import HUB, MiningSettings, Profile, slug
 from l2p_utils.teacher import LOADING_ERRORS
@@ -46,36 +46,6 @@ class Candidates:
     def documents(self) -> list[str]:
         """All of them, each once: what the teacher scores."""
         return [*self.positives, *self.hard, *self.random]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model or data set as it is here: its name in the profile, its folder and its version.
-
-    `version` is the commit, or the hash of a folder's files.
-    """
-
-    name: str
-    folder: Path
-    version: str
-
-    def __str__(self) -> str:
-        return f"{self.name} @ {self.version}"
-
-
-def find_source(name: str, revision: str | None, kind: str = "model") -> Source:
-    """A hub repository (fetched if need be) or a folder."""
-    folder = local_folder(name, revision, kind)
-    return Source(name, folder, folder.name if is_hub_id(name) else _hash_files(folder))
-
-
-def _hash_files(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0".encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 # --- training split -------------------------------------------------------------------------------

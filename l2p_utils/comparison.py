@@ -39,6 +39,7 @@ import re
 
 import numpy as np
 import pandas as pd
+from tabulate import tabulate
 
 from l2p_utils.exhibits import ENGINE, rows_source
 from l2p_utils.files import UserError
@@ -327,11 +328,8 @@ def variants_note(rows: pd.DataFrame) -> str:
 def markdown(frame: pd.DataFrame, digits: dict[str, int] | None = None) -> str:
     """A frame as a Markdown table; numbers rounded to `digits` (default 3), NaN as "not run"."""
     digits = digits or {}
-    lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "|" + " --- |" * frame.shape[1]]
-    for row in frame.itertuples(index=False):
-        cells = (_text(x, digits.get(c, 3)) for c, x in zip(frame.columns, row, strict=True))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    shown = {c: [_text(x, digits.get(c, 3)) for x in frame[c]] for c in frame.columns}
+    return tabulate(shown, headers="keys", tablefmt="github", disable_numparse=True) + "\n"
 
 
 def _text(value: object, digits: int) -> str:

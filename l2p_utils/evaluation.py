@@ -25,7 +25,7 @@ from l2p_utils.collection import Collection, load_collection
 from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, write_json
 from l2p_utils.model import PooledColBERT
 from l2p_utils.pooling import DEFAULT_VARIANT, pool_sweep, stored_variant
-from l2p_utils.profile import BASELINE, HUB, Profile, factors_name, slug
+from l2p_utils.profile import BASELINE, HUB, Profile, factors_name, plain_name, slug
 from l2p_utils.results import write_rows
 from l2p_utils.search import Ranking, exact_search, plaid_search
 
@@ -283,7 +283,7 @@ def describe_model(profile: Profile, name: str) -> dict[str, object]:
     run = profile.find_run(name)
     return {
         "model": name,
-        "train_collection": run.collection,
+        "train_collection": plain_name(run.collection),
         "train_method": run.pool_method,
         "train_factors": factors_name(run.pool_factors),
         "seed": profile.seed if run.seed is None else run.seed,

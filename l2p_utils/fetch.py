@@ -17,9 +17,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from l2p_utils.candidates import carves_dev
 from l2p_utils.collection import load_collection
 from l2p_utils.files import UserError, settings_match, write_json
-from l2p_utils.hub import is_hub_id, local_folder
+from l2p_utils.hub import Kind, find_source
 from l2p_utils.hub_collections import fetch_collection, provenance_of
 from l2p_utils.model import load_checkpoint, save_model
 from l2p_utils.profile import (
@@ -71,8 +72,7 @@ def _collections(profile: Profile) -> Iterator[tuple]:
     def load(name: str, used: list[str]) -> dict[str, Any]:
         fetch_collection(name)
         for split in used:
-            carve = split != "test" and name not in profile.dev_collections
-            load_collection(name, split, carve_dev=carve)
+            load_collection(name, split, carve_dev=carves_dev(profile, name))
         return provenance_of(name)
 
     for name, used in splits.items():
@@ -146,12 +146,9 @@ def prepare(
     return {"source": source, **origin}
 
 
-def _place(source: str, revision: str | None, kind: str) -> dict[str, str | None]:
-    """Where a repository comes from: its commit, or that it is a folder."""
-    folder = local_folder(source, revision, kind)
-    if is_hub_id(source):
-        return {"revision": revision, "commit": folder.name}
-    return {"revision": None, "commit": None}
+def _place(source: str, revision: str | None, kind: Kind) -> dict[str, str | None]:
+    """The revision that was asked for, and the commit; of a folder the hash of its files."""
+    return {"revision": revision, "commit": find_source(source, revision, kind).version}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _short(origin: dict[str, Any]) -> str:
     commits = origin.get("repositories") or {"": origin.get("commit")}
-    return ", ".join(str(commit)[:12] if commit else "a folder" for commit in commits.values())
+    return ", ".join(str(commit)[:16] for commit in commits.values())
 
 
 def _relative(path: Path) -> str:

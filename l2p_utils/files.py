@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -106,6 +107,12 @@ def read_json(path: str | Path) -> Any:
         raise UserError(
             f"{path} is not valid JSON ({error}). Delete it and run again to make it anew."
         ) from error
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def settings_match(folder: str | Path, settings: dict[str, Any]) -> bool:

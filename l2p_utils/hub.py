@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatch
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects
 
-from l2p_utils.files import UserError, read_json, remove, write_json
+from l2p_utils.files import UserError, read_json, remove, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -104,11 +105,10 @@ def _listing(
 ) -> dict[str, Any]:
     """The commit, and each wanted file's size and checksum (None where the hub tells none)."""
     info = HfApi().repo_info(repository, repo_type=kind, revision=revision, files_metadata=True)
-    files = {
-        file.rfilename: [file.size, file.lfs.sha256 if file.lfs else None]
-        for file in info.siblings or []
-        if not patterns or any(fnmatch(file.rfilename, pattern) for pattern in patterns)
-    }
+    chosen = filter_repo_objects(
+        info.siblings or [], allow_patterns=patterns, key=lambda file: file.rfilename
+    )
+    files = {file.rfilename: [file.size, file.lfs.sha256 if file.lfs else None] for file in chosen}
     if not files:
         raise UserError(
             f"The hub's {kind} {repository} has no file that matches {list(patterns or ['*'])}."
@@ -149,20 +149,15 @@ def _fetch(
 def _damage(folder: Path, files: dict[str, list], checksums: bool) -> dict[str, str]:
     """What is wrong with a snapshot's files, by name."""
     found = {}
-    for name, (size, sha256) in files.items():
+    for name, (size, checksum) in files.items():
         path = folder / name
         if not path.is_file():
             found[name] = "not there"
         elif size is not None and path.stat().st_size != size:
             found[name] = f"{path.stat().st_size} bytes, expected {size}"
-        elif checksums and sha256 and _sha256(path) != sha256:
-            found[name] = f"SHA-256 {_sha256(path)[:12]}…, expected {sha256[:12]}…"
+        elif checksums and checksum and (is_now := sha256(path)) != checksum:
+            found[name] = f"SHA-256 {is_now[:12]}…, expected {checksum[:12]}…"
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _whole_before(
@@ -240,3 +235,32 @@ def local_folder(
     """The folder itself if `name` is one, else what `download` brings."""
     folder = Path(name).expanduser()
     return folder if folder.is_dir() else download(name, kind, revision, patterns)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model or data set as it is here: its name in the profile, its folder and its version.
+
+    `version` is the commit, or the hash of a folder's files.
+    """
+
+    name: str
+    folder: Path
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.name} @ {self.version}"
+
+
+def find_source(name: str, revision: str | None, kind: Kind = "model") -> Source:
+    """A hub repository (fetched if need be) or a folder."""
+    folder = local_folder(name, revision, kind)
+    return Source(name, folder, folder.name if is_hub_id(name) else _hash_files(folder))
+
+
+def _hash_files(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0".encode())
+        digest.update(bytes.fromhex(sha256(path)))
+    return f"sha256:{digest.hexdigest()[:16]}"

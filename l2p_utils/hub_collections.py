@@ -7,7 +7,6 @@ Takes a name, fetches its repositories once, and gives a folder in BEIR's layout
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -16,14 +15,14 @@ import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import errors as hub_errors
 
 from l2p_utils import hub
 from l2p_utils.beir_zip import NotFound, download, unpack, writable, zip_address
 from l2p_utils.docstrings import cache_folder
-from l2p_utils.files import PROVENANCE, UserError, atomic_path, read_json, write_json
+from l2p_utils.files import PROVENANCE, UserError, atomic_path, read_json, sha256, write_json
 from l2p_utils.hub_folder import write_collection
 from l2p_utils.hub_tables import PATTERNS, Repository
 from l2p_utils.profile import HUB, plain_name, slug
@@ -88,28 +87,6 @@ class Source:
     def repositories(self) -> dict[str, str]:
         """Repository → commit; of a zip its address → SHA-256."""
         return {self.texts.id: self.texts.commit, self.qrels.id: self.qrels.commit}
-
-
-class Licence(NamedTuple):
-    """A data set's licence: the hub's identifier for it, its name, and what to tell the reader."""
-
-    identifier: str
-    name: str
-    notice: str
-
-
-LICENCES = {
-    "fiqa": Licence(
-        "other",
-        "fiqa-2018-non-commercial",
-        "FiQA-2018 data, and what is trained on it, is for non-commercial use only.",
-    ),
-    "scifact": Licence(
-        "cc-by-nc-2.0",
-        "cc-by-nc-2.0",
-        "SciFact's annotations are licensed under CC BY-NC 2.0: attribution, non-commercial use.",
-    ),
-}
 
 
 # --- what others call -----------------------------------------------------------------------------
@@ -252,25 +229,6 @@ def provenance_of(name: str, cache: str | Path | None = None) -> dict[str, Any]:
     return {"name": plain_name(name), "revision": name.partition("@")[2] or None, **kept}
 
 
-def licence_of(name: str) -> Licence:
-    """The licence of a collection's data.
-
-    Only the two sets that models are trained on are known here; others say where to look.
-    """
-    plain = plain_name(name)
-    family, _, dataset = plain.partition(":")
-    if plain.startswith(HUB):
-        known = LICENCES.get(dataset)
-        return known or Licence(
-            "unknown", "unknown", f"See the card of the data set {dataset} for its licence."
-        )
-    if family == "docs":
-        notice = f"Docstrings of the package {dataset}, under that package's licence."
-    else:
-        notice = f"See whoever made the collection {Path(name).name} for its licence."
-    return Licence("unknown", "unknown", notice)
-
-
 # --- the cache ------------------------------------------------------------------------------------
 
 
@@ -313,14 +271,9 @@ def _intact(folder: Path) -> bool:
         return False
     sums = provenance.get("sha256", {})
     return bool(sums) and all(
-        (folder / file).is_file() and _sha256(folder / file) == expected
+        (folder / file).is_file() and sha256(folder / file) == expected
         for file, expected in sums.items()
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Faster(Exception):
@@ -346,7 +299,7 @@ def _store(root: Path, wanted: HubName, source: Source) -> Path:
                 "source": source.kind,
                 "repositories": source.repositories,
                 "counts": counts,
-                "sha256": {path.relative_to(temporary).as_posix(): _sha256(path) for path in files},
+                "sha256": {path.relative_to(temporary).as_posix(): sha256(path) for path in files},
             }
             write_json(temporary / PROVENANCE, provenance)
             if _intact(folder):

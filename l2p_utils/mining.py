@@ -23,12 +23,9 @@ from l2p_utils.candidates import (
     Candidates,
     Proposer,
     find_candidates,
-    find_source,
     positives_of,
     profile_split,
-    propose,
     query_rng,
-    training_split,
 )
 from l2p_utils.collection import Collection, load_collection
 from l2p_utils.evaluation import use_threads, versions
@@ -40,30 +37,13 @@ from l2p_utils.files import (
     settings_match,
     write_json,
 )
+from l2p_utils.hub import find_source
 from l2p_utils.hub_collections import provenance_of
 from l2p_utils.model import PooledColBERT, build_embedded_model
 from l2p_utils.profile import MiningSettings, Profile, slug
 from l2p_utils.released_rows import Row, read_released
 from l2p_utils.scoring import Scores, make_plan, read_scores, score
 from l2p_utils.teacher import EmbeddedTeacher, embedded_teacher
-
-__all__ = [
-    "Row",
-    "load_mined",
-    "mine",
-    "mine_rows",
-    "mined_folder",
-    "mined_provenance",
-    "negative_limit",
-    "positives_of",
-    "profile_split",
-    "propose",
-    "query_rng",
-    "rows_of_scores",
-    "select_row",
-    "training_split",
-    "untrained_model",
-]
 
 POSITIVE, HARD, MEDIUM, RANDOM = "positive", "hard_negative", "medium_negative", "random_negative"
 CHOICE = 1  # random numbers of a query's choice, where its candidates were drawn by another job

@@ -118,8 +118,8 @@ def group() -> Iterator[None]:
 def leave(code: int) -> NoReturn:
     """End this process with `code`; one of several without the interpreter's own tidying up.
 
-    By then everything is written. The tidying met threads of the libraries that were still alive,
-    and about one training in twenty ended in "terminate called without an active exception".
+    By then everything is written. In the tidying a process was now and then aborted ("terminate
+    called without an active exception"), for a reason that is not known.
     """
     if "RANK" not in os.environ:
         sys.exit(code)

@@ -75,8 +75,9 @@ class ModelSettings(_Settings):
         return self.base == "embedded"
 
     def query_length_on(self, collection: str) -> int:
-        """Length of the queries of `collection`."""
-        return self.query_lengths.get(collection, self.query_length)
+        """Length of the queries of `collection`, whichever revision of it."""
+        lengths = {plain_name(name): length for name, length in self.query_lengths.items()}
+        return lengths.get(plain_name(collection), self.query_length)
 
 
 class MiningSettings(_Settings):
@@ -227,7 +228,7 @@ class Profile(_Settings):
     scoring: Scoring = Scoring()
     warm_up: WarmUp | None = None  # of the embedded model
     training: TrainingSettings
-    gpus: int = Field(0, ge=0)  # that a job asks a cluster for, and that a local run counts
+    gpu: bool = False  # whether jobs that compute ask for a GPU; a local run shares `gpu=N`
     processes: int = Field(1, ge=1)  # of one training, data-parallel; batch_size is of them all
     dev_collections: dict[str, str] = {}  # collection: the one whose test split picks the epoch
     runs: list[Run]
@@ -245,6 +246,11 @@ class Profile(_Settings):
                 "warm_up: the embedded model needs one (`warm_up: {}`)"
                 if self.model.embedded
                 else f"warm_up: only the embedded model has one; model.base is {self.model.base!r}"
+            )
+        if self.model.embedded and self.prepared_names:
+            raise ValueError(
+                "model.other_document_lengths and released_models belong to a base from the hub; "
+                "model.base is embedded"
             )
         if self.training.batch_size % self.processes:
             raise ValueError(

@@ -24,15 +24,14 @@ from tqdm.auto import tqdm
 
 from l2p_utils.candidates import (
     Candidates,
-    Source,
     find_candidates,
-    find_source,
     fingerprint_of,
     profile_split,
 )
 from l2p_utils.collection import Collection
 from l2p_utils.evaluation import use_threads, versions
 from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, write_json
+from l2p_utils.hub import Source, find_source
 from l2p_utils.profile import Profile, load_profile, slug
 from l2p_utils.teacher import RerankerTeacher, load_reranker, scoring_dtype
 

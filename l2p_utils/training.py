@@ -1,8 +1,8 @@
 """Pooling-aware fine-tuning: one of a profile's models, trained or reused.
 
 Takes mined rows and a model; gives a model folder with its provenance and a log of every step. With
-several processes in the profile it starts them; by hand, on two GPUs:
-``accelerate launch --multi_gpu --num_processes 2 -m l2p_utils.training --profile paper
+several processes in the profile it starts them; by hand, two of them:
+``torchrun --standalone --nproc-per-node 2 -m l2p_utils.training --profile paper
 --collection beir:scifact --pool-method kmeans --pool-factors 1-6``
 
 Source: S. Josef, *Learn to Pool* (LIR @ ECIR 2026), section on fine-tuning.
@@ -25,8 +25,8 @@ from datasets import Dataset
 from sentence_transformers.util import get_device_name
 
 from l2p_utils import parallel
+from l2p_utils.candidates import carves_dev, profile_split
 from l2p_utils.collection import Collection, load_collection
-from l2p_utils.distillation import PooledDistillation, sample_pool_factor
 from l2p_utils.evaluation import (
     fingerprint,
     forward_precision,
@@ -43,13 +43,12 @@ from l2p_utils.files import (
     settings_match,
     write_json,
 )
-from l2p_utils.fitting import DEV_METRIC, DevEvaluator, Fitted, fit, freeze
-from l2p_utils.mining import load_mined, mined_folder, training_split, untrained_model
+from l2p_utils.fitting import Fitted, fit
+from l2p_utils.mining import load_mined, mined_folder, untrained_model
 from l2p_utils.model import load_model, quiet_loading
 from l2p_utils.pooling import PoolMethod, stored_variant
 from l2p_utils.profile import (
     BASELINE,
-    HUB,
     Profile,
     Run,
     TrainingSettings,
@@ -58,20 +57,6 @@ from l2p_utils.profile import (
     model_name,
     parse_factors,
 )
-
-__all__ = [
-    "DEV_METRIC",
-    "DevEvaluator",
-    "PooledDistillation",
-    "fit",
-    "freeze",
-    "main",
-    "mined_fingerprint",
-    "read_training_log",
-    "sample_pool_factor",
-    "train",
-    "training_rows",
-]
 
 LOG_FILE = "training_log.csv"
 COMMAND = ["-m", "l2p_utils.training"]  # what each of several processes runs
@@ -213,19 +198,9 @@ def _load_dev(profile: Profile, collection: str, settings: TrainingSettings) -> 
     """The queries that pick the epoch: a part of the dev split, or all of the other collection."""
     if other := profile.dev_collections.get(collection):
         return load_collection(other, "test")
-    carving = _carving(profile, collection)
-    dev = load_collection(collection, "dev", text_only=profile.mining.text_only, **carving)
+    carve = carves_dev(profile, collection)
+    dev = load_collection(collection, "dev", text_only=profile.mining.text_only, carve_dev=carve)
     return subset(dev, settings.dev_queries, settings.dev_documents)
-
-
-def _carving(profile: Profile, collection: str) -> dict[str, bool]:
-    """Whether some training queries are kept for picking the epoch: as mining did it.
-
-    Not where another collection picks it. A hub collection would else keep all for training.
-    """
-    if collection in profile.dev_collections:
-        return {"carve_dev": False}
-    return {"carve_dev": True} if collection.startswith(HUB) else {}
 
 
 def mined_fingerprint(mined: Dataset) -> str:
@@ -268,8 +243,7 @@ def _fit_and_save(
         if not settings_match(checkpoints, made_with):
             remove(checkpoints)  # of other settings, or none
             write_json(checkpoints / PROVENANCE, {"settings": made_with})
-        carving = _carving(profile, run.collection)
-        collection = training_split(run.collection, profile.mining, **carving)
+        collection = profile_split(profile, run.collection)
         dev = _load_dev(profile, run.collection, settings)
     rows = training_rows(mined, collection, settings.max_rows)
     model = load_model(start)

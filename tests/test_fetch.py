@@ -1,7 +1,7 @@
 """The fetch step, and the paper's profile as a plan; the hub is stood in for by folders."""
 
 import json
-from pathlib import Path
+import shutil
 
 import pytest
 from tiny import tiny_colbert
@@ -49,13 +49,19 @@ def test_the_baseline_is_the_checkpoint_at_each_length(checkpoint, monkeypatch, 
     assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
 
 
-def test_what_was_fetched_is_kept(checkpoint, monkeypatch, tmp_path):
-    profile = profile_of(checkpoint, monkeypatch, tmp_path)
+def test_what_was_fetched_is_kept_until_its_source_changes(checkpoint, monkeypatch, tmp_path):
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    profile = profile_of(base, monkeypatch, tmp_path)
+    stamps = []
+    for _ in range(2):
+        module.fetch(profile, progress=False)
+        made = profile.folder / "models" / "baseline" / "provenance.json"
+        stamps.append(made.stat().st_mtime_ns)
+    assert stamps[0] == stamps[1]
+    config = base / "config_sentence_transformers.json"
+    config.write_text(config.read_text().replace('"[Q] "', '"[D] "'))
     module.fetch(profile, progress=False)
-    made = (profile.folder / "models" / "baseline" / "provenance.json").stat().st_mtime_ns
-    module.fetch(profile, progress=False)
-    again = (profile.folder / "models" / "baseline" / "provenance.json").stat().st_mtime_ns
-    assert again == made
+    assert load_model(profile.folder / "models" / "baseline").query_prefix == "[D] "
 
 
 @pytest.mark.parametrize(
@@ -144,7 +150,3 @@ def test_the_command_says_what_is_wrong(capsys):
     assert "needs nothing from the hub" in capsys.readouterr().out
     assert module.main(["papre"]) == 1
     assert "There is no profile 'papre'" in capsys.readouterr().err
-
-
-def test_the_profile_is_part_of_the_package():
-    assert Path(module.__file__).with_name("profiles").joinpath("paper.yaml").is_file()

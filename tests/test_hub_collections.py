@@ -22,7 +22,6 @@ from l2p_utils.files import UserError, read_json
 from l2p_utils.hub_collections import (
     NANO,
     fetch_collection,
-    licence_of,
     parse_name,
     provenance_of,
 )
@@ -830,14 +829,3 @@ def test_an_address_that_is_none_is_refused(hub, monkeypatch):
 
 
 # --- licences -------------------------------------------------------------------------------------
-
-
-def test_licences_of_what_models_are_trained_on():
-    for name in ("beir:fiqa", "nano:fiqa", "beir:fiqa@main"):
-        assert licence_of(name).name == "fiqa-2018-non-commercial"
-        assert "non-commercial" in licence_of(name).notice
-    assert licence_of("beir:scifact").identifier == "cc-by-nc-2.0"
-    assert "annotations" in licence_of("nano:scifact").notice
-    assert "card of the data set nq" in licence_of("beir:nq").notice
-    assert "package scipy" in licence_of("docs:scipy").notice
-    assert "cranfield" in licence_of("path/to/cranfield").notice

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from l2p_utils import mining
 from l2p_utils import profile as profiles
+from l2p_utils.candidates import positives_of, propose, query_rng, training_split
 from l2p_utils.collection import Collection, load_collection
 from l2p_utils.files import UserError
 from l2p_utils.mining import (
@@ -24,11 +25,7 @@ from l2p_utils.mining import (
     mined_folder,
     mined_provenance,
     negative_limit,
-    positives_of,
-    propose,
-    query_rng,
     select_row,
-    training_split,
 )
 from l2p_utils.profile import PROFILES, MiningSettings, Profile
 from l2p_utils.teacher import EmbeddedTeacher

@@ -11,6 +11,7 @@ from l2p_utils.files import UserError
 from l2p_utils.profile import (
     PROFILES,
     ROOT,
+    ModelSettings,
     Profile,
     factors_name,
     load_profile,
@@ -282,3 +283,16 @@ def test_factors_survive_their_name(factors):
 )
 def test_model_name(arguments, expected):
     assert model_name(*arguments) == expected
+
+
+def test_a_query_length_is_a_collections_whichever_revision():
+    settings = ModelSettings(query_length=48, query_lengths={"beir:fiqa@main": 32})
+    assert settings.query_length_on("beir:fiqa") == settings.query_length_on("beir:fiqa@v2") == 32
+    assert settings.query_length_on("nano:fiqa") == 48
+
+
+@pytest.mark.parametrize(
+    "change", [{"model.other_document_lengths": [64]}, {"released_models": ["owner/name"]}]
+)
+def test_models_as_they_are_need_a_base_from_the_hub(write, change):
+    assert "belong to a base from the hub" in refusal(write(change))

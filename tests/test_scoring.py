@@ -23,12 +23,12 @@ from l2p_utils.candidates import (
     Proposer,
     candidates_folder,
     find_candidates,
-    find_source,
     load_miner,
     profile_split,
     propose_all,
 )
 from l2p_utils.files import UserError
+from l2p_utils.hub import find_source
 from l2p_utils.mining import mine, mined_folder, mined_provenance, rows_of_scores
 from l2p_utils.model import embedded_encoder_path
 from l2p_utils.profile import PROFILES, MiningSettings, Profile

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from nbformat.v4 import new_code_cell, new_notebook
+from snakemake.cli import get_argument_parser
 
 from l2p_utils.profile import load_profile
 
@@ -265,3 +267,13 @@ def wait_for(condition, seconds=180):
     while not condition():
         assert time.time() < end, "waited in vain"
         time.sleep(0.1)
+
+
+def test_the_cluster_profile_has_options_that_snakemake_knows():
+    options = {
+        string.removeprefix("--")
+        for action in get_argument_parser()._actions
+        for string in action.option_strings
+    }
+    settings = yaml.safe_load((ROOT / "cluster" / "slurm" / "config.yaml").read_text())
+    assert settings.keys() <= options

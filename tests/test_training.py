@@ -12,18 +12,14 @@ from tiny import tiny_colbert
 
 from l2p_utils import distillation, fitting, pooling, training
 from l2p_utils import profile as profiles
+from l2p_utils.candidates import carves_dev
 from l2p_utils.collection import Collection
+from l2p_utils.distillation import PooledDistillation, sample_pool_factor
 from l2p_utils.files import UserError
+from l2p_utils.fitting import DEV_METRIC, fit, freeze
 from l2p_utils.model import load_model, quiet_loading
 from l2p_utils.profile import Run, TrainingSettings, load_profile
-from l2p_utils.training import (
-    DEV_METRIC,
-    PooledDistillation,
-    fit,
-    freeze,
-    sample_pool_factor,
-    training_rows,
-)
+from l2p_utils.training import training_rows
 
 TEXTS = [
     "Interpolate a function on a grid, with splines of any degree.",
@@ -299,7 +295,7 @@ def test_the_best_epoch_is_kept(model, rows, collection, tmp_path, monkeypatch):
         weights.append(model[1].linear.weight.detach().clone())
         return {DEV_METRIC: next(scores)}
 
-    monkeypatch.setattr(training.DevEvaluator, "__call__", judge)
+    monkeypatch.setattr(fitting.DevEvaluator, "__call__", judge)
     run = Run(collection="tiny", pool_method="none")
     three = settings(epochs=3, learning_rate=1e-3)
     best, log, _ = fit(model, rows.select(range(4)), collection, run, three, 1, tmp_path / "c")
@@ -686,9 +682,9 @@ def test_the_paper_picks_the_epoch_on_the_test_queries_and_says_so(
 
 def test_dev_queries_are_kept_from_training_unless_others_pick_the_epoch(hub_profile):
     profile, folder = hub_profile
-    assert training._carving(profile, str(folder)) == {"carve_dev": False}
-    assert training._carving(profile, "beir:scifact") == {"carve_dev": True}
-    assert training._carving(profile, "docs:scipy") == {}  # has a dev split of its own
+    assert carves_dev(profile, str(folder)) is False
+    assert carves_dev(profile, "beir:scifact") is True
+    assert carves_dev(profile, "docs:scipy") is None  # has a dev split of its own
 
 
 def test_a_base_that_was_not_fetched_is_missed(hub_profile):
