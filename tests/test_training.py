@@ -10,7 +10,7 @@ from datasets import Dataset
 from pylate import losses
 from tiny import tiny_colbert
 
-from l2p_utils import distillation, fitting, pooling, training
+from l2p_utils import candidates, distillation, fitting, pooling, training
 from l2p_utils import profile as profiles
 from l2p_utils.candidates import carves_dev
 from l2p_utils.collection import Collection
@@ -668,7 +668,7 @@ def test_the_paper_picks_the_epoch_on_the_test_queries_and_says_so(
         return collection
 
     monkeypatch.setattr(training, "load_collection", load)
-    monkeypatch.setattr(training, "training_split", split)
+    monkeypatch.setattr(candidates, "training_split", split)
     made = training.train(profile, str(folder), "span", [1, 2], progress=False)
     assert asked == [(str(folder), "train", False), ("nano:tiny", "test")]
     provenance = json.loads((made / "provenance.json").read_text())
