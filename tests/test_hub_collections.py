@@ -685,7 +685,7 @@ def test_what_a_repository_gets_wrong_is_refused_by_name(hub, harm, words):
         ("corpus.jsonl", b'{"_id": "1", "text": "x"}\n[1]\n', ["line 2", "JSON object"]),
         ("corpus.jsonl", b'{"_id": "1", "text": "caf\xe9"}\n', ["not UTF-8"]),
         ("corpus.jsonl", b"", ["it is empty"]),
-        ("corpus.jsonl.gz", gzip.compress(b'{"_id": "1", "text": "x"}')[:-9], ["is damaged"]),
+        ("corpus.jsonl.gz", gzip.compress(b'{"_id": "1", "text": "x"}', mtime=0)[:-9], ["is damaged"]),
         ("corpus.jsonl.gz", b"no gzip", ["is damaged"]),
         ("qrels.tsv", b"query-id\tcorpus-id\n10\t1\n", ["no column 'score'"]),
         ("qrels.tsv", b"10\t1\t1\n", ["no column 'query-id'", "10, 1, 1"]),
