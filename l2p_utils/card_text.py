@@ -189,12 +189,17 @@ def _intended_use(facts: ModelFacts) -> str:
     )
 
 
+def _variant_option(variant: str | None) -> str:
+    """What `encode` must be told to pool as in training, where that is not its default."""
+    if variant == "sklearn":
+        return ", use_sklearn=True"
+    return f', pool_variant="{variant}"' if variant in ("paper", "euclidean") else ""
+
+
 def _model_usage(facts: ModelFacts) -> str:
     factor = min(4, max(facts.run.pool_factors))
-    sklearn = ", use_sklearn=True" if facts.made["settings"].get("pooling") == "sklearn" else ""
-    options = f", pool_factor={factor}, pool_method={facts.run.pool_method!r}{sklearn}".replace(
-        "'", '"'
-    )
+    options = f', pool_factor={factor}, pool_method="{facts.run.pool_method}"'
+    options += _variant_option(facts.made["settings"].get("pooling"))
     texts = _code(f"""
 from l2p_utils.model import PooledColBERT
 

@@ -18,7 +18,14 @@ from pylate import losses
 from pylate.losses.contrastive import extract_skiplist_mask
 
 from l2p_utils.model import PooledColBERT
-from l2p_utils.pooling import PoolMethod, check_pool_factor, check_pooling, pool_padded
+from l2p_utils.pooling import (
+    DEFAULT_VARIANT,
+    PoolMethod,
+    PoolVariant,
+    check_pool_factor,
+    check_pooling,
+    pool_padded,
+)
 
 EPSILON = 1e-8
 
@@ -90,7 +97,7 @@ class PooledDistillation(losses.Distillation):
         Drawn from uniformly, once per batch.
     seed
         Of the draws, with `step`.
-    use_sklearn
+    use_sklearn, variant
         See `l2p_utils.pooling.pool`.
 
     Attributes
@@ -108,14 +115,16 @@ class PooledDistillation(losses.Distillation):
         seed: int = 42,
         protected_tokens: int = 1,
         use_sklearn: bool = False,
+        variant: PoolVariant = DEFAULT_VARIANT,
     ) -> None:
         super().__init__(model)
-        check_pooling(pool_method)
+        check_pooling(pool_method, variant)
         self.pool_factors = [check_pool_factor(factor) for factor in pool_factors]
         self.pool_method = pool_method
         self.seed = seed
         self.protected_tokens = protected_tokens
         self.use_sklearn = use_sklearn
+        self.variant = variant
         self.step = 0
         self.stopwatch = Stopwatch()
 
@@ -174,6 +183,7 @@ class PooledDistillation(losses.Distillation):
                 factor,
                 self.pool_method,
                 self.protected_tokens,
+                variant=self.variant,
                 use_sklearn=self.use_sklearn,
             )
         ways = (queries.shape[0], -1)

@@ -334,7 +334,8 @@ def evaluation_tasks(profile: Profile, name: str) -> list[Task]:
     if name not in profile.prepared_names and name != BASELINE:
         profile.find_run(name)
     settings = profile.evaluation
-    variants = list(settings.baseline_variants) if name == BASELINE else [DEFAULT_VARIANT]
+    others = settings.baseline_variants if name == BASELINE else []
+    variants = list(dict.fromkeys([profile.hierarchical, *others]))
     exact = [
         Task(collection, "exact", list(settings.pool_methods), variants, None)
         for collection in settings.collections
@@ -357,7 +358,7 @@ def _plaid_tasks(profile: Profile, name: str) -> list[Task]:
                 "expected one number for all pool methods. Give these jobs the same max_queries."
             )
         methods = [method for job in asked for method in job.pool_methods]
-        tasks.append(Task(collection, "plaid", methods, [DEFAULT_VARIANT], limits[0]))
+        tasks.append(Task(collection, "plaid", methods, [profile.hierarchical], limits[0]))
     return tasks
 
 

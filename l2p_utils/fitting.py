@@ -34,6 +34,7 @@ from l2p_utils.distillation import PooledDistillation, sample_pool_factor
 from l2p_utils.evaluation import encode_collection, forward_precision, measure
 from l2p_utils.files import PROVENANCE, UserError, atomic_path, read_json, remove, write_json
 from l2p_utils.model import PooledColBERT, load_model, quiet_loading
+from l2p_utils.pooling import DEFAULT_VARIANT, PoolVariant
 from l2p_utils.profile import Run, TrainingSettings
 from l2p_utils.search import exact_search
 
@@ -284,6 +285,7 @@ def fit(
     precision: str = "auto",
     progress: bool = True,
     use_sklearn: bool = False,
+    variant: PoolVariant = DEFAULT_VARIANT,
 ) -> Fitted:
     """Fine-tune a model; on a folder with checkpoints, go on from the last whole one.
 
@@ -296,6 +298,8 @@ def fit(
         Measured after every epoch; the best epoch is kept.
     folder
         For checkpoints and the best model.
+    use_sklearn, variant
+        See `l2p_utils.pooling.pool`.
 
     Returns
     -------
@@ -311,7 +315,12 @@ def fit(
     model.float()  # a checkpoint may be stored in half precision, where small updates are lost
     freeze(model, settings.frozen_layers)
     loss = PooledDistillation(
-        model, run.pool_method, run.pool_factors, seed, use_sklearn=use_sklearn
+        model,
+        run.pool_method,
+        run.pool_factors,
+        seed,
+        use_sklearn=use_sklearn,
+        variant=variant,
     )
     keep_best = _KeepBest(loss, model, folder / "best")
     trainer = StepTrainer(

@@ -30,6 +30,7 @@ EMBEDDED = "docs:"
 HUB = ("nano:", "beir:")
 Method = Literal["none", "span", "kmeans", "hierarchical"]
 PooledMethod = Literal["span", "kmeans", "hierarchical"]
+Variant = Literal["pylate", "paper", "euclidean"]
 SEED = {"ge": 0, "le": 2**32 - 1}  # what NumPy takes
 
 
@@ -184,7 +185,7 @@ class EvaluationSettings(_Settings):
     collections: list[str] = Field(min_length=1)
     pool_methods: list[PooledMethod] = ["span", "kmeans", "hierarchical"]
     pool_factors: list[int] = [1, 2, 3, 4, 5, 6]
-    baseline_variants: list[Literal["pylate", "paper", "euclidean"]] = ["pylate"]
+    baseline_variants: list[Variant] = []  # of hierarchical, beside the profile's
     precision: Literal["auto", "float32", "bfloat16", "float16"] | None = None  # None: profile's
     max_queries: int | None = Field(None, ge=1)
     max_documents: int | None = Field(None, ge=1)
@@ -220,7 +221,10 @@ class Profile(_Settings):
     seed: int = Field(42, **SEED)
     threads: int = Field(1, ge=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    use_sklearn: bool = False  # k-means as the paper has it, in training and in evaluation
+    # what the two clusterings are in training and in evaluation; the paper has scikit-learn's
+    # k-means and Ward on the square matrix of cosine distances (`paper`)
+    use_sklearn: bool = False
+    hierarchical: Variant = "pylate"
     model: ModelSettings
     training_data: Literal["mined", "released"] = "mined"
     released_rows: dict[str, str] = {}  # collection: hub data set with its published rows
@@ -319,6 +323,12 @@ class Profile(_Settings):
     def folder(self) -> Path:
         """Where everything goes that this profile's run makes: runs/<name>."""
         return ROOT / "runs" / self.name
+
+    def recipe(self, collection: str) -> TrainingSettings:
+        """How a model is trained on a collection: by `warm_up` on its own, else by `training`."""
+        if self.warm_up and collection == self.warm_up.collection:
+            return self.warm_up
+        return self.training
 
     def run_name(self, run: Run) -> str:
         """`<collection>-<method>-pf<factors>-s<seed>`, as in the result rows."""

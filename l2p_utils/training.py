@@ -137,7 +137,7 @@ def train(
             f"{pool_method!r}. Pass pool_method none and pool_factors 1."
         )
     name = BASELINE if warm_up else model_name(collection, pool_method, factors, seed)
-    settings = profile.warm_up if warm_up else profile.training
+    settings = profile.recipe(collection)
     target = profile.folder / "models" / name
     with parallel.first_alone():
         mined = load_mined(mined_folder(profile, collection))
@@ -145,7 +145,7 @@ def train(
     made_with = {
         "model": name,
         "run": run.model_dump(),
-        "pooling": stored_variant(pool_method, use_sklearn=profile.use_sklearn),
+        "pooling": stored_variant(pool_method, profile.hierarchical, profile.use_sklearn),
         "training": settings.model_dump(),
         "start": fingerprint(start),
         "rows": mined_fingerprint(mined),
@@ -261,6 +261,7 @@ def _fit_and_save(
         profile.precision,
         progress,
         profile.use_sklearn,
+        profile.hierarchical,
     )
     parallel.wait()  # all have read the best epoch: saving removes the checkpoints
     if parallel.rank() == 0:

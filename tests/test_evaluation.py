@@ -461,9 +461,16 @@ def test_plaid_jobs_on_one_collection_must_agree_on_the_queries():
 def test_only_the_baseline_is_measured_in_all_hierarchical_variants():
     profile = tiny_profile(["docs:scipy"])
     settings = profile.evaluation.model_copy(update={"baseline_variants": ["pylate", "paper"]})
-    profile = profile.model_copy(update={"evaluation": settings})
-    assert evaluation_tasks(profile, "baseline")[0].variants == ["pylate", "paper"]
-    assert evaluation_tasks(profile, "docs-scipy-pf1-s42")[0].variants == ["pylate"]
+    for own, all_of_them in [("pylate", ["pylate", "paper"]), ("paper", ["paper", "pylate"])]:
+        profile = profile.model_copy(update={"evaluation": settings, "hierarchical": own})
+        assert evaluation_tasks(profile, "baseline")[0].variants == all_of_them
+        assert evaluation_tasks(profile, "docs-scipy-pf1-s42")[0].variants == [own]
+
+
+def test_plaid_pools_as_the_profile_says():
+    plaid = [{"model": "baseline", "collections": ["docs:scipy"], "pool_methods": ["hierarchical"]}]
+    profile = tiny_profile(["docs:scipy"], plaid=plaid).model_copy(update={"hierarchical": "paper"})
+    assert [task.variants for task in evaluation_tasks(profile, "baseline")] == [["paper"]] * 2
 
 
 def test_the_collections_here_are_whole(tmp_path):

@@ -594,7 +594,16 @@ def test_the_stage_from_mining_to_a_model_that_is_reused(folder_profile, monkeyp
         training.train(profile, str(folder), "span", [1, 2], seed=43, progress=False)
 
 
-def test_a_model_of_the_other_kmeans_is_not_reused(folder_profile, monkeypatch):
+@pytest.mark.parametrize(
+    ("pool_method", "choices"),
+    [
+        ("kmeans", {"fast": {"use_sklearn": False}, "sklearn": {"use_sklearn": True}}),
+        ("hierarchical", {v: {"hierarchical": v} for v in ("pylate", "paper", "euclidean")}),
+    ],
+)
+def test_a_model_of_another_variant_is_not_reused(
+    folder_profile, monkeypatch, pool_method, choices
+):
     profile, folder = folder_profile
     from l2p_utils import mining
 
@@ -607,20 +616,22 @@ def test_a_model_of_the_other_kmeans_is_not_reused(folder_profile, monkeypatch):
     class Asked(Exception):
         pass
 
-    def note(model, rows, dev, run, settings, seed, folder, precision, progress, use_sklearn):
-        asked.append((run.pool_method, use_sklearn))
+    def note(*given):
+        run, use_sklearn, variant = given[3], *given[-2:]
+        asked.append((run.pool_method, use_sklearn, variant))
         raise Asked
 
     monkeypatch.setattr(training, "fit", note)
     monkeypatch.setattr(
         training, "settings_match", lambda _, settings: asked.append(settings["pooling"])
     )
-    for use_sklearn in (False, True):
-        chosen = profile.model_copy(update={"use_sklearn": use_sklearn})
+    for stored, choice in choices.items():
+        chosen = profile.model_copy(update=choice)
         with pytest.raises(Asked):
-            training.train(chosen, str(folder), "kmeans", [1, 2], progress=False)
-    once = ["fast", "fast", ("kmeans", False)]  # the model's settings, its checkpoints', the fit
-    assert asked == [*once, "sklearn", "sklearn", ("kmeans", True)]
+            training.train(chosen, str(folder), pool_method, [1, 2], progress=False)
+        fitted = (pool_method, chosen.use_sklearn, chosen.hierarchical)
+        assert asked == [stored, stored, fitted]  # the model's settings, its checkpoints', the fit
+        asked.clear()
 
 
 @pytest.mark.parametrize("use_sklearn", [False, True])
@@ -628,6 +639,20 @@ def test_the_loss_pools_with_the_kmeans_that_it_was_given(model, batch, monkeypa
     refused = "_sklearn_kmeans" if not use_sklearn else "_fast_kmeans"
     monkeypatch.setattr(pooling, refused, None)
     PooledDistillation(model, "kmeans", [3], use_sklearn=use_sklearn)(*batch).backward()
+
+
+@pytest.mark.parametrize("variant", ["pylate", "paper", "euclidean"])
+def test_the_loss_pools_with_the_variant_that_it_was_given(model, batch, monkeypatch, variant):
+    seen = []
+    original = pooling._dissimilarities
+
+    def noted(vectors, free, used):
+        seen.append(used)
+        return original(vectors, free, used)
+
+    monkeypatch.setattr(pooling, "_dissimilarities", noted)
+    PooledDistillation(model, "hierarchical", [3], variant=variant)(*batch).backward()
+    assert set(seen) == {variant}
 
 
 # --- a checkpoint as the base, and another collection to pick the epoch
