@@ -1,6 +1,7 @@
 """A hub on loopback: as much of the Hugging Face hub's HTTP as its client asks for to read.
 
-Serves folders: ROOT/models/<owner>/<name>/… and ROOT/datasets/<owner>/<name>/…, each one commit.
+Serves folders: ROOT/models/<owner>/<name>/… and ROOT/datasets/<owner>/<name>/…, each one commit;
+and, in place of BEIR's server, ROOT/zips/<name>.zip.
 """
 
 from __future__ import annotations
@@ -79,6 +80,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._describe(*found.groups(), body=body)
         if found := FILE.match(path):
             return self._file(*found.groups(), body=body, fault=fault)
+        archive = self.server.root / path.lstrip("/")
+        if re.fullmatch(r"/zips/[^/]+\.zip", path) and archive.is_file():
+            return self._send(archive.read_bytes(), body)
         return self._error(404, "EntryNotFound")
 
     def _folder(self, kind: str | None, name: str) -> Path | None:
