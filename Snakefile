@@ -7,7 +7,7 @@
 # what was made with the same settings and so make a rerun short.
 #
 # Each job says what it needs: threads, gpu, mem_mb, runtime (minutes). `--resources gpu=N` shares N
-# GPUs among the jobs of one machine; cluster/ has a profile for Slurm.
+# GPUs among the jobs of one machine, each with its own; cluster/ has a profile for Slurm.
 import fcntl
 import os
 import sys
@@ -43,8 +43,12 @@ READING = [
 TOTAL = len(MINED) + len(TRAINED) + len(EVALUATED) + len(READING) + 1
 # only `fetch` asks the network for anything: all jobs see the same files, with it and without it
 OFFLINE = "HF_HUB_OFFLINE=1 "
+# a job sees only the GPUs that are its own
+PYTHON = f"exec {sys.executable} "
+if PROFILE.gpu:
+    PYTHON += "-m l2p_utils.devices {resources.gpu} "
 EXECUTE = (
-    f"{OFFLINE}exec {sys.executable} -m l2p_utils.execute {{input.notebook:q}} {{output.executed:q}}"
+    f"{OFFLINE}{PYTHON}-m l2p_utils.execute {{input.notebook:q}} {{output.executed:q}}"
     f" --stop-with-parent --of {TOTAL} --log {{params.log:q}} --parameters {{params.values:q}}"
 )
 
@@ -154,7 +158,7 @@ rule score:
         **needs(1, 24_000, 720),
     priority: 100
     shell:
-        f"{OFFLINE}exec {sys.executable} -m l2p_utils.scoring --profile {{params.profile:q}}"
+        f"{OFFLINE}{PYTHON}-m l2p_utils.scoring --profile {{params.profile:q}}"
         " --collection {params.name:q} --shard {wildcards.shard}"
 
 
