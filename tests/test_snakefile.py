@@ -277,3 +277,12 @@ def test_the_cluster_profile_has_options_that_snakemake_knows():
     }
     settings = yaml.safe_load((ROOT / "cluster" / "slurm" / "config.yaml").read_text())
     assert settings.keys() <= options
+
+
+def test_the_pod_asks_for_what_its_run_is_told():
+    job = yaml.safe_load((ROOT / "cluster" / "kubernetes" / "job.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    told = dict(word.split("=") for word in container["command"] if "=" in word)
+    limits = container["resources"]["limits"]
+    assert (told["GPUS"], told["CORES"]) == (str(limits["nvidia.com/gpu"]), limits["cpu"])
+    assert int(told["CORES"]) == int(told["GPUS"]) * load_profile(told["PROFILE"]).threads
