@@ -41,12 +41,13 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from l2p_utils.exhibits import ENGINE, rows_source
+from l2p_utils.exhibits import CROSS, ENGINE, rows_source
 from l2p_utils.files import UserError
 from l2p_utils.results import (
     BASELINE,
     HUB_SUITES,
     PAPER_EXHIBITS,
+    RELEASED,
     Roles,
     default_variant,
     roles_of,
@@ -289,6 +290,35 @@ def _fit(part: pd.DataFrame) -> str:
     return f"mean distance from the paper's baselines {said} ({len(both)} data sets): {result}."
 
 
+# ---------------------------------------------------------------- the released checkpoints
+
+
+def compare_released(paper: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The paper's values of its kmeans PF1-6 models beside those of the checkpoints it released.
+
+    The checkpoints were measured here, but trained by the authors: what differs is evaluation
+    alone. Paper and checkpoint need not be the same run (SciFact's rows average two).
+
+    Returns
+    -------
+    The rows of `compare_with_paper` for these models, with the checkpoints in the place of ours;
+    none where no checkpoint was measured.
+
+    Raises
+    ------
+    UserError
+        As `compare_with_paper`.
+    """
+    theirs = rows["train_collection"].str.startswith(RELEASED)
+    if not theirs.any():
+        return pd.DataFrame(columns=COMPARISON_COLUMNS)
+    named = "beir:" + rows["train_collection"].str.removeprefix(RELEASED)
+    ours = (rows["train_method"] == "kmeans") & (rows["train_factors"] == "1-6") & ~theirs
+    stand_in = rows.assign(train_collection=named.where(theirs, rows["train_collection"]))[~ours]
+    found = compare_with_paper(paper, stand_in)
+    return found[found["label"].isin(CROSS[1:])].reset_index(drop=True)
+
+
 # ---------------------------------------------------------------- showing
 
 
@@ -312,6 +342,12 @@ def tolerance_note() -> str:
 SUMMARY_NOTE = (
     "Differences in NDCG points, ours − paper; means of absolute values, without what is 100 % *by "
     "definition* (the baseline relative to itself). Tables print up to three values a cell."
+)
+
+
+RELEASED_NOTE = (
+    "The two checkpoints that the authors released, measured here, against the paper's values of "
+    "its kmeans PF1-6 models. Training is theirs on both sides: this judges the evaluation alone."
 )
 
 
@@ -349,6 +385,14 @@ def summary_markdown(comparison: pd.DataFrame) -> str:
     return markdown(table.rename(columns=heads), dict.fromkeys(heads.values(), 2))
 
 
+def released_markdown(paper: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """The released checkpoints and the paper's values, summed up; "" where none was measured."""
+    found = compare_released(paper, rows)
+    if found.empty:
+        return ""
+    return f"{RELEASED_NOTE}\n\n{summary_markdown(found)}"
+
+
 def lengths_markdown(rows: pd.DataFrame) -> str:
     """The table of `baseline_lengths` and what it says, in Markdown."""
     table = baseline_lengths(rows)
@@ -357,8 +401,9 @@ def lengths_markdown(rows: pd.DataFrame) -> str:
     return f"{markdown(shown, points)}\n{fit(table)}\n"
 
 
-def comparison_markdown(comparison: pd.DataFrame, rows: pd.DataFrame) -> str:
+def comparison_markdown(comparison: pd.DataFrame, rows: pd.DataFrame, paper: pd.DataFrame) -> str:
     """Everything in one document: summary, document lengths, then all values by exhibit."""
+    released = released_markdown(paper, rows)
     parts = [
         "# The paper's values and ours\n",
         tolerance_note() + "\n",
@@ -371,6 +416,8 @@ def comparison_markdown(comparison: pd.DataFrame, rows: pd.DataFrame) -> str:
         "result files suggest 180.\n",
         lengths_markdown(rows),
     ]
+    if released:
+        parts += ["## The released checkpoints\n", released]
     for exhibit in [BASELINES, *PAPER_EXHIBITS]:
         values = comparison[comparison["exhibit"] == exhibit].drop(columns=["exhibit", "engine"])
         title = exhibit if exhibit == BASELINES else f"{exhibit[:-1]} {exhibit[-1]}"

@@ -482,7 +482,7 @@ def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path)
         return []
     comparison, output = compare_with_paper(paper, rows), Path(folder)
     csv = comparison.round(6).to_csv(index=False, lineterminator="\n")
-    text = comparison_markdown(comparison, rows)
+    text = comparison_markdown(comparison, rows, paper)
     figure = draw_comparison(comparison)
     return [
         _write(output / "paper_vs_ours.csv", csv.encode()),

@@ -15,6 +15,7 @@ from l2p_utils.comparison import (
     SUMMARY_NOTE,
     compare_with_paper,
     lengths_markdown,
+    released_markdown,
     summary_markdown,
     tolerance_note,
     variants_note,
@@ -540,5 +541,6 @@ def value_by_value(paper: pd.DataFrame, rows: pd.DataFrame) -> str:
             "**Documents at 300 or at 180 tokens?** The baseline, unpooled; differences in NDCG "
             "points.\n",
             lengths_markdown(rows),
+            released_markdown(paper, rows),
         ]
     )

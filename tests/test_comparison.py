@@ -18,6 +18,7 @@ from l2p_utils.comparison import (
     COMPARISON_COLUMNS,
     PAPER_BASELINES,
     baseline_lengths,
+    compare_released,
     compare_with_paper,
     comparison_markdown,
     comparison_summary,
@@ -280,9 +281,51 @@ def test_what_was_not_run_is_listed_without_a_value(paper, same):
     assert counts.loc[("figure4", "plaid"), "not run"] == 144
     assert np.isnan(counts.loc[("figure4", "plaid"), "mean"])
     assert counts.loc[("figure1", "exact"), ["inside", "not run"]].tolist() == [108, 0]
-    text = comparison_markdown(comparison, few)
+    text = comparison_markdown(comparison, few, paper)
     assert not NAN.search(text) and text.count("not run") > 300
     assert "kmeans `sklearn`, hierarchical `pylate`" in text
+
+
+def with_released(rows, model):
+    """The released checkpoints' rows as if they were a model's of ours, by training collection."""
+    theirs = rows["train_collection"].str.startswith("released:")
+    ours = [
+        rows[rows["model"] == model.format(name)].assign(
+            model=f"released-{name}", train_collection=f"released:{name}", seed=7
+        )
+        for name in ("scifact", "fiqa")
+    ]
+    return pd.concat([rows[~theirs], *ours], ignore_index=True)
+
+
+def test_released_checkpoints_stand_beside_the_papers_models(paper, same):
+    rows = with_released(same[0], "beir-{}-kmeans-pf1-6-s42")
+    found = compare_released(paper, rows)
+    # Table 2: 2 models × 5 data sets × 4 factors, three values a cell
+    assert (found["exhibit"] == "table2").sum() == 2 * 5 * 4 * 3
+    assert set(found["label"]) == {"FT SciFact KMeans PF1-6", "FT FiQA KMeans PF1-6"}
+    measured = found[found["verdict"] != "not run"]
+    assert set(measured["verdict"]) == {"inside"}
+    assert {"table2", "figure4"} <= set(measured["exhibit"])
+
+
+def test_a_released_checkpoint_is_measured_by_its_own_rows_not_by_ours(paper, same):
+    found = compare_released(paper, same[0])  # whose released rows are .05 throughout
+    cell = ("table2", "FiQA", "FT FiQA KMeans PF1-6", "kmeans", 4)
+    line = of(found, *cell, "ndcg")
+    assert line["ours"] == pytest.approx(0.05) and line["verdict"] == "outside"
+    assert line["difference"] == pytest.approx(0.05 - line["paper"])
+    assert of(compare_with_paper(paper, same[0]), *cell, "ndcg")["verdict"] == "inside"
+    text = comparison_markdown(compare_with_paper(paper, same[0]), same[0], paper)
+    assert "## The released checkpoints" in text
+
+
+def test_without_released_checkpoints_nothing_is_said_of_them(paper, same):
+    rows = same[0][~same[0]["train_collection"].str.startswith("released:")]
+    assert compare_released(paper, rows).empty
+    assert "released" not in comparison_markdown(compare_with_paper(paper, rows), rows, paper)
+    assert "released" not in reading.value_by_value(paper, rows)
+    assert "The two checkpoints" in reading.value_by_value(paper, same[0])
 
 
 def test_without_the_unpooled_baseline_there_are_ndcgs_but_no_percentages(paper, same):

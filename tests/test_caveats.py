@@ -1,0 +1,95 @@
+"""Prose that depends on the rows: true of the paper's data sets, of embedded and of other ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from l2p_utils.caveats import CAVEATS, caveats, collections_note, kind_of
+from l2p_utils.files import UserError
+from tests.hub_rows import hub_rows
+from tests.synthetic import make_rows
+
+ROOT = Path(__file__).parents[1]
+EMBEDDED = ("embedded", "docstring", "Python packages", "MiniLM", "22 million", "22-million")
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return make_rows(queries=100)[0]
+
+
+@pytest.fixture(scope="module")
+def paper():
+    return hub_rows()[0]
+
+
+def test_rows_are_told_apart(embedded, paper):
+    assert kind_of(embedded) == "embedded" and kind_of(paper) == "paper"
+    assert kind_of(embedded.assign(collection="mine")) == "other"
+
+
+@pytest.mark.parametrize("notebook", [n for n in CAVEATS if n != "08"])
+def test_nothing_embedded_is_said_of_the_papers_own_data(paper, notebook):
+    said = collections_note(paper) + caveats(notebook, paper)
+    assert not [word for word in EMBEDDED if word in said]
+
+
+def test_the_embedded_collections_are_named_as_what_they_are(embedded):
+    assert "made from the documentation of Python packages" in collections_note(embedded)
+    assert "docstring's first line" in caveats("04", embedded)
+    assert "from SciPy to pandas" in caveats("06", embedded)
+    assert "less far" not in caveats("06", embedded.assign(collection="mine"))
+
+
+def test_collections_of_ones_own_are_neither(embedded):
+    mine = embedded.assign(collection="mine")
+    assert "neither the paper's nor the embedded" in collections_note(mine)
+    assert "docstring" not in caveats("04", mine)
+
+
+def test_noise_follows_from_the_number_of_queries(embedded):
+    # 2 · 20 / √100
+    assert "some 100 test queries a collection: a difference under 4 points" in caveats(
+        "04", embedded
+    )
+    fewer = embedded.assign(queries=25)
+    assert "some 25 test queries a collection: a difference under 8 points" in caveats("07", fewer)
+
+
+def test_seeds_are_counted(embedded, paper):
+    assert "Each model of this run was trained once" in caveats("05", embedded)
+    said = caveats("05", paper)
+    kinds = paper[
+        ~paper["train_collection"].str.startswith("released") & (paper["train_collection"] != "")
+    ]
+    number = len(kinds.drop_duplicates(["train_collection", "train_method", "train_factors"]))
+    assert f"Of {number} kinds of training 3 were run with more than one seed" in said
+
+
+def test_pruning_is_tested_where_there_are_more_documents_than_candidates(embedded, paper):
+    assert "All that is tested is compression" in caveats("07", embedded)
+    large = paper.assign(documents=57_638)
+    assert "of the largest (57,638 documents) a part" in caveats("07", large)
+    exact = embedded[embedded["engine"] == "exact"]
+    assert "PLAID" not in caveats("07", exact)
+
+
+def test_every_caveat_is_a_line_of_a_list(embedded):
+    for notebook, parts in CAVEATS.items():
+        lines = caveats(notebook, embedded).splitlines()
+        assert len(lines) == len(parts) and all(line.startswith("- **") for line in lines)
+
+
+def test_an_unknown_notebook_is_refused(embedded):
+    with pytest.raises(UserError, match="expected one of"):
+        caveats("03", embedded)
+
+
+@pytest.mark.parametrize("number", CAVEATS)
+def test_the_notebooks_own_words_say_nothing_of_whose_collections_these_are(number):
+    (path,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    said = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    assert not [word for word in EMBEDDED[1:] if word in said]
+    assert f'caveats("{number}", rows)' in "".join("".join(c["source"]) for c in cells)
