@@ -15,7 +15,7 @@ from l2p_utils.files import UserError
 from l2p_utils.profile import EMBEDDED
 from l2p_utils.results import RELEASED, roles_of
 
-#: Points by which two models differ on single queries (standard deviation; 15 to 19 in data/offline).
+#: Points by which two models differ on a single query (standard deviation; data/offline: 15 to 19).
 SPREAD = 20.0
 
 
