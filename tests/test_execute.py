@@ -207,6 +207,8 @@ def start(tmp_path, prefix=""):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # a shell's background job ignores interrupts, and so would all that it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(lambda: (tmp_path / "pid").exists())
     return process, int((tmp_path / "pid").read_text())

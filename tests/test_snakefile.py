@@ -80,9 +80,9 @@ def project(tmp_path):
 
 def command(folder, *arguments, profile=None):
     """Snakemake's command line in `folder`, as the Makefile has it."""
-    config = ["--config", f"profile={profile or folder / 'small.yaml'}"]
+    config = ["--config", f"profile={profile or folder / 'small.yaml'}", f"folder={folder / 'run'}"]
     if profile is None:
-        config += [f"notebooks={folder / 'notebooks'}", f"folder={folder / 'run'}"]
+        config += [f"notebooks={folder / 'notebooks'}"]
     options = ["--cores=2", "--keep-going", "--rerun-incomplete", "--nolock", "--scheduler=greedy"]
     snakefile = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)]
     return [sys.executable, "-m", "snakemake", *snakefile, *options, *arguments, *config]
@@ -141,6 +141,25 @@ def test_the_offline_plan_is_the_papers_grid(offline):
     assert len(offline) == 3 + 2 * models + 6
 
 
+def test_the_papers_plan_is_its_grid_with_what_each_job_needs(tmp_path):
+    status, said = snakemake(tmp_path, "-n", "-p", profile="paper")
+    assert status == 0, said
+    counts = dict(re.findall(r"^(\w+) +(\d+)$", said.split("Job stats:")[-1], re.M))
+    assert counts == {
+        "fetch": "1", "score": "16", "mine": "2", "train": "23", "evaluate": "27", "read": "5",
+        "token_pooling": "1", "all": "1", "total": "76",
+    }  # fmt: skip
+    commands = re.findall(r"exec \S+ -m l2p_utils\.devices (\d) -m l2p_utils\.(\S+) (\S+)", said)
+    gpus = Counter(
+        (Path(what).stem[:2] if run == "execute" else run, n) for n, run, what in commands
+    )
+    assert gpus == {
+        ("scoring", "1"): 16, ("01", "0"): 2, ("02", "1"): 23, ("03", "1"): 27,
+        ("00", "0"): 1, ("04", "0"): 1, ("05", "0"): 1, ("06", "0"): 1, ("07", "0"): 1,
+        ("08", "0"): 1,
+    }  # fmt: skip
+
+
 def test_each_job_gets_its_parameters(offline):
     assert offline["01_data_mining--docs-torch"][1] == {
         "profile": "offline",
@@ -158,8 +177,8 @@ def test_each_job_gets_its_parameters(offline):
     }
     assert offline["03_evaluation--docs-scipy-pf1-s42"][1]["model"] == "docs-scipy-pf1-s42"
     read = offline["08_claims"][1]
-    assert Path(read["source"]).parts[-3:] == ("runs", "offline", "results")
-    assert Path(read["output"]).parts[-3:] == ("runs", "offline", "figures")
+    assert Path(read["source"]).parts[-2:] == ("run", "results")
+    assert Path(read["output"]).parts[-2:] == ("run", "figures")
 
 
 def test_the_notebooks_know_the_parameters_that_they_get(offline):
