@@ -217,8 +217,11 @@ def _one_training(profile: Profile, run: Run, machine: Machine) -> Line:
 
 
 def _pooling_seconds(method: str, variant: str, machine: Machine) -> float:
-    """Seconds to pool one document once, on all threads of a job."""
-    return 0.0 if method == "none" else 1 / POOLED[f"{method} {variant}".strip()] / machine.threads
+    """Seconds to pool one document once; scikit-learn's k-means runs on one thread."""
+    if method == "none":
+        return 0.0
+    threads = 1 if variant == "sklearn" else machine.threads
+    return 1 / POOLED[f"{method} {variant}".strip()] / threads
 
 
 def _evaluating(profile: Profile, machine: Machine) -> Iterator[Line]:
