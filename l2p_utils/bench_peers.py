@@ -76,11 +76,6 @@ def span_loop(documents: Vectors, factor: int) -> Vectors:
     ]
 
 
-def sklearn_pool(documents: Vectors, factor: int) -> Vectors:
-    """The paper's: scikit-learn, one document at a time."""
-    return pool(documents, factor, "kmeans", use_sklearn=True)
-
-
 def fastkmeans_pool(documents: Vectors, factor: int) -> Vectors:
     """fastkmeans on the CPU, one document at a time."""
     pooled = []

@@ -20,6 +20,8 @@ import numba
 import numpy as np
 import torch
 
+# Python's own check of a divisor would keep loops from taking several numbers at a time.
+COMPILED = numba.njit(nogil=True, cache=True, error_model="numpy")
 LLOYD_STEPS = 10  # from Ward's cut, most sets stand still after two or three
 
 
@@ -37,25 +39,29 @@ def ward_labels(
     same: np.ndarray,
     ties: bool,
     threads: int = 1,
+    cosines: bool = False,
 ) -> np.ndarray:
     """Grow Ward's tree of each set and cut it into each of several numbers of clusters.
 
     Parameters
     ----------
     distances
-        (sets, n, n) squared distances, float32 or float64.
+        (sets, n, n) squared distances, float32 or float64. With `cosines`, products of unit
+        vectors: the distance is then 1 - cosine, or 0 where rounding makes that negative.
     mask
         (sets, n) bool: which vectors take part.
     counts
         (sets, cuts) int64: how many clusters are wanted.
     same
-        (sets,) distances up to this are rounding and count as 0: their vectors are never parted,
-        which can give fewer clusters.
+        (sets, n) squared distances of two vectors up to the mean of their two values are rounding
+        and count as 0: such vectors are never parted, which can give fewer clusters.
     ties
         Whether merges of equal height are all made or none, as SciPy's
         ``fcluster(…, criterion="maxclust")`` does, which gives fewer clusters too.
     threads
         Sets are shared out among so many.
+    cosines
+        What `distances` holds.
 
     Returns
     -------
@@ -64,7 +70,9 @@ def ward_labels(
     """
     labels = np.empty((len(mask), counts.shape[1], mask.shape[1]), dtype=np.int64)
     arrays = (distances, mask, counts, same, labels)
-    _over_sets(lambda part: _ward_labels(*(a[part] for a in arrays), ties), len(mask), threads)
+    _over_sets(
+        lambda part: _ward_labels(*(a[part] for a in arrays), ties, cosines), len(mask), threads
+    )
     return labels
 
 
@@ -80,7 +88,7 @@ def lloyd(
 
     The squared distance of x to the mean of a cluster C is Σ_c d²(x, c) / |C| − Σ_cc' d²(c, c') /
     (2 |C|²). A vector moves only to a nearer centre. A cluster that loses its last vector takes
-    over the one that is farthest from its own centre, unless that is no farther than `same`.
+    over the one that is farthest from its own centre, unless that is no farther than its `same`.
 
     Parameters
     ----------
@@ -112,15 +120,20 @@ def _over_sets(work: Callable[[slice], None], sets: int, threads: int) -> None:
         list(pool.map(work, [slice(start, start + size) for start in range(0, sets, size)]))
 
 
-@numba.njit(nogil=True, cache=True)
-def _ward_labels(distances, mask, counts, same, labels, ties):  # pragma: no cover (compiled)
+@COMPILED
+def _ward_labels(
+    distances, mask, counts, same, labels, ties, cosines
+):  # pragma: no cover (compiled)
+    # One for all sets: memory that is new each time costs more than growing the tree.
+    room = np.empty(mask.shape[1] ** 2)
     for i in range(len(mask)):
         members = np.flatnonzero(mask[i])
         n = len(members)
         labels[i] = -1
         # a copy: growing the tree uses it up; float64, for merges round again and again
-        among = _among(distances[i], members, np.float64)
-        first, second, heights = _nearest_neighbour_chain(among, same[i])
+        among = room[: n * n].reshape(n, n)
+        _copy_among(distances[i], members, same[i], cosines, among)
+        first, second, heights = _nearest_neighbour_chain(among)
         order = np.argsort(heights, kind="mergesort")  # stable: children stay before parents
         for cut in range(counts.shape[1]):
             merges = max(n - counts[i, cut], 0)
@@ -132,32 +145,52 @@ def _ward_labels(distances, mask, counts, same, labels, ties):  # pragma: no cov
             _join(first, second, order[:merges], members, labels[i, cut])
 
 
-@numba.njit(nogil=True, cache=True)
-def _among(distances, members, dtype):  # pragma: no cover (compiled)
+@COMPILED
+def _copy_among(distances, members, same, cosines, among):  # pragma: no cover (compiled)
+    """What a tree is grown from, in `among` (n, n): from all of a set's distances or cosines.
+
+    Where the members stand side by side, as they do in documents without masked tokens, a row is
+    read as it stands, several numbers at a time.
+    """
     n = len(members)
-    among = np.empty((n, n), dtype)
+    side_by_side = n > 0 and members[n - 1] - members[0] == n - 1
+    near = same[members] / 2
+    zero, one = distances.dtype.type(0), distances.dtype.type(1)
     for i in range(n):
-        for j in range(n):
-            among[i, j] = distances[members[i], members[j]]
-    return among
+        row = distances[members[i]]
+        row = row[members[0] : members[0] + n] if side_by_side else row[members]
+        if cosines:
+            for j in range(n):
+                apart = max(one - row[j], zero)  # that of equal vectors can come out as -1e-7
+                squared = np.float64(apart * apart)
+                among[i, j] = 0.0 if squared <= near[i] + near[j] else squared
+        else:
+            for j in range(n):
+                squared = np.float64(row[j])
+                among[i, j] = 0.0 if squared <= near[i] + near[j] else squared
+        among[i, i] = np.inf  # nothing is its own neighbour
 
 
-@numba.njit(nogil=True, cache=True)
-def _nearest_neighbour_chain(distances, same):  # pragma: no cover (compiled)
-    """Merges of Ward's tree, unordered: slots `first` and `second` join at squared `heights`."""
+@COMPILED
+def _nearest_neighbour_chain(distances):  # pragma: no cover (compiled)
+    """Merges of Ward's tree, unordered: vectors `first` and `second` join at squared `heights`.
+
+    A cluster is named by its last vector, and has that vector's slot: a row and a column. When half
+    of the slots are empty, the others move together: rows are shorter then, and in a nearer cache.
+    """
     n = len(distances)
-    size = np.ones(n, np.int64)  # of the cluster in each slot, 0: none
+    name = np.arange(n)  # of the cluster in each slot
+    size = np.ones(n)  # floats: they are multiplied with distances
+    empty = np.zeros(n, distances.dtype)  # infinity where a slot is empty, whatever stands there
     first = np.empty(max(n - 1, 0), np.int64)
     second = np.empty(max(n - 1, 0), np.int64)
     heights = np.empty(max(n - 1, 0), distances.dtype)
-    for i in range(n):
-        for j in range(n):
-            if distances[i, j] <= same:
-                distances[i, j] = 0
-        distances[i, i] = np.inf  # nothing is its own neighbour
     chain = np.empty(n, np.int64)
     length = 0
+    slots = n
     for merge in range(n - 1):
+        if 2 * (n - merge) <= slots:
+            slots = _move_together(distances, name, size, empty, chain[:length], slots)
         if length == 0:
             chain[0] = 0
             while size[chain[0]] == 0:
@@ -165,43 +198,64 @@ def _nearest_neighbour_chain(distances, same):  # pragma: no cover (compiled)
             length = 1
         while True:  # until the two last in the chain are each other's nearest
             x = chain[length - 1]
-            nearest = _least(distances[x])
-            if length > 1 and distances[x, chain[length - 2]] == nearest:
+            row = distances[x, :slots]
+            nearest = _least(row, empty[:slots])
+            if length > 1 and row[chain[length - 2]] == nearest:
                 y = chain[length - 2]
                 break
             y = 0
-            while distances[x, y] != nearest:
+            while row[y] != nearest or size[y] == 0:
                 y += 1
             chain[length] = y
             length += 1
         length -= 2
         if x > y:
             x, y = y, x
-        first[merge], second[merge], heights[merge] = x, y, nearest
+        first[merge], second[merge], heights[merge] = name[x], name[y], nearest
         nx, ny = size[x], size[y]
-        size[x], size[y] = 0, nx + ny
-        for i in range(n):  # Lance and Williams' formula: the new cluster is in slot y
+        size[x], size[y], empty[x] = 0, nx + ny, np.inf
+        gone, kept = distances[x], distances[y]
+        for i in range(slots):  # Lance and Williams' formula; at y itself it stays infinite
             ni = size[i]
-            if ni > 0 and i != y:
-                distances[y, i] = (
-                    (ni + nx) * distances[x, i] + (ni + ny) * distances[y, i] - ni * nearest
-                ) / (ni + nx + ny)
-                distances[i, y] = distances[y, i]
-                distances[i, x] = np.inf  # slot x is empty
-        distances[y, x] = np.inf
+            kept[i] = ((ni + nx) * gone[i] + (ni + ny) * kept[i] - ni * nearest) / (ni + nx + ny)
+        for i in range(slots):
+            distances[i, y] = kept[i]
     return first, second, heights
 
 
-# Without NaN the smallest of several can be found in any order, so several at a time.
-@numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
-def _least(values):  # pragma: no cover (compiled)
-    least = values[0]
-    for value in values:
-        least = min(least, value)
-    return least
+@COMPILED
+def _move_together(distances, name, size, empty, chain, slots):  # pragma: no cover (compiled)
+    """Move the clusters to the first slots, in place and in order; how many there are."""
+    used = np.flatnonzero(size[:slots])
+    target = np.empty(slots, np.int64)
+    for to, i in enumerate(used):
+        target[i] = to
+        name[to], size[to], empty[to] = name[i], size[i], 0
+        for column, j in enumerate(used):  # never to a place that is still to be read
+            distances[to, column] = distances[i, j]
+    for i in range(len(chain)):
+        chain[i] = target[chain[i]]
+    return len(used)
 
 
-@numba.njit(nogil=True, cache=True)
+@COMPILED
+def _least(values, more):  # pragma: no cover (compiled)
+    """The smallest of the sums of two arrays: four chains of comparisons, side by side."""
+    a = b = c = d = np.inf
+    whole = len(values) // 4 * 4
+    for i in range(0, whole, 4):
+        p, q = values[i] + more[i], values[i + 1] + more[i + 1]
+        r, s = values[i + 2] + more[i + 2], values[i + 3] + more[i + 3]
+        a = p if p < a else a
+        b = q if q < b else b
+        c = r if r < c else c
+        d = s if s < d else d
+    for i in range(whole, len(values)):
+        a = min(a, values[i] + more[i])
+    return min(min(a, b), min(c, d))
+
+
+@COMPILED
 def _join(first, second, merges, members, labels):  # pragma: no cover (compiled)
     """Labels, by first occurrence, after the given merges."""
     parent = np.arange(len(members))
@@ -225,22 +279,27 @@ def _join(first, second, merges, members, labels):  # pragma: no cover (compiled
             labels[members[i]] = labels[members[root]]
 
 
-@numba.njit(nogil=True, cache=True)
+@COMPILED
 def _lloyd(distances, mask, labels, same, steps):  # pragma: no cover (compiled)
+    room = np.empty(mask.shape[1] ** 2, distances.dtype)
     for i in range(len(mask)):
         members = np.flatnonzero(mask[i])
         if len(members) > 1:
-            among = _among(distances[i], members, distances.dtype)
+            n = len(members)
+            among = room[: n * n].reshape(n, n)
+            for j in range(n):
+                for k in range(n):
+                    among[j, k] = distances[i, members[j], members[k]]
             for cut in range(labels.shape[1]):
                 moved = labels[i, cut][members]
-                _refine(among, moved, same[i], steps)
+                _refine(among, moved, same[i][members], steps)
                 _rename(moved)
                 labels[i, cut][members] = moved
 
 
-@numba.njit(nogil=True, cache=True)
+@COMPILED
 def _refine(distances, labels, same, steps):  # pragma: no cover (compiled)
-    """Lloyd's steps for one set, in place; `distances` (n, n), `labels` (n,)."""
+    """Lloyd's steps for one set, in place; `distances` (n, n), `labels` and `same` (n,)."""
     n = len(labels)
     clusters = labels.max() + 1
     size = np.zeros(clusters, np.int64)
@@ -276,7 +335,7 @@ def _refine(distances, labels, same, steps):  # pragma: no cover (compiled)
                 for j in range(n):
                     if size[nearest[j]] > 1 and (farthest < 0 or least[j] > least[farthest]):
                         farthest = j
-                if farthest >= 0 and least[farthest] > same:
+                if farthest >= 0 and least[farthest] > same[farthest]:
                     size[nearest[farthest]] -= 1
                     size[k] = 1
                     nearest[farthest] = k
@@ -291,7 +350,7 @@ def _refine(distances, labels, same, steps):  # pragma: no cover (compiled)
             break
 
 
-@numba.njit(nogil=True, cache=True)
+@COMPILED
 def _rename(labels):  # pragma: no cover (compiled)
     """Rename labels, in place, to 0, 1, 2, … in the order in which they first occur."""
     names = np.full(labels.max() + 1, -1)
@@ -301,6 +360,23 @@ def _rename(labels):  # pragma: no cover (compiled)
             names[labels[j]] = found
             found += 1
         labels[j] = names[labels[j]]
+
+
+@COMPILED
+def segment_sums(vectors, index, segments):  # pragma: no cover (compiled)
+    """Sums (segments, dim) and sizes (segments,) of vectors (n, dim) by their segment (n,).
+
+    Vectors whose segment is `segments` take no part. They are added in their order.
+    """
+    sums = np.zeros((segments, vectors.shape[1]), vectors.dtype)
+    sizes = np.zeros(segments, np.int64)
+    for i in range(len(vectors)):
+        segment = index[i]
+        if segment < segments:
+            sizes[segment] += 1
+            for j in range(vectors.shape[1]):
+                sums[segment, j] += vectors[i, j]
+    return sums, sizes
 
 
 def by_first_occurrence(labels: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ from threadpoolctl import ThreadpoolController
 from l2p_utils.clustering import (
     by_first_occurrence,
     lloyd,
+    segment_sums,
     squared_distances,
     ward_labels,
 )
@@ -37,9 +38,11 @@ POOL_METHODS: tuple[str, ...] = get_args(PoolMethod)
 HIERARCHICAL_VARIANTS: tuple[str, ...] = get_args(PoolVariant)
 DEFAULT_VARIANT: PoolVariant = "pylate"
 KMEANS_SEED = 42
-ROUNDING = 0.02  # how far above 1 a cosine may come out; bfloat16 vectors reach 1.004
-SAME = 1e-6  # squared distances below this share of the squared norm are rounding
-BLOCK_BYTES = 4 * 2**20  # of one block's distances: they stay in the processor's cache
+ROUNDING = 0.02  # how far above 1 a squared norm may come out; bfloat16 vectors reach 1.004
+# Squared distances below this share of the squared norm are rounding.
+SAME = {torch.float32: 1e-6, torch.float64: 1e-12}
+BLOCK_BYTES = 2**20  # of one block's distances: they stay in the processor's cache
+SPAN_BLOCK_BYTES = 4 * 2**20  # for want of distances, blocks can be larger
 
 
 def check_pool_factor(pool_factor: object) -> int:
@@ -105,8 +108,8 @@ def pooled_count(tokens: int, pool_factor: int, pool_method: str, protected_toke
     """Number of vectors that remain of a document with `tokens` vectors (at most, see below).
 
     ``protected + ceil(n / p)`` for span, ``protected + max(n // p, 1)`` for the clustering methods,
-    where n counts the unprotected vectors. Clustering gives fewer when vectors are identical, and
-    hierarchical also where the tree has no cut into exactly that many.
+    where n counts the unprotected vectors. Clustering gives fewer when vectors are identical but
+    for rounding, and hierarchical also where the tree has no cut into exactly that many.
     """
     protected = min(tokens, protected_tokens)
     free = tokens - protected
@@ -193,30 +196,75 @@ def pool_sweep(
     check_pooling(pool_method, variant)
     check_protected_tokens(protected_tokens)
     lengths = np.array([_check_document(i, d) for i, d in enumerate(embeddings)], dtype=np.int64)
+    _check_dtypes(embeddings)
     pooled: dict[int, list[torch.Tensor]] = {f: list(embeddings) for f in factors}
-    for block in _blocks(lengths):
-        padded = torch.nn.utils.rnn.pad_sequence([embeddings[i] for i in block], True)
-        there = torch.from_numpy(lengths[block])[:, None]
-        mask = (torch.arange(padded.shape[1]) < there).to(padded.device)
-        labels = assign(padded, mask, factors, pool_method, protected_tokens, variant, use_sklearn)
-        for factor in factors:
-            means, kept = segment_means(padded, labels[factor])
+    for block in _blocks(lengths, SPAN_BLOCK_BYTES if pool_method == "span" else BLOCK_BYTES):
+        documents = [embeddings[i] for i in block]
+        if pool_method == "span":
+            vectors = torch.cat(documents)
+            segments = _span_segments(lengths[block], factors, protected_tokens)
+        else:
+            vectors = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
+            there = torch.from_numpy(lengths[block])[:, None]
+            mask = (torch.arange(vectors.shape[1]) < there).to(vectors.device)
+            labels = assign(
+                vectors, mask, factors, pool_method, protected_tokens, variant, use_sklearn
+            )
+            segments = _segments(labels)
+            vectors = vectors.flatten(0, 1)
+        for factor, (index, counts) in segments.items():
+            means, _ = _means(vectors, index.to(vectors.device), sum(counts))
             if renormalize:
-                means = torch.nn.functional.normalize(_wide(means), dim=-1).to(padded.dtype)
-            # one compact tensor a block: no document keeps the padding alive
-            for i, document in zip(block, means[kept].split(kept.sum(1).tolist()), strict=True):
+                means = torch.nn.functional.normalize(_wide(means), dim=-1).to(means.dtype)
+            for i, document in zip(block, means.split(counts), strict=True):
                 pooled[factor][i] = document
     return pooled
 
 
-def _blocks(lengths: np.ndarray) -> Iterator[np.ndarray]:
+def _segments(
+    labels: dict[int, torch.Tensor],
+) -> dict[int, tuple[torch.Tensor, list[int]]]:
+    """Labels of a padded batch, (documents, tokens) a factor, numbered on through the documents.
+
+    Returns
+    -------
+    dict
+        Pool factor → segments (documents · tokens,), their number for those that take no part; and
+        how many each document has.
+    """
+    counts = torch.stack([found.amax(dim=1) + 1 for found in labels.values()])
+    starts = (counts.cumsum(dim=1) - counts)[:, :, None]  # (factors, documents, 1)
+    segments = {}
+    for (factor, found), start, count in zip(labels.items(), starts, counts.tolist(), strict=True):
+        segments[factor] = torch.where(found >= 0, found + start, sum(count)).flatten(), count
+    return segments
+
+
+def _span_segments(
+    lengths: np.ndarray, factors: Sequence[int], protected_tokens: int
+) -> dict[int, tuple[torch.Tensor, list[int]]]:
+    """As `_segments`, for documents (tokens each) one after another that are pooled by span."""
+    protected = np.minimum(lengths, protected_tokens)
+    first = np.cumsum(lengths) - lengths  # tokens before each document
+    found = {}
+    for factor in factors:
+        counts = protected + -(-(lengths - protected) // factor)
+        start = np.cumsum(counts) - counts
+        # behind the protected ones, a token's segment is a quotient
+        rank = np.arange(lengths.sum()) - np.repeat(first + protected, lengths)
+        rank = np.where(rank < 0, rank, rank // factor) + np.repeat(start + protected, lengths)
+        found[factor] = torch.from_numpy(rank), counts.tolist()
+    return found
+
+
+def _blocks(lengths: np.ndarray, most: int) -> Iterator[np.ndarray]:
     """Positions of the documents with tokens, shortest first, in blocks of bounded size."""
     order = np.argsort(lengths, kind="stable")
     order = order[lengths[order] > 0]
     while len(order):
         # the last document of a block is its longest: its square times their number must fit
         sizes = 4 * lengths[order] ** 2 * np.arange(1, len(order) + 1)
-        size = max(int((sizes <= BLOCK_BYTES).sum()), 1)
+        size = max(int((sizes <= most).sum()), 1)
         yield order[:size]
         order = order[size:]
 
@@ -280,30 +328,55 @@ def segment_means(
         (documents, segments) bool, where there are any. The gradient of a token is its segment's,
         divided by the segment's size.
     """
-    documents, _, dim = embeddings.shape
+    documents, tokens, dim = embeddings.shape
     if segments is None:
         segments = int(labels.max()) + 1 if labels.numel() else 0
     start = torch.arange(documents, device=labels.device)[:, None] * segments
-    dump = documents * segments  # one more segment, for the tokens that take no part
-    index = torch.where(labels >= 0, labels + start, dump).flatten()
-    # Sums in float32 (or better): a half-precision sum of many vectors loses digits.
-    wide = _wide(embeddings)
-    sums = _segment_sums(wide.flatten(0, 1), index, dump + 1)
-    sizes = _segment_sums(torch.ones_like(index), index, dump + 1)[:-1]
-    means = sums[:-1] / sizes.clamp(min=1)[:, None]
-    means = means.to(embeddings.dtype).view(documents, segments, dim)
-    return means, sizes.view(documents, segments) > 0
+    index = torch.where(labels >= 0, labels + start, documents * segments).flatten()
+    means, sizes = _means(embeddings.reshape(documents * tokens, dim), index, documents * segments)
+    return means.view(documents, segments, dim), sizes.view(documents, segments) > 0
+
+
+def _means(
+    vectors: torch.Tensor, index: torch.Tensor, segments: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means (segments, dim) and sizes (segments,) of vectors (n, dim) by their segment (n,).
+
+    Vectors whose segment is `segments` take no part. Sums are in float32 (or better): a
+    half-precision sum of many vectors loses digits.
+    """
+    means, sizes = _SegmentMeans.apply(_wide(vectors), index, segments)
+    return means.to(vectors.dtype), sizes
+
+
+class _SegmentMeans(torch.autograd.Function):
+    """Forward: sums, on the CPU in one compiled pass. Backward: each vector gets its segment's."""
+
+    @staticmethod
+    def forward(ctx, vectors, index, segments):
+        if vectors.is_cuda:  # index_add adds in any order there; this sorts first
+            sums = vectors.new_zeros(segments + 1, vectors.shape[1])
+            sums = sums.index_put_((index,), vectors, accumulate=True)[:-1]
+            sizes = index.new_zeros(segments + 1)
+            sizes = sizes.index_put_((index,), torch.ones_like(index), accumulate=True)[:-1]
+        else:
+            arrays = segment_sums(vectors.detach().contiguous().numpy(), index.numpy(), segments)
+            sums, sizes = map(torch.from_numpy, arrays)
+        ctx.save_for_backward(index, sizes)
+        ctx.mark_non_differentiable(sizes)
+        return sums / sizes.clamp(min=1)[:, None], sizes
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _):
+        index, sizes = ctx.saved_tensors
+        share = gradient / sizes.clamp(min=1)[:, None]
+        none = share.new_zeros(1, share.shape[1])
+        return torch.cat([share, none])[index], None, None
 
 
 def _wide(vectors: torch.Tensor) -> torch.Tensor:
     return vectors if vectors.dtype == torch.float64 else vectors.float()
-
-
-def _segment_sums(values: torch.Tensor, index: torch.Tensor, segments: int) -> torch.Tensor:
-    zeros = values.new_zeros(segments, *values.shape[1:])
-    if values.is_cuda:  # index_add adds in any order there; this sorts first
-        return zeros.index_put((index,), values, accumulate=True)
-    return zeros.index_add(0, index, values)
 
 
 def cluster_labels(
@@ -327,7 +400,7 @@ def cluster_labels(
         Pool factor → (tokens,) int64 labels 0, 1, 2, … in order of first occurrence; protected
         tokens are alone in theirs.
     """
-    batch = torch.from_numpy(np.ascontiguousarray(vectors))[None]
+    batch = torch.tensor(vectors)[None]
     mask = torch.ones(batch.shape[:2], dtype=torch.bool)
     labels = assign(batch, mask, pool_factors, pool_method, protected_tokens, variant, use_sklearn)
     return {factor: found[0].numpy() for factor, found in labels.items()}
@@ -390,7 +463,7 @@ def _cluster(
     use_sklearn: bool,
 ) -> dict[int, torch.Tensor]:
     """Labels of the tokens in `free`, from 0 for every document."""
-    wide = _wide(embeddings).masked_fill(~mask[:, :, None], 0)
+    wide = _wide(embeddings).masked_fill(~mask[:, :, None], 0)  # what is masked may be NaN
     if pool_method == "kmeans" and use_sklearn:
         return _sklearn_kmeans(wide, free, factors)
     if pool_method == "kmeans":
@@ -402,7 +475,8 @@ def _fast_kmeans(
     vectors: torch.Tensor, free: torch.Tensor, factors: Sequence[int]
 ) -> dict[int, torch.Tensor]:
     """Lloyd's steps from Ward's cut of the vectors; trees once for all factors."""
-    return _grow(vectors, squared_distances(vectors), free, factors, _same(vectors), kmeans=True)
+    norms = vectors.square().sum(dim=2)
+    return _grow(squared_distances(vectors), norms, _same(norms), free, factors, kmeans=True)
 
 
 def _hierarchical(
@@ -414,65 +488,61 @@ def _hierarchical(
     """Ward's tree, cut into at most n // factor clusters, in float64 as SciPy grows it."""
     if variant != "pylate":  # PyLate's products are float32; SciPy's own distances are not
         vectors = vectors.double()
-    distances = _dissimilarities(vectors, free, variant)
-    # 1 - cos is half the squared distance of unit vectors, and is squared once more
-    same = _same(vectors) if variant == "euclidean" else _same(vectors).square() / 4
-    return _grow(vectors, distances, free, factors, same, kmeans=False)
+    norms = vectors.square().sum(dim=2)
+    if variant == "euclidean":
+        return _grow(squared_distances(vectors), norms, _same(norms), free, factors)
+    products = torch.bmm(vectors, vectors.transpose(1, 2))  # (documents, tokens, tokens)
+    if variant == "pylate":
+        # 1 - cos is half the squared distance of unit vectors, and is squared once more; vectors of
+        # any dtype may have been normalised in float32
+        same = (SAME[torch.float32] * norms).square() / 4
+        return _grow(products, norms, same, free, factors, cosines=True)
+    both = free[:, :, None] & free[:, None, :]
+    rows = (1 - products).masked_fill_(~both, 0)  # read as observations
+    same = _same(rows.square().sum(dim=2))
+    return _grow(squared_distances(rows), norms, same, free, factors)
 
 
-def _same(vectors: torch.Tensor) -> torch.Tensor:
-    """Squared distances up to this are rounding: (documents,)."""
-    return SAME * vectors.square().sum(dim=2).amax(dim=1)
+def _same(norms: torch.Tensor) -> torch.Tensor:
+    """Squared distances of vectors with such squared norms, up to which they are rounding."""
+    return SAME[norms.dtype] * norms
 
 
-def _dissimilarities(vectors: torch.Tensor, free: torch.Tensor, variant: str) -> torch.Tensor:
-    """(documents, tokens, tokens) squares of what the variant's Ward linkage takes for distances.
+def _grow(
+    distances: torch.Tensor,
+    norms: torch.Tensor,
+    same: torch.Tensor,
+    free: torch.Tensor,
+    factors: Sequence[int],
+    kmeans: bool = False,
+    cosines: bool = False,
+) -> dict[int, torch.Tensor]:
+    """Labels from squared distances or cosines (documents, tokens, tokens).
+
+    From a GPU everything travels in one copy, and the labels back in one.
 
     Raises
     ------
     UserError
-        For vectors longer than 1 with variant ``pylate``, whose distances would be negative.
+        For vectors whose squared `norms` are not finite or so large that distances are not; with
+        `cosines`, for vectors longer than 1, whose distances would be negative.
     """
-    if variant == "euclidean":
-        return squared_distances(vectors)
-    both = free[:, :, None] & free[:, None, :]
-    distances = (1 - torch.bmm(vectors, vectors.transpose(1, 2))).masked_fill_(~both, 0)
-    if variant == "paper":  # the rows of the matrix, read as observations
-        return squared_distances(distances)
-    distances.diagonal(dim1=1, dim2=2).zero_()  # no pair
-    if -math.inf < (lowest := float(distances.min())) < -ROUNDING:
-        raise UserError(
-            f"Two vectors have a dot product of {1 - lowest:.3g}; expected at most 1: "
-            "L2-normalised token vectors (leave normalize_embeddings=True)."
-        )
-    return distances.clamp_(min=0).square_()  # rounding makes 1 - cos of equal vectors -1e-7
-
-
-def _grow(
-    vectors: torch.Tensor,
-    distances: torch.Tensor,
-    free: torch.Tensor,
-    factors: Sequence[int],
-    same: torch.Tensor,
-    kmeans: bool,
-) -> dict[int, torch.Tensor]:
-    """Labels from squared distances (documents, tokens, tokens), with or without Lloyd's steps.
-
-    From a GPU everything travels in one copy, and the labels back in one.
-    """
-    # of a vector with NaN or infinity, the sum is not finite either
-    parts = [distances.flatten(1), vectors.sum(dim=2), free.to(distances), same[:, None]]
+    parts = [distances.flatten(1), norms, same, free.to(distances)]
     if distances.is_cuda:
         widths = [part.shape[1] for part in parts]
         parts = torch.cat(parts, dim=1).cpu().split(widths, dim=1)
     square = parts[0].reshape(distances.shape).numpy()
-    free = parts[2].numpy() > 0
-    same = parts[3].flatten().double().numpy()
-    _refuse_infinite(parts[1].numpy())
-    _refuse_infinite(square)  # vectors so long that their distances are not finite
+    norms, same = parts[1].numpy(), parts[2].double().numpy()
+    free = parts[3].numpy() > 0
+    _refuse_infinite(norms)
+    if cosines:
+        _refuse_long(norms[free])
+    else:  # the tree adds up to so many of them
+        with np.errstate(over="ignore"):
+            _refuse_infinite(np.float64(square.max(initial=0)) * 4 * square.shape[1])
     counts = np.maximum(free.sum(axis=1, keepdims=True) // np.array(factors), 1)
     threads = torch.get_num_threads()
-    labels = ward_labels(square, free, counts, same, ties=not kmeans, threads=threads)
+    labels = ward_labels(square, free, counts, same, not kmeans, threads, cosines)
     if kmeans:
         labels = lloyd(square, free, labels, same, threads)
     found = torch.from_numpy(labels).to(distances.device)  # (documents, factors, tokens)
@@ -484,6 +554,14 @@ def _refuse_infinite(values: np.ndarray) -> None:
         raise UserError(
             "The embeddings hold NaN or infinite values, which cannot be clustered; expected "
             "L2-normalised token vectors. Check the model that made them (half precision?)."
+        )
+
+
+def _refuse_long(norms: np.ndarray) -> None:
+    if (longest := norms.max(initial=0)) > 1 + ROUNDING:
+        raise UserError(
+            f"A vector has length {math.sqrt(longest):.3g}; expected at most 1: L2-normalised "
+            "token vectors (leave normalize_embeddings=True), or variant='euclidean'."
         )
 
 
@@ -533,3 +611,11 @@ def _check_document(position: int, document: torch.Tensor) -> int:
     if not document.is_floating_point():
         raise UserError(f"Document {position} is {document.dtype}; expected a floating dtype.")
     return len(document)
+
+
+def _check_dtypes(documents: Sequence[torch.Tensor]) -> None:
+    if len(dtypes := {document.dtype for document in documents}) > 1:
+        raise UserError(
+            f"The documents' dtypes are {sorted(map(str, dtypes))}; expected one for all "
+            "(document.float() makes one float32)."
+        )

@@ -84,12 +84,16 @@ def _score_blocks(
     parts = _query_parts(queries, max(block_bytes // (4 * int(lengths.max())), 1))
     tokens = max(len(part[0]) for part in parts)
     # Neighbours in length share a block: little padding.
-    for block in _blocks(np.argsort(lengths, kind="stable"), lengths, tokens, block_bytes):
+    blocks = list(_blocks(np.argsort(lengths, kind="stable"), lengths, tokens, block_bytes))
+    # One place for all blocks' similarities: memory that is new each time takes as long to come
+    # as to be filled.
+    room = torch.empty(max(len(block) * int(lengths[block[-1]]) for block in blocks) * tokens)
+    for block in blocks:
         padded = torch.nn.utils.rnn.pad_sequence([documents[i].float() for i in block], True)
         padding = torch.arange(padded.shape[1]) >= torch.from_numpy(lengths[block])[:, None]
         # One of the document's own vectors, once more, changes no maximum.
         padded = torch.where(padding[:, :, None], padded[:, :1], padded)
-        yield block, torch.cat([_maxsim(*part, padded) for part in parts])
+        yield block, torch.cat([_maxsim(*part, padded, room) for part in parts])
 
 
 def _query_parts(
@@ -109,11 +113,17 @@ def _query_parts(
 
 
 def _maxsim(
-    tokens: torch.Tensor, owner: torch.Tensor, queries: int, documents: torch.Tensor
+    tokens: torch.Tensor,
+    owner: torch.Tensor,
+    queries: int,
+    documents: torch.Tensor,
+    room: torch.Tensor,
 ) -> torch.Tensor:
-    """Scores (queries, documents) of query tokens with padded documents."""
+    """Scores (queries, documents) of query tokens with padded documents; `room` is written over."""
     # Tokens last: the product is faster so, and the maximum is one over whole rows.
-    similarities = documents.flatten(0, 1) @ tokens.T  # (documents · vectors, tokens)
+    vectors = documents.flatten(0, 1)
+    similarities = room[: len(vectors) * len(tokens)].view(len(vectors), len(tokens))
+    torch.mm(vectors, tokens.T, out=similarities)
     best = similarities.unflatten(0, documents.shape[:2]).amax(dim=1)  # (documents, tokens)
     return torch.zeros(queries, len(documents)).index_add_(0, owner, best.T)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -59,14 +60,14 @@ def unit(*shape, seed=0, dtype=torch.float32):
 
 def ward(vectors, mask, counts, ties=True, threads=1, same=0.0):
     counts = np.zeros((len(mask), 1), np.int64) + counts
-    equal = np.full(len(mask), same)
+    equal = np.full(mask.shape, same)
     return ward_labels(square(vectors), mask, counts, equal, ties, threads)
 
 
 def improved(vectors, labels, mask=None, steps=MANY, threads=1, same=0.0):
     """`lloyd` on one cut of each set; labels (sets, n)."""
     mask = np.ones(labels.shape, bool) if mask is None else mask
-    equal = np.full(len(mask), same)
+    equal = np.full(mask.shape, same)
     return lloyd(square(vectors), mask, labels[:, None], equal, threads, steps)[:, 0]
 
 
@@ -142,7 +143,7 @@ def test_each_set_is_cut_at_its_own_counts():
 def test_float32_distances_give_the_tree_of_float64():
     vectors, mask = points(30, 40, 16), np.ones((30, 40), bool)
     single = ward_labels(
-        square(vectors).astype(np.float32), mask, np.full((30, 1), 10), np.zeros(30), True
+        square(vectors).astype(np.float32), mask, np.full((30, 1), 10), np.zeros((30, 40)), True
     )
     assert (single == ward(vectors, mask, [10])).all()
 
@@ -161,8 +162,8 @@ def test_inputs_are_left_as_they_were():
     distances, mask = square(points(3, 8, 2)), np.ones((3, 8), bool)
     start = random_starts(3, 8, 3, 0)[:, None]
     before = distances.copy(), start.copy()
-    ward_labels(distances, mask, np.full((3, 1), 2), np.full(3, 0.5), True)
-    lloyd(distances, mask, start, np.zeros(3))
+    ward_labels(distances, mask, np.full((3, 1), 2), np.full((3, 8), 0.5), True)
+    lloyd(distances, mask, start, np.zeros((3, 8)))
     assert (distances == before[0]).all() and (start == before[1]).all()
 
 
@@ -183,7 +184,12 @@ def test_distinct_points_on_a_grid_make_at_most_k_clusters_with_ties_and_exactly
 ):
     grid = np.array(list(itertools.product(range(6), repeat=2)), float)
     vectors = np.random.default_rng(seed).permutation(grid)[None, :n]
-    arguments = square(vectors).astype(dtype), np.ones((1, n), bool), np.array([[k]]), np.zeros(1)
+    arguments = (
+        square(vectors).astype(dtype),
+        np.ones((1, n), bool),
+        np.array([[k]]),
+        np.zeros((1, n)),
+    )
     assert ward_labels(*arguments, ties=True).max() + 1 <= k
     assert ward_labels(*arguments, ties=False).max() + 1 == min(k, n)
 
@@ -313,6 +319,57 @@ def test_kmeans_of_tiny_documents_by_hand(n):
     labels = cluster_labels(np.eye(4)[:n], [1, 2, 3], "kmeans", protected_tokens=0)
     assert labels[1].tolist() == [0, 1, 2][:n]
     assert labels[2].tolist() == labels[3].tolist() == [0] * n
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1e-12, 1e4])
+@pytest.mark.parametrize("first", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("method", "variant"), [("kmeans", "pylate"), ("hierarchical", "euclidean")]
+)
+def test_one_vector_of_another_length_leaves_the_others_apart(method, variant, first, scale, dtype):
+    document = unit(21, 16).numpy().astype(dtype)
+    document[first] *= scale
+    found = cluster_labels(document, [2], method, 1, variant)[2]
+    assert found.max() + 1 == 1 + 10
+    tree = hierarchy.fcluster(hierarchy.ward(document[1:].astype(float)), 10, criterion="maxclust")
+    if method == "hierarchical":
+        assert groups(found[1:]) == groups(tree)
+
+
+@pytest.mark.parametrize(("method", "variant"), CLUSTERED)
+@pytest.mark.parametrize("angle", [0.02, 0.005])
+def test_close_but_distinct_vectors_are_parted(angle, method, variant):
+    # all within a narrow cone, which is still far wider than rounding in float32
+    axis, aside = unit(1, 16, seed=3).numpy(), angle * unit(20, 16, seed=4).numpy()
+    document = (axis + aside) / np.linalg.norm(axis + aside, axis=1, keepdims=True)
+    found = cluster_labels(document.astype(np.float32), [2, 5], method, 0, variant)
+    assert found[2].max() + 1 == 10 and found[5].max() + 1 == 4
+
+
+def test_kmeans_goes_on_until_it_stands_still():
+    batch = torch.stack([unit(120, 4, seed=seed) for seed in range(20)])
+    mask = torch.ones(20, 120, dtype=torch.bool)
+    labels = pooling.assign(batch, mask, [6], "kmeans", 0)[6].numpy()
+    start = ward(batch.numpy(), mask.numpy(), [20], ties=False)[:, 0]
+    end = improved(batch.numpy(), start)
+    one = improved(batch.numpy(), start, steps=1)
+    assert (labels == end).all(1).mean() >= 0.9 > (one == end).all(1).mean()
+
+
+@pytest.mark.parametrize("size", [6e153, 1e154])
+@pytest.mark.parametrize(("method", "variant"), CLUSTERED[:1] + CLUSTERED[-1:])
+def test_vectors_whose_trees_would_overflow_are_refused(size, method, variant):
+    with pytest.raises(UserError, match="not be clustered|cannot be clustered|length"):
+        cluster_labels(size * unit(60, 8, dtype=torch.float64).numpy(), [2], method, 0, variant)
+
+
+def test_an_array_that_cannot_be_written_to_is_no_matter():
+    vectors = unit(8, 4).numpy()
+    vectors.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(cluster_labels(vectors, [2], "kmeans")[2]) == 8
 
 
 def test_kmeans_with_one_cluster_takes_all():
@@ -524,14 +581,14 @@ def test_span_asks_the_device_nothing():
 def test_kmeans_asks_the_device_nothing_before_its_labels_nor_after(monkeypatch):
     shapes = []
 
-    def labels_of(vectors, distances, free, factors, same, kmeans):
-        shapes.append([tuple(tensor.shape) for tensor in (vectors, distances, free, same)])
+    def labels_of(distances, norms, same, free, factors, kmeans):
+        shapes.append([tuple(tensor.shape) for tensor in (distances, norms, same, free)])
         return {factor: torch.zeros_like(free, dtype=torch.int64) for factor in factors}
 
     monkeypatch.setattr(pooling, "_grow", labels_of)
     with FakeTensorMode():
         vectors, kept = pool_padded(*fake_batch(), 3, "kmeans")
-    assert shapes == [[(3, 10, 4), (3, 10, 10), (3, 10), (3,)]]
+    assert shapes == [[(3, 10, 10), (3, 10), (3, 10), (3, 10)]]
     assert vectors.is_cuda and vectors.shape == (3, 4, 4) and kept.shape == (3, 4)
 
 
@@ -577,15 +634,26 @@ def test_the_path_of_a_gpu_asks_nothing_and_gives_the_same(method, monkeypatch):
     assert torch.equal(kept, expected[1])
 
 
+@pytest.mark.parametrize("method", ["span", "kmeans"])
+def test_a_list_is_asked_about_on_a_gpu_once_a_block(method, monkeypatch):
+    batch = [unit(n, 8, seed=n) for n in (9, 4, 20, 0, 7)]
+    expected = pool_sweep(batch, [1, 2, 5], method)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+    with Questions() as questions:
+        found = pool_sweep(batch, [1, 2, 5], method)
+    assert not questions.found  # besides the copies to the host
+    for factor in expected:
+        for one, other in zip(found[factor], expected[factor], strict=True):
+            torch.testing.assert_close(one, other)
+
+
 # --- blocks ---------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(0, 60), max_size=60), st.integers(1, 40_000))
 def test_blocks_hold_every_document_with_tokens_once_and_keep_to_their_size(lengths, limit):
     lengths = np.array(lengths, dtype=np.int64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pooling, "BLOCK_BYTES", limit)
-        blocks = list(pooling._blocks(lengths))
+    blocks = list(pooling._blocks(lengths, limit))
     placed = np.concatenate([*blocks, np.empty(0, np.int64)])
     assert sorted(placed) == np.flatnonzero(lengths).tolist()
     for block in blocks:
@@ -598,6 +666,7 @@ def test_small_blocks_and_one_block_give_the_same_vectors(method, limit, monkeyp
     batch = [unit(n, 16, seed=n) for n in [30, 0, 1, 12, 7, 30, 19, 2, 0, 25]]
     expected = pool_sweep(batch, [1, 2, 5], method, renormalize=True)
     monkeypatch.setattr(pooling, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(pooling, "SPAN_BLOCK_BYTES", limit)
     found = pool_sweep(batch, [1, 2, 5], method, renormalize=True)
     for factor in (1, 2, 5):
         assert all(map(torch.equal, found[factor], expected[factor]))

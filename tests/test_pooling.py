@@ -224,8 +224,13 @@ def test_repeated_tokens_in_half_precision_are_pooled(dtype, method, variant):
 
 
 def test_vectors_that_are_not_normalised_are_refused_where_cosines_are_needed():
-    with pytest.raises(UserError, match="dot product of .*L2-normalised"):
+    with pytest.raises(UserError, match="length 3; .*L2-normalised"):
         pool([3 * unit_vectors(9)], 2, "hierarchical")
+
+
+def test_documents_of_different_dtypes_are_refused():
+    with pytest.raises(UserError, match="float16.*float32.*expected one"):
+        pool([unit_vectors(4), unit_vectors(4).half()], 2, "span")
 
 
 # --- what stays as it was -------------------------------------------------------------------

@@ -644,13 +644,13 @@ def test_the_loss_pools_with_the_kmeans_that_it_was_given(model, batch, monkeypa
 @pytest.mark.parametrize("variant", ["pylate", "paper", "euclidean"])
 def test_the_loss_pools_with_the_variant_that_it_was_given(model, batch, monkeypatch, variant):
     seen = []
-    original = pooling._dissimilarities
+    original = pooling._hierarchical
 
-    def noted(vectors, free, used):
+    def noted(vectors, free, factors, used):
         seen.append(used)
-        return original(vectors, free, used)
+        return original(vectors, free, factors, used)
 
-    monkeypatch.setattr(pooling, "_dissimilarities", noted)
+    monkeypatch.setattr(pooling, "_hierarchical", noted)
     PooledDistillation(model, "hierarchical", [3], variant=variant)(*batch).backward()
     assert set(seen) == {variant}
 
