@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from tqdm.auto import tqdm
 
 from l2p_utils.files import UserError
-from l2p_utils.hub import PASSING
+from l2p_utils.hub_faults import PASSING
 
 logger = logging.getLogger(__name__)
 

@@ -8,34 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import filter_repo_objects
 
 from l2p_utils.files import UserError, read_json, remove, sha256, write_json
+from l2p_utils.hub_faults import NO_NETWORK, PASSING, TransferBroke, patiently, told, transfer
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["model", "dataset"]
-ATTEMPTS = 5
-PASSING = {408, 429, 500, 502, 503, 504}  # statuses that a later attempt may not meet
 MANIFESTS = "l2p"  # folder in the hub's cache: one file for each snapshot that is whole
-NO_NETWORK = (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx.TransportError, ConnectionError)
 
 
 class _Damaged(Exception):
@@ -63,10 +56,11 @@ def download(
     ------
     UserError
         Naming the repository, the cause and the remedy: an unknown repository or revision, one
-        that asks for a licence or a login, no network and nothing here, a file that stays damaged.
+        that asks for a licence or a login, no network and nothing here, transfers that keep
+        breaking, a full disk, a file that stays damaged.
     """
     try:
-        wanted = _patiently(lambda: _listing(repository, kind, revision, patterns))
+        wanted = patiently(lambda: _listing(repository, kind, revision, patterns))
         return _fetch(repository, kind, wanted, patterns)
     except GatedRepoError as error:
         raise UserError(
@@ -83,7 +77,7 @@ def download(
             f"The hub's {kind} {repository} has no revision {revision!r}. Expected a branch, a tag "
             "or a commit of it."
         ) from error
-    except NO_NETWORK as error:
+    except (*NO_NETWORK, TransferBroke) as error:
         return _whole_before(repository, kind, revision, patterns, error)
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
@@ -121,16 +115,10 @@ def _fetch(
 ) -> Path:
     """The snapshot, verified; a file that is damaged is fetched once more."""
     manifest = _manifest(repository, kind, wanted["revision"], patterns)
+    what = f"the {kind} {repository}"
     for last in (False, True):
         folder = Path(
-            _patiently(
-                lambda: snapshot_download(
-                    repository,
-                    repo_type=kind,
-                    revision=wanted["commit"],
-                    allow_patterns=list(patterns) if patterns else None,
-                )
-            )
+            patiently(lambda: transfer(lambda: _snapshot(repository, kind, wanted, patterns), what))
         )
         known = manifest.is_file() and read_json(manifest)["commit"] == wanted["commit"]
         damage = _damage(folder, wanted["files"], checksums=not known)
@@ -144,6 +132,17 @@ def _fetch(
         if last:
             raise _Damaged("; ".join(f"{name} ({why})" for name, why in damage.items()))
     raise AssertionError("unreachable")
+
+
+def _snapshot(
+    repository: str, kind: Kind, wanted: dict[str, Any], patterns: Sequence[str] | None
+) -> str:
+    return snapshot_download(
+        repository,
+        repo_type=kind,
+        revision=wanted["commit"],
+        allow_patterns=list(patterns) if patterns else None,
+    )
 
 
 def _damage(folder: Path, files: dict[str, list], checksums: bool) -> dict[str, str]:
@@ -175,12 +174,7 @@ def _whole_before(
         if not _damage(folder, stored["files"], checksums=False):
             logger.info("%s: the hub cannot be reached; taking commit %s.", repository, folder.name)
             return folder
-    why = " (HF_HUB_OFFLINE is set)" if isinstance(error, OfflineModeIsEnabled) else ""
-    raise UserError(
-        f"The hub cannot be reached{why}, and {kind} {repository} was not fetched whole before: "
-        f"{_first_line(error)}. With a network, run `python -m l2p_utils.fetch PROFILE` once; "
-        "after that none is needed."
-    ) from error
+    raise UserError(told(f"{kind} {repository}", error)) from error
 
 
 def _manifest(
@@ -190,34 +184,6 @@ def _manifest(
     asked = repr((constants.ENDPOINT, kind, repository, revision, sorted(patterns or [])))
     name = f"{repository.replace('/', '--')}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
     return Path(constants.HF_HUB_CACHE) / MANIFESTS / f"{name}.json"
-
-
-def _patiently(work: Callable[[], Any]) -> Any:
-    """Call `work`; again, after a wait, when it fails in a way that may pass."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return work()
-        except (HfHubHTTPError, httpx.TransportError, ConnectionError) as error:
-            response = getattr(error, "response", None)
-            passing = response is None or response.status_code in PASSING
-            if not passing or isinstance(error, OfflineModeIsEnabled) or attempt == ATTEMPTS - 1:
-                raise
-            wait = _seconds(response, attempt)
-            logger.warning("The hub: %s. Again in %.0f s.", _first_line(error), wait)
-            time.sleep(wait)
-    raise AssertionError("unreachable")
-
-
-def _seconds(response: Any, attempt: int) -> float:
-    """As long as the hub asks for, else 1, 2, 4, … seconds (L2P_HUB_WAIT times that)."""
-    asked = response.headers.get("Retry-After", "") if response is not None else ""
-    if asked.isdigit():
-        return min(float(asked), 300.0)
-    return float(os.environ.get("L2P_HUB_WAIT", 1)) * 2**attempt
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_hub_id(name: str) -> bool:

@@ -1,6 +1,8 @@
 """Fetching repositories: what passes is tried again, the rest is told; nothing half is used."""
 
+import errno
 import hashlib
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import httpx
 import pytest
 from huggingface_hub import errors
 
-from l2p_utils import hub
+from l2p_utils import hub, hub_faults
 from l2p_utils.files import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -60,7 +62,7 @@ def remote(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "snapshot_download", fake.snapshot_download)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     fake.waits = []
-    monkeypatch.setattr(hub.time, "sleep", fake.waits.append)
+    monkeypatch.setattr(hub_faults.time, "sleep", fake.waits.append)
     return fake
 
 
@@ -117,7 +119,7 @@ def test_what_does_not_pass_is_told_at_once(remote, fault, words):
 
 
 def no_network():
-    return [httpx.ConnectError("no route to host")] * hub.ATTEMPTS
+    return [httpx.ConnectError("no route to host")] * hub_faults.ATTEMPTS
 
 
 def test_without_a_network_what_was_whole_is_used(remote):
@@ -175,6 +177,66 @@ def test_a_file_that_stays_damaged_is_never_used(remote, wrong, found):
     assert found in str(refusal.value) and "model.safetensors" in str(refusal.value)
     assert not (remote.folder / "model.safetensors").exists()
     assert not list(Path(hub.constants.HF_HUB_CACHE).rglob("*.json"))
+
+
+# Xet's client raises what Rust gives it; texts as users have reported them.
+XET = RuntimeError("Data processing error: CAS service error : Request failed after 5 retries")
+SHORT = OSError("Consistency check failed: file should be of size 700 but has size 7 (model).")
+
+
+def failing_downloads(remote, *faults):
+    """Listing works; the downloads fail so."""
+    left = list(faults)
+
+    def call(name):
+        remote.calls.append(name)
+        if name == "download" and left:
+            raise left.pop(0)
+
+    remote._call = call
+
+
+@pytest.mark.parametrize(
+    "fault", [XET, SHORT, errors.XetDownloadError("gone"), TimeoutError("timed out")]
+)
+def test_a_transfer_that_breaks_is_tried_again_and_then_told(remote, fault):
+    failing_downloads(remote, fault)
+    assert hub.download("owner/name").name == COMMIT
+    assert remote.waits == [1.0]
+    failing_downloads(remote, *[fault] * hub_faults.ATTEMPTS)
+    with pytest.raises(UserError) as refusal:
+        hub.download("owner/other", "dataset")
+    told = str(refusal.value)
+    assert all(word in told for word in ["owner/other", str(fault)[:20], "HF_HUB_DISABLE_XET=1"])
+
+
+def test_an_answer_hidden_in_a_missing_entry_is_found(remote):
+    hidden = errors.LocalEntryNotFoundError("cannot find the requested files")
+    hidden.__cause__ = status(503)
+    failing_downloads(remote, hidden)
+    assert hub.download("owner/name").name == COMMIT
+    assert len(remote.waits) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("Data processing error: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["number", "text"],
+)
+def test_a_full_disk_is_told_at_once(remote, fault):
+    failing_downloads(remote, fault)
+    with pytest.raises(UserError, match=r"The disk is full: .*cache.*owner/name.*HF_HOME"):
+        hub.download("owner/name")
+    assert remote.waits == []
+
+
+def test_a_fault_of_our_own_is_not_hidden(remote):
+    failing_downloads(remote, RecursionError("too deep"))
+    with pytest.raises(RecursionError):
+        hub.download("owner/name")
 
 
 def test_patterns_choose_the_files(remote):
