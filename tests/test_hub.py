@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import os
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,6 +100,43 @@ def test_the_hubs_own_waiting_time_is_kept(remote):
     remote.faults = [status(429, **{"Retry-After": "7"}), status(503)]
     hub.download("owner/name")
     assert remote.waits == [7.0, 2.0]
+
+
+BUSY = {"ratelimit": '"api";r=0;t=55', "ratelimit-policy": '"fixed window";"api";q=500;w=300'}
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait"),
+    [
+        (BUSY, 56),  # a second more: the hub rounds
+        ({**BUSY, "Retry-After": "90"}, 90),
+        ({**BUSY, "ratelimit": '"api";r=12;t=55'}, None),  # on every answer: not why it is refused
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+        ({"Retry-After": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_how_long_to_wait_is_read_from_the_headers(headers, wait):
+    assert hub_faults.asked_wait(headers) == wait
+
+
+def test_a_date_to_wait_for_is_the_seconds_until_then():
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=120), usegmt=True)
+    assert hub_faults.asked_wait({"Retry-After": soon}) == pytest.approx(120, abs=5)
+
+
+@pytest.mark.parametrize("number", [429, 503])
+def test_a_wait_beyond_the_bound_is_refused_with_its_time(remote, number):
+    remote.faults = [status(number, **{"Retry-After": "3601"})]
+    with pytest.raises(UserError, match="owner/name was not fetched whole before.*Wait 3601 s"):
+        hub.download("owner/name")
+    assert remote.waits == []
+
+
+def test_a_hub_that_stays_busy_is_used_from_before(remote):
+    folder = hub.download("owner/name")
+    remote.faults = [status(429, **BUSY)] * hub_faults.ATTEMPTS
+    assert hub.download("owner/name") == folder
 
 
 @pytest.mark.parametrize(

@@ -779,7 +779,8 @@ class Faulty(http.server.BaseHTTPRequestHandler):
             self.connection.close()
         elif isinstance(answer, int):
             self.send_response(answer)
-            self.send_header("Retry-After", "7")
+            for name, value in self.server.asks.items():
+                self.send_header(name, value)
             self.end_headers()
         else:
             self.send_response(200)
@@ -800,7 +801,7 @@ def server(hub, monkeypatch):
     monkeypatch.setenv("L2P_BEIR_URL", f"http://127.0.0.1:{server.server_port}/datasets/")
     waits = []
     monkeypatch.setattr(beir_zip.time, "sleep", waits.append)
-    server.waits = waits
+    server.waits, server.asks = waits, {"Retry-After": "7"}
     yield server
     server.shutdown()
     thread.join()
@@ -821,6 +822,27 @@ def test_what_does_not_pass_ends_in_an_error_with_the_address(server, fault, tri
     assert "/datasets/mini.zip can't be fetched" in message
     assert "L2P_BEIR_URL" in message
     assert server.answers == []
+
+
+@pytest.mark.parametrize(
+    ("asks", "wait"),
+    [
+        ({"Retry-After": "130"}, 130),
+        ({"RateLimit": '"zips";r=0;t=299'}, 300),
+    ],
+)
+def test_a_server_is_given_the_time_that_it_asks_for(server, asks, wait):
+    server.answers, server.asks = [429, "whole"], asks
+    assert load_collection("beir:mini").qrels == TEST_QRELS
+    assert server.waits == [wait]
+
+
+@pytest.mark.parametrize(("asked", "tries", "words"), [("7", 4, "4 times"), ("3601", 1, "once")])
+def test_a_server_that_stays_busy_is_told_with_the_time(server, asked, tries, words):
+    server.answers, server.asks = [429] * tries, {"Retry-After": asked}
+    message = refusal("beir:mini")
+    assert f"Wait {asked} s" in message and words in message and server.answers == []
+    assert len(server.waits) == tries - 1
 
 
 def test_a_zip_that_is_not_there_is_tried_once(server):
