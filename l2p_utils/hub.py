@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["model", "dataset"]
 MANIFESTS = "l2p"  # folder in the hub's cache: one file for each snapshot that is whole
+FORMAT = 2  # of these files; those of another are not read
+SHA256, BLOB = "SHA-256", "git's SHA-1"  # what the hub tells of a large file, of any other
 
 
 class _Damaged(Exception):
@@ -44,7 +46,8 @@ def download(
     """Fetch a repository (or the files of it that match `patterns`); reuse what is here.
 
     Failures that pass (too many requests, server errors, broken connections) are tried again,
-    after the time that the hub asks for. Sizes are checked, and the SHA-256 of large files. A
+    after the time that the hub asks for. Sizes are checked, and checksums: the SHA-256 of large
+    files, git's of the others; not again of a file that was verified and is as it was since. A
     snapshot that was whole once is used when the hub cannot be reached.
 
     Returns
@@ -97,12 +100,18 @@ def download(
 def _listing(
     repository: str, kind: Kind, revision: str | None, patterns: Sequence[str] | None
 ) -> dict[str, Any]:
-    """The commit, and each wanted file's size and checksum (None where the hub tells none)."""
+    """The commit, and of each wanted file the size, the kind of its checksum, the checksum."""
     info = HfApi().repo_info(repository, repo_type=kind, revision=revision, files_metadata=True)
     chosen = filter_repo_objects(
         info.siblings or [], allow_patterns=patterns, key=lambda file: file.rfilename
     )
-    files = {file.rfilename: [file.size, file.lfs.sha256 if file.lfs else None] for file in chosen}
+    files = {
+        file.rfilename: [
+            file.size,
+            *((SHA256, file.lfs.sha256) if file.lfs else (BLOB, file.blob_id)),
+        ]
+        for file in chosen
+    }
     if not files:
         raise UserError(
             f"The hub's {kind} {repository} has no file that matches {list(patterns or ['*'])}."
@@ -120,10 +129,11 @@ def _fetch(
         folder = Path(
             patiently(lambda: transfer(lambda: _snapshot(repository, kind, wanted, patterns), what))
         )
-        known = manifest.is_file() and read_json(manifest)["commit"] == wanted["commit"]
-        damage = _damage(folder, wanted["files"], checksums=not known)
+        noted = read_json(manifest) if manifest.is_file() else {"files": {}}
+        damage = _damage(folder, wanted["files"], noted)
         if not damage:
-            write_json(manifest, wanted | {"folder": str(folder)})
+            verified = {name: _stamp(folder / name) for name in wanted["files"]}
+            write_json(manifest, wanted | {"folder": str(folder), "verified": verified})
             return folder
         for name in damage:
             logger.warning("%s: %s is damaged (%s).", repository, name, damage[name])
@@ -145,18 +155,34 @@ def _snapshot(
     )
 
 
-def _damage(folder: Path, files: dict[str, list], checksums: bool) -> dict[str, str]:
-    """What is wrong with a snapshot's files, by name."""
+def _damage(folder: Path, files: dict[str, list], noted: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with a snapshot's files, by name; `noted` is what its manifest says."""
     found = {}
-    for name, (size, checksum) in files.items():
+    for name, (size, kind, checksum) in files.items():
         path = folder / name
         if not path.is_file():
             found[name] = "not there"
         elif size is not None and path.stat().st_size != size:
             found[name] = f"{path.stat().st_size} bytes, expected {size}"
-        elif checksums and checksum and (is_now := sha256(path)) != checksum:
-            found[name] = f"SHA-256 {is_now[:12]}…, expected {checksum[:12]}…"
+        elif noted["files"].get(name) == files[name] and noted["verified"][name] == _stamp(path):
+            continue
+        elif checksum and (is_now := _checksum(path, kind)) != checksum:
+            found[name] = f"{kind} {is_now[:12]}…, expected {checksum[:12]}…"
     return found
+
+
+def _stamp(path: Path) -> list[int]:
+    """Tells whether a file is as it was: its size, and when it was written (in ns)."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _checksum(path: Path, kind: str) -> str:
+    if kind == SHA256:
+        return sha256(path)
+    blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: blob).hexdigest()
 
 
 def _whole_before(
@@ -171,7 +197,7 @@ def _whole_before(
     if manifest.is_file():
         stored = read_json(manifest)
         folder = Path(stored["folder"])
-        if not _damage(folder, stored["files"], checksums=False):
+        if not _damage(folder, stored["files"], stored):
             logger.info("%s: the hub cannot be reached; taking commit %s.", repository, folder.name)
             return folder
     raise UserError(told(f"{kind} {repository}", error)) from error
@@ -181,7 +207,7 @@ def _manifest(
     repository: str, kind: Kind, revision: str | None, patterns: Sequence[str] | None
 ) -> Path:
     """Where it is noted that a snapshot is whole: one file for each way of asking."""
-    asked = repr((constants.ENDPOINT, kind, repository, revision, sorted(patterns or [])))
+    asked = repr((FORMAT, constants.ENDPOINT, kind, repository, revision, sorted(patterns or [])))
     name = f"{repository.replace('/', '--')}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
     return Path(constants.HF_HUB_CACHE) / MANIFESTS / f"{name}.json"
 

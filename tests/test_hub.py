@@ -19,6 +19,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONTENT = {"config.json": b"{}", "model.safetensors": b"weights" * 100}
 
 
+def blob_id(content):
+    """As `git hash-object` has it."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 class Hub:
     """Stands in for the two calls of huggingface_hub; fails as told, once for each fault."""
 
@@ -31,7 +36,9 @@ class Hub:
         sha = hashlib.sha256(CONTENT["model.safetensors"]).hexdigest()
         lfs = {"model.safetensors": SimpleNamespace(sha256=sha)}
         files = [
-            SimpleNamespace(rfilename=name, size=len(content), lfs=lfs.get(name))
+            SimpleNamespace(
+                rfilename=name, size=len(content), lfs=lfs.get(name), blob_id=blob_id(content)
+            )
             for name, content in CONTENT.items()
         ]
         return SimpleNamespace(sha=COMMIT, siblings=files)
@@ -190,9 +197,16 @@ def test_without_a_network_nothing_is_made_up(remote):
         hub.download("owner/name")
 
 
-@pytest.mark.parametrize("wrong", [b"weights", b"WEIGHTS" * 100], ids=["truncated", "checksum"])
-def test_a_damaged_file_is_fetched_once_more(remote, wrong):
-    remote.content["model.safetensors"] = wrong
+WRONG = [
+    ("model.safetensors", b"weights", "7 bytes, expected 700"),
+    ("model.safetensors", b"WEIGHTS" * 100, "SHA-256"),
+    ("config.json", b"[]", "git's SHA-1"),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong", "found"), WRONG)
+def test_a_damaged_file_is_fetched_once_more(remote, name, wrong, found):
+    remote.content[name] = wrong
     fetch = remote.snapshot_download
 
     def once(*arguments, **keywords):
@@ -202,20 +216,43 @@ def test_a_damaged_file_is_fetched_once_more(remote, wrong):
 
     hub.snapshot_download = once  # the fixture's monkeypatch puts the real one back
     folder = hub.download("owner/name")
-    assert (folder / "model.safetensors").read_bytes() == CONTENT["model.safetensors"]
+    assert (folder / name).read_bytes() == CONTENT[name]
     assert remote.calls.count("download") == 2
 
 
-@pytest.mark.parametrize(
-    ("wrong", "found"), [(b"weights", "7 bytes, expected 700"), (b"WEIGHTS" * 100, "SHA-256")]
-)
-def test_a_file_that_stays_damaged_is_never_used(remote, wrong, found):
-    remote.content["model.safetensors"] = wrong
+@pytest.mark.parametrize("known", [False, True], ids=["at first", "once it was whole"])
+@pytest.mark.parametrize(("name", "wrong", "found"), WRONG)
+def test_a_file_that_stays_damaged_is_never_used(remote, name, wrong, found, known):
+    if known:
+        (hub.download("owner/name") / name).unlink()
+    remote.content[name] = wrong
     with pytest.raises(UserError) as refusal:
         hub.download("owner/name")
-    assert found in str(refusal.value) and "model.safetensors" in str(refusal.value)
-    assert not (remote.folder / "model.safetensors").exists()
-    assert not list(Path(hub.constants.HF_HUB_CACHE).rglob("*.json"))
+    assert found in str(refusal.value) and name in str(refusal.value)
+    assert not (remote.folder / name).exists()
+    assert known or not list(Path(hub.constants.HF_HUB_CACHE).rglob("*.json"))
+
+
+def test_what_was_verified_is_not_read_again_unless_it_changed(remote, monkeypatch):
+    file = hub.download("owner/name") / "model.safetensors"
+    read = []
+    checksum = hub._checksum
+    monkeypatch.setattr(hub, "_checksum", lambda p, kind: read.append(p.name) or checksum(p, kind))
+    hub.download("owner/name")
+    assert read == []
+    file.write_bytes(b"WEIGHTS" * 100)
+    os.utime(file, ns=(0, 0))
+    hub.download("owner/name")
+    assert read == [file.name] * 2 and file.read_bytes() == CONTENT[file.name]
+
+
+def test_without_a_network_what_changed_is_refused(remote):
+    file = hub.download("owner/name") / "config.json"
+    file.write_bytes(b"[]")
+    os.utime(file, ns=(0, 0))
+    remote.faults = no_network()
+    with pytest.raises(UserError, match="owner/name was not fetched whole before"):
+        hub.download("owner/name")
 
 
 # Xet's client raises what Rust gives it; texts as users have reported them.

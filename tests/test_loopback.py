@@ -111,6 +111,8 @@ def test_a_collection_comes_with_its_commit_and_stays(hub, repositories, tmp_pat
         ("model.safetensors", "reset"),
         ("model.safetensors", "truncated"),
         ("model.safetensors", "wrong"),
+        ("/config.json", "wrong"),
+        ("tokenizer.json", "wrong"),
     ],
 )
 def test_a_fault_that_passes_ends_in_a_whole_model(hub, repositories, tmp_path, part, kind):
