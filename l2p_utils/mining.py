@@ -41,11 +41,11 @@ from l2p_utils.hub import find_source
 from l2p_utils.hub_collections import provenance_of
 from l2p_utils.model import PooledColBERT, build_embedded_model
 from l2p_utils.profile import MiningSettings, Profile, slug
-from l2p_utils.released_rows import Row, read_released
+from l2p_utils.released_rows import LABELS, Row, read_released
 from l2p_utils.scoring import Scores, make_plan, read_scores, score
 from l2p_utils.teacher import EmbeddedTeacher, embedded_teacher
 
-POSITIVE, HARD, MEDIUM, RANDOM = "positive", "hard_negative", "medium_negative", "random_negative"
+POSITIVE, HARD, MEDIUM, RANDOM = LABELS
 CHOICE = 1  # random numbers of a query's choice, where its candidates were drawn by another job
 
 

@@ -142,6 +142,10 @@ BAD = {
     "no number": ("scores", [float("nan"), 1, 2, 3], "scores has nan; expected a number"),
     "type of a label": ("labels", [1, 2, 3, 4], "labels has 1; expected a string"),
     "type of an id": ("document_ids", [1.5, 2, 3, 4], "document_ids has 1.5; expected a string"),
+    "an unknown label": ("labels", ["good", *LABELS[1:]], "labels has 'good'; expected positive, "),
+    "order": ("scores", [1.0, 2.0, 3.0, 4.0], "scores rise, from 1.0 to 2.0; expected descending"),
+    "order at the end": ("scores", [3.0, 2.0, 1.0, 1.5], "scores rise, from 1.0 to 1.5"),
+    "a document twice": ("document_ids", ["d1", "d2", "d1", "d4"], "the document 'd1' is there tw"),
     "no id": ("query_id", "", "query_id has ''"),
 }
 
@@ -154,6 +158,23 @@ def test_a_bad_row_is_named(project, monkeypatch, case):
     release(project, monkeypatch, rows, "train.jsonl")
     with pytest.raises(UserError, match=r"owner/rows, train\.jsonl, row 2: " + message):
         mine_released(project)
+
+
+def test_a_row_that_is_there_twice_is_taken_once_and_counted(project, monkeypatch):
+    rows = made_up()
+    release(project, monkeypatch, [*rows, rows[3], rows[7], rows[7]])
+    assert mine_released(project).to_list() == rows
+    made = mined_provenance(mined_folder(make_profile(project), str(project / "corpus")))
+    assert made["queries_dropped"] == {"row twice": 3}
+
+
+def test_rows_may_differ_in_what_others_may_do_otherwise(project, monkeypatch):
+    """Two rows of a query, equal scores, labels in any number and order."""
+    rows = made_up(3)
+    rows[1] |= {"query_id": "q0", "labels": ["hard_negative"] * 4, "scores": [1.0] * 4}
+    rows[2]["labels"] = LABELS[::-1]
+    release(project, monkeypatch, rows)
+    assert mine_released(project).to_list() == rows
 
 
 def test_rows_of_another_number_of_documents_are_refused_with_both_numbers(project, monkeypatch):
