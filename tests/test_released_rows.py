@@ -25,13 +25,13 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def make_profile(project, dev=True, **mining):
+def make_profile(project, dev=True, rows="owner/rows", **mining):
     content = yaml.safe_load((PROFILES / "smoke.yaml").read_text("utf-8"))
     name = str(project / "corpus")
     content["mining"] = {"hard": 1, "medium": 1, "random": 1, **mining}
     content["training_data"] = "released"
     content["warm_up"]["collection"] = str(project / "corpus")
-    content["released_rows"] = {name: "owner/rows"}
+    content["released_rows"] = {name: rows}
     content["dev_collections"] = {name: "nano:scifact"} if dev else {}
     return Profile.model_validate({"name": "tiny", **content, "runs": [], "plaid": []})
 
@@ -78,6 +78,16 @@ def test_released_rows_are_taken_as_they_are(project, monkeypatch, name):
     assert made["teacher"] == made["miner"] == "released: owner/rows @ commit0"
     assert (made["rows"], made["queries"], made["queries_dropped"]) == (200, 200, {})
     assert made["labels"] == dict.fromkeys(LABELS, 200)
+
+
+def test_rows_of_a_revision_are_asked_for_and_recorded(project, monkeypatch):
+    asked = release(project, monkeypatch, made_up())
+    assert len(mine_released(project, rows="owner/rows@v2")) == 200
+    assert [call[:3] for call in asked] == [("owner/rows", "dataset", "v2")]
+    made = mined_provenance(mined_folder(make_profile(project), str(project / "corpus")))
+    assert made["settings"]["released"] == ["owner/rows", "commit0"]
+    expected = {"repository": "owner/rows", "revision": "v2", "commit": "commit0"}
+    assert made["released"] == expected
 
 
 def test_another_split_of_the_set_is_not_read(project, monkeypatch):
