@@ -496,6 +496,23 @@ def test_a_judgment_that_is_there_with_two_scores_counts_as_the_last(hub, caplog
     assert "1 with another score" in caplog.text
 
 
+def test_half_a_surrogate_pair_is_replaced_counted_and_reported_with_its_place(hub, caplog):
+    corpus = [CORPUS[0], {"_id": "2", "title": "a \ud83d", "text": "drag \udfff"}, *CORPUS[2:]]
+    put_beir(hub, corpus=corpus, queries=[{"_id": "10", "text": "wing\ud800"}, *QUERIES[1:]])
+    loaded = load_collection("beir:mini")
+    assert loaded.corpus["2"] == "a \ufffd drag \ufffd"
+    assert loaded.queries["10"] == "wing\ufffd"
+    assert provenance_of("beir:mini")["counts"]["texts with half characters"] == 3
+    assert "half characters in 3 texts" in caplog.text
+    assert "corpus.jsonl.gz, line 2" in caplog.text
+
+
+def test_half_a_surrogate_pair_in_an_id_is_refused(hub):
+    put_beir(hub, corpus=[{"_id": "1\ud800", "text": "a wing"}])
+    message = refusal("beir:mini")
+    assert "corpus.jsonl.gz, line 1" in message and "half of a surrogate pair" in message
+
+
 def test_nothing_is_reported_where_nothing_was_left_out(hub, caplog):
     put_beir(hub, corpus=CORPUS[:2] + CORPUS[3:])
     load_collection("beir:mini")
