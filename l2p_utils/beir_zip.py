@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from tqdm.auto import tqdm
 
 from l2p_utils.files import UserError
-from l2p_utils.hub import PASSING
+from l2p_utils.hub_faults import LONGEST_WAIT, PASSING, asked_wait, when
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,11 @@ def zip_address(dataset: str) -> str:
     return url
 
 
-ATTEMPTS, TIMEOUT, LONGEST_WAIT = 4, 60, 60  # tries; seconds without a byte; seconds between tries
+ATTEMPTS, TIMEOUT = 4, 60  # tries; seconds without a byte
 
 
 def download(url: str, target: Path) -> str:
-    """Fetch a zip, trying again what may pass; return its SHA-256.
+    """Fetch a zip, trying again what may pass, when the server allows; return its SHA-256.
 
     Raises
     ------
@@ -78,10 +78,10 @@ def download(url: str, target: Path) -> str:
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 raise NotFound(f"{url}: not found") from error
-            if error.code not in PASSING or attempt == ATTEMPTS:
-                raise _failed(url, error) from error
-            asked = error.headers.get("Retry-After", "")
-            wait = int(asked) if asked.isdecimal() else wait
+            asked = asked_wait(error.headers)
+            wait = wait if asked is None else asked
+            if error.code not in PASSING or attempt == ATTEMPTS or wait > LONGEST_WAIT:
+                raise _failed(url, error, attempt) from error
             reason: Exception = error
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             if isinstance(getattr(error, "reason", None), FileNotFoundError):  # file://
@@ -91,18 +91,20 @@ def download(url: str, target: Path) -> str:
                 with writable(target.parent.parent):
                     raise
             if attempt == ATTEMPTS:
-                raise _failed(url, error) from error
+                raise _failed(url, error, attempt) from error
             reason = error
-        wait = min(wait, LONGEST_WAIT)
         logger.warning("%s: %s; trying again in %g s.", url, reason, wait)
         time.sleep(wait)
     raise AssertionError("unreachable")
 
 
-def _failed(url: str, error: Exception) -> UserError:
+def _failed(url: str, error: Exception, tries: int) -> UserError:
+    advice = "Check the network and run again"
+    if isinstance(error, urllib.error.HTTPError) and error.code in PASSING:
+        advice = f"The server is there, but busy. Wait {when(error.headers)} and run again"
     return UserError(
-        f"{url} can't be fetched ({error}), after {ATTEMPTS} tries at most. Check the network and "
-        f"run again, or set {BEIR_URL} to another address of BEIR's zips. What was fetched before "
+        f"{url} can't be fetched ({error}), tried {'once' if tries == 1 else f'{tries} times'}. "
+        f"{advice}, or set {BEIR_URL} to another address of BEIR's zips. What was fetched before "
         "is kept."
     )
 

@@ -25,6 +25,8 @@ EMBEDDED = "docs:"
 #: A folder without ``qrels/dev.tsv`` gives so much of its training queries to its dev split.
 DEV_SHARE, MAX_DEV_QUERIES = 0.10, 100
 Qrels = dict[str, dict[str, int]]
+#: Half of a surrogate pair: JSON can escape it, but it is no character and no UTF-8.
+HALF = re.compile(r"[\ud800-\udfff]")
 QRELS_HEADER = ("query-id", "corpus-id", "score")
 
 
@@ -221,7 +223,7 @@ def _identifier(record: dict[str, Any], where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or str(value).strip() == "":
         found = f"found {value!r}" if "_id" in record else f"there is only {sorted(record)}"
         raise UserError(f'{where}: expected an id, "_id": a string or a whole number; {found}.')
-    return str(value)
+    return _whole(str(value), "_id", where)
 
 
 def _text(record: dict[str, Any], key: str, where: str) -> str:
@@ -229,7 +231,16 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
     value = record.get(key)
     if value is not None and not isinstance(value, str):
         raise UserError(f'{where}: expected "{key}" to be a string, found {value!r}.')
-    return (value or "").strip()
+    return _whole((value or "").strip(), key, where)
+
+
+def _whole(text: str, key: str, where: str) -> str:
+    if half := HALF.search(text):
+        raise UserError(
+            f'{where}: "{key}" has {ascii(half[0])[1:-1]}, half of a surrogate pair. Expected '
+            "whole characters: add the other half after it (as JSON escapes it), or delete it."
+        )
+    return text
 
 
 def _read_corpus(path: Path, text_only: bool) -> tuple[dict[str, str], set[str]]:

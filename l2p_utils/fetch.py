@@ -28,6 +28,7 @@ from l2p_utils.profile import (
     Profile,
     length_name,
     load_profile,
+    pinned,
     released_name,
 )
 
@@ -87,7 +88,7 @@ def _rows(profile: Profile) -> Iterator[tuple]:
     if profile.training_data == "released":
         for name in profile.training_collections:
             source = profile.released_rows[name]
-            yield "data", source, functools.partial(_place, source, None, "dataset")
+            yield "data", source, functools.partial(_place, *pinned(source), "dataset")
 
 
 def _models(profile: Profile) -> Iterator[tuple]:
@@ -101,7 +102,7 @@ def _models(profile: Profile) -> Iterator[tuple]:
         yield "models", name, functools.partial(prepare, profile, name, *base, length)
     for source in profile.released_models:
         name = released_name(source)
-        yield "models", name, functools.partial(prepare, profile, name, source)
+        yield "models", name, functools.partial(prepare, profile, name, *pinned(source))
 
 
 def _scorers(profile: Profile) -> Iterator[tuple]:

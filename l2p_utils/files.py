@@ -58,7 +58,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         else:
             os.replace(temporary, path)
     except Exception as error:
-        if _disk_is_full(error):
+        if disk_is_full(error):
             raise UserError(
                 f"The disk is full: {path} could not be written. What was finished before is kept; "
                 "free some space (`make clean` removes runs/) and start the same command again."
@@ -78,7 +78,7 @@ def _replace_folder(new: Path, path: Path, aside: Path) -> None:
     remove(aside)
 
 
-def _disk_is_full(error: Exception) -> bool:
+def disk_is_full(error: Exception) -> bool:
     """Whether an error means so: by its number, or by its text where a library wraps the number."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True

@@ -8,34 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import filter_repo_objects
 
 from l2p_utils.files import UserError, read_json, remove, sha256, write_json
+from l2p_utils.hub_faults import NO_NETWORK, PASSING, TransferBroke, patiently, told, transfer
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["model", "dataset"]
-ATTEMPTS = 5
-PASSING = {408, 429, 500, 502, 503, 504}  # statuses that a later attempt may not meet
 MANIFESTS = "l2p"  # folder in the hub's cache: one file for each snapshot that is whole
-NO_NETWORK = (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx.TransportError, ConnectionError)
+FORMAT = 2  # of these files; those of another are not read
+SHA256, BLOB = "SHA-256", "git's SHA-1"  # what the hub tells of a large file, of any other
 
 
 class _Damaged(Exception):
@@ -51,7 +46,8 @@ def download(
     """Fetch a repository (or the files of it that match `patterns`); reuse what is here.
 
     Failures that pass (too many requests, server errors, broken connections) are tried again,
-    after the time that the hub asks for. Sizes are checked, and the SHA-256 of large files. A
+    after the time that the hub asks for. Sizes are checked, and checksums: the SHA-256 of large
+    files, git's of the others; not again of a file that was verified and is as it was since. A
     snapshot that was whole once is used when the hub cannot be reached.
 
     Returns
@@ -63,10 +59,11 @@ def download(
     ------
     UserError
         Naming the repository, the cause and the remedy: an unknown repository or revision, one
-        that asks for a licence or a login, no network and nothing here, a file that stays damaged.
+        that asks for a licence or a login, no network and nothing here, transfers that keep
+        breaking, a full disk, a file that stays damaged.
     """
     try:
-        wanted = _patiently(lambda: _listing(repository, kind, revision, patterns))
+        wanted = patiently(lambda: _listing(repository, kind, revision, patterns))
         return _fetch(repository, kind, wanted, patterns)
     except GatedRepoError as error:
         raise UserError(
@@ -83,7 +80,7 @@ def download(
             f"The hub's {kind} {repository} has no revision {revision!r}. Expected a branch, a tag "
             "or a commit of it."
         ) from error
-    except NO_NETWORK as error:
+    except (*NO_NETWORK, TransferBroke) as error:
         return _whole_before(repository, kind, revision, patterns, error)
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
@@ -103,12 +100,18 @@ def download(
 def _listing(
     repository: str, kind: Kind, revision: str | None, patterns: Sequence[str] | None
 ) -> dict[str, Any]:
-    """The commit, and each wanted file's size and checksum (None where the hub tells none)."""
+    """The commit, and of each wanted file the size, the kind of its checksum, the checksum."""
     info = HfApi().repo_info(repository, repo_type=kind, revision=revision, files_metadata=True)
     chosen = filter_repo_objects(
         info.siblings or [], allow_patterns=patterns, key=lambda file: file.rfilename
     )
-    files = {file.rfilename: [file.size, file.lfs.sha256 if file.lfs else None] for file in chosen}
+    files = {
+        file.rfilename: [
+            file.size,
+            *((SHA256, file.lfs.sha256) if file.lfs else (BLOB, file.blob_id)),
+        ]
+        for file in chosen
+    }
     if not files:
         raise UserError(
             f"The hub's {kind} {repository} has no file that matches {list(patterns or ['*'])}."
@@ -121,21 +124,16 @@ def _fetch(
 ) -> Path:
     """The snapshot, verified; a file that is damaged is fetched once more."""
     manifest = _manifest(repository, kind, wanted["revision"], patterns)
+    what = f"the {kind} {repository}"
     for last in (False, True):
         folder = Path(
-            _patiently(
-                lambda: snapshot_download(
-                    repository,
-                    repo_type=kind,
-                    revision=wanted["commit"],
-                    allow_patterns=list(patterns) if patterns else None,
-                )
-            )
+            patiently(lambda: transfer(lambda: _snapshot(repository, kind, wanted, patterns), what))
         )
-        known = manifest.is_file() and read_json(manifest)["commit"] == wanted["commit"]
-        damage = _damage(folder, wanted["files"], checksums=not known)
+        noted = read_json(manifest) if manifest.is_file() else {"files": {}}
+        damage = _damage(folder, wanted["files"], noted)
         if not damage:
-            write_json(manifest, wanted | {"folder": str(folder)})
+            verified = {name: _stamp(folder / name) for name in wanted["files"]}
+            write_json(manifest, wanted | {"folder": str(folder), "verified": verified})
             return folder
         for name in damage:
             logger.warning("%s: %s is damaged (%s).", repository, name, damage[name])
@@ -146,18 +144,45 @@ def _fetch(
     raise AssertionError("unreachable")
 
 
-def _damage(folder: Path, files: dict[str, list], checksums: bool) -> dict[str, str]:
-    """What is wrong with a snapshot's files, by name."""
+def _snapshot(
+    repository: str, kind: Kind, wanted: dict[str, Any], patterns: Sequence[str] | None
+) -> str:
+    return snapshot_download(
+        repository,
+        repo_type=kind,
+        revision=wanted["commit"],
+        allow_patterns=list(patterns) if patterns else None,
+    )
+
+
+def _damage(folder: Path, files: dict[str, list], noted: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with a snapshot's files, by name; `noted` is what its manifest says."""
     found = {}
-    for name, (size, checksum) in files.items():
+    for name, (size, kind, checksum) in files.items():
         path = folder / name
         if not path.is_file():
             found[name] = "not there"
         elif size is not None and path.stat().st_size != size:
             found[name] = f"{path.stat().st_size} bytes, expected {size}"
-        elif checksums and checksum and (is_now := sha256(path)) != checksum:
-            found[name] = f"SHA-256 {is_now[:12]}…, expected {checksum[:12]}…"
+        elif noted["files"].get(name) == files[name] and noted["verified"][name] == _stamp(path):
+            continue
+        elif checksum and (is_now := _checksum(path, kind)) != checksum:
+            found[name] = f"{kind} {is_now[:12]}…, expected {checksum[:12]}…"
     return found
+
+
+def _stamp(path: Path) -> list[int]:
+    """Tells whether a file is as it was: its size, and when it was written (in ns)."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _checksum(path: Path, kind: str) -> str:
+    if kind == SHA256:
+        return sha256(path)
+    blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: blob).hexdigest()
 
 
 def _whole_before(
@@ -172,52 +197,19 @@ def _whole_before(
     if manifest.is_file():
         stored = read_json(manifest)
         folder = Path(stored["folder"])
-        if not _damage(folder, stored["files"], checksums=False):
+        if not _damage(folder, stored["files"], stored):
             logger.info("%s: the hub cannot be reached; taking commit %s.", repository, folder.name)
             return folder
-    why = " (HF_HUB_OFFLINE is set)" if isinstance(error, OfflineModeIsEnabled) else ""
-    raise UserError(
-        f"The hub cannot be reached{why}, and {kind} {repository} was not fetched whole before: "
-        f"{_first_line(error)}. With a network, run `python -m l2p_utils.fetch PROFILE` once; "
-        "after that none is needed."
-    ) from error
+    raise UserError(told(f"{kind} {repository}", error)) from error
 
 
 def _manifest(
     repository: str, kind: Kind, revision: str | None, patterns: Sequence[str] | None
 ) -> Path:
     """Where it is noted that a snapshot is whole: one file for each way of asking."""
-    asked = repr((constants.ENDPOINT, kind, repository, revision, sorted(patterns or [])))
+    asked = repr((FORMAT, constants.ENDPOINT, kind, repository, revision, sorted(patterns or [])))
     name = f"{repository.replace('/', '--')}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
     return Path(constants.HF_HUB_CACHE) / MANIFESTS / f"{name}.json"
-
-
-def _patiently(work: Callable[[], Any]) -> Any:
-    """Call `work`; again, after a wait, when it fails in a way that may pass."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return work()
-        except (HfHubHTTPError, httpx.TransportError, ConnectionError) as error:
-            response = getattr(error, "response", None)
-            passing = response is None or response.status_code in PASSING
-            if not passing or isinstance(error, OfflineModeIsEnabled) or attempt == ATTEMPTS - 1:
-                raise
-            wait = _seconds(response, attempt)
-            logger.warning("The hub: %s. Again in %.0f s.", _first_line(error), wait)
-            time.sleep(wait)
-    raise AssertionError("unreachable")
-
-
-def _seconds(response: Any, attempt: int) -> float:
-    """As long as the hub asks for, else 1, 2, 4, … seconds (L2P_HUB_WAIT times that)."""
-    asked = response.headers.get("Retry-After", "") if response is not None else ""
-    if asked.isdigit():
-        return min(float(asked), 300.0)
-    return float(os.environ.get("L2P_HUB_WAIT", 1)) * 2**attempt
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_hub_id(name: str) -> bool:

@@ -30,7 +30,7 @@ from l2p_utils.profile import HUB, plain_name, slug
 logger = logging.getLogger(__name__)
 
 #: Raise this by one whenever a rule below changes: folders made by older rules are made again.
-BUILDER = 1
+BUILDER = 2
 #: Environment variable that makes `fetch_collection` ask the hub again.
 REFRESH = "L2P_REFRESH"
 

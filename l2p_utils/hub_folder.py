@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from l2p_utils.collection import QRELS_HEADER
+from l2p_utils.collection import HALF, QRELS_HEADER
 from l2p_utils.files import UserError
 from l2p_utils.hub_tables import Files, Repository, Row, find_files, one_split, read_rows
 
@@ -52,8 +52,9 @@ def write_collection(
     judgments = find_files(qrels, ("qrels", "default"))
     if nano:
         judgments = {"test": _evaluation_split(qrels, judgments, "qrels")}
-    documents, textless = _write_corpus(folder, name, texts, corpus)
-    known, empty = _write_queries(folder, texts, queries)
+    mended: list[str] = []  # where a text had a half of a character
+    documents, textless = _write_corpus(folder, name, texts, corpus, mended)
+    known, empty = _write_queries(folder, texts, queries, mended)
     counts: dict[str, Any] = {
         "documents": len(documents),
         "documents without text": textless,
@@ -69,6 +70,14 @@ def write_collection(
         raise UserError(
             f"{qrels}: none of its judgments is of a query and a document that {texts} "
             f"has ({counts['splits']})."
+        )
+    if mended:
+        counts["texts with half characters"] = len(mended)
+        logger.warning(
+            "%s: half characters in %d texts, replaced; the first in %s.",
+            name,
+            len(mended),
+            mended[0],
         )
     _report(name, counts)
     return counts
@@ -100,16 +109,21 @@ def _identifier(value: Any, column: str, where: str) -> str:
         raise UserError(f"{where}: expected {column!r} to be an id; found {value!r}.")
     if re.search(r"[\t\r\n]", text):
         raise UserError(f"{where}: the id {text!r} has a tab or a line break in it.")
+    if HALF.search(text):
+        raise UserError(f"{where}: the id {text!r} has half of a surrogate pair in it.")
     return text
 
 
-def _text(row: dict[str, Any], column: str, where: str) -> str:
-    """A row's text, stripped; absent and null count as empty."""
+def _text(row: dict[str, Any], column: str, where: str, mended: list[str]) -> str:
+    """A row's text, stripped; absent and null count as empty. Adds to `mended` where it was."""
     value = row.get(column)
     if value is not None and not isinstance(value, str):
         shown = f"{value!r:.60}"
         raise UserError(f"{where}: expected {column!r} to be text; found {shown}.")
-    return (value or "").strip()
+    text, halves = HALF.subn("\ufffd", value or "")
+    if halves:
+        mended.append(where)
+    return text.strip()
 
 
 def _identified(rows: Iterator[Row]) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -126,7 +140,7 @@ def _identified(rows: Iterator[Row]) -> Iterator[tuple[str, dict[str, Any], str]
 
 
 def _write_corpus(
-    folder: Path, name: str, repository: Repository, files: list[Path]
+    folder: Path, name: str, repository: Repository, files: list[Path], mended: list[str]
 ) -> tuple[set[str], int]:
     """Write every document, those without text too; return all ids and how many have no text.
 
@@ -137,7 +151,7 @@ def _write_corpus(
     bar = tqdm(rows, desc=f"{name}: documents", unit="", unit_scale=True, delay=2)
     with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
         for identifier, row, where in _identified(iter(bar)):
-            title, text = _text(row, "title", where), _text(row, "text", where)
+            title, text = (_text(row, column, where, mended) for column in ("title", "text"))
             documents.add(identifier)
             textless += not (title or text)
             file.write(json.dumps({"_id": identifier, "title": title, "text": text}) + "\n")
@@ -148,13 +162,13 @@ def _write_corpus(
 
 
 def _write_queries(
-    folder: Path, repository: Repository, files: list[Path]
+    folder: Path, repository: Repository, files: list[Path], mended: list[str]
 ) -> tuple[set[str], set[str]]:
     """Write the queries that have text; return their ids and those of the others."""
     known, empty = set(), set()
     with (folder / "queries.jsonl").open("w", encoding="utf-8") as file:
         for identifier, row, where in _identified(read_rows(repository, files, ("_id", "text"))):
-            text = _text(row, "text", where)
+            text = _text(row, "text", where, mended)
             if text:
                 known.add(identifier)
                 file.write(json.dumps({"_id": identifier, "text": text}) + "\n")

@@ -40,12 +40,12 @@ from l2p_utils.files import (
 from l2p_utils.hub import find_source
 from l2p_utils.hub_collections import provenance_of
 from l2p_utils.model import PooledColBERT, build_embedded_model
-from l2p_utils.profile import MiningSettings, Profile, slug
-from l2p_utils.released_rows import Row, read_released
+from l2p_utils.profile import MiningSettings, Profile, pinned, slug
+from l2p_utils.released_rows import LABELS, Row, read_released
 from l2p_utils.scoring import Scores, make_plan, read_scores, score
 from l2p_utils.teacher import EmbeddedTeacher, embedded_teacher
 
-POSITIVE, HARD, MEDIUM, RANDOM = "positive", "hard_negative", "medium_negative", "random_negative"
+POSITIVE, HARD, MEDIUM, RANDOM = LABELS
 CHOICE = 1  # random numbers of a query's choice, where its candidates were drawn by another job
 
 
@@ -329,7 +329,8 @@ def _released(
             "mining.max_documents leaves out documents that released rows need; expected none with "
             "training_data: released."
         )
-    released = find_source(profile.released_rows[name], None, "dataset")
+    repository, revision = pinned(profile.released_rows[name])
+    released = find_source(repository, revision, "dataset")
     settings = {
         "collection": name,
         "fingerprint": collection.fingerprint,
@@ -342,7 +343,8 @@ def _released(
         held_out = set(whole.queries) - set(collection.queries)
         found = read_released(released.folder, released.name, whole, held_out, rules.n_ways)
         by = {"miner": f"released: {released}", "teacher": f"released: {released}"}
-        return _Made(*found, by | {"source": provenance_of(name)})
+        place = {"repository": released.name, "revision": revision, "commit": released.version}
+        return _Made(*found, by | {"released": place, "source": provenance_of(name)})
 
     return settings, make
 

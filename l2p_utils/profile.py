@@ -47,7 +47,15 @@ def _source(value: str) -> str:
     return value
 
 
+def _released(value: str) -> str:
+    if value.endswith("@"):
+        raise ValueError(f"{value!r}: its revision is empty; expected owner/name@<revision>")
+    return value
+
+
 Source = Annotated[str, AfterValidator(_source)]
+Released = Annotated[str, AfterValidator(_released)]  # perhaps with a revision, see `pinned`
+ReleasedSource = Annotated[Source, AfterValidator(_released)]
 
 
 class ModelSettings(_Settings):
@@ -227,7 +235,7 @@ class Profile(_Settings):
     hierarchical: Variant = "pylate"
     model: ModelSettings
     training_data: Literal["mined", "released"] = "mined"
-    released_rows: dict[str, str] = {}  # collection: hub data set with its published rows
+    released_rows: dict[str, Released] = {}  # collection: hub data set with its published rows
     mining: MiningSettings
     scoring: Scoring = Scoring()
     warm_up: WarmUp | None = None  # of the embedded model
@@ -236,7 +244,7 @@ class Profile(_Settings):
     processes: int = Field(1, ge=1)  # of one training, data-parallel; batch_size is of them all
     dev_collections: dict[str, str] = {}  # collection: the one whose test split picks the epoch
     runs: list[Run]
-    released_models: list[Source] = []  # hub ids of trained models, measured as they are
+    released_models: list[ReleasedSource] = []  # hub ids of trained models, measured as they are
     evaluation: EvaluationSettings
     plaid: list[PlaidJob] = []
 
@@ -385,9 +393,21 @@ def length_name(document_length: int) -> str:
     return f"{BASELINE}-d{document_length}"
 
 
+def pinned(source: str) -> tuple[str, str | None]:
+    """A hub id and the revision after it: `owner/name@v1` → `owner/name`, `v1`; else None.
+
+    A folder is itself: one that is there, and any path that is not of the form owner/name.
+    """
+    found = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)@(.+)", source)
+    return (found[1], found[2]) if found and not Path(source).exists() else (source, None)
+
+
 def released_name(repository: str) -> str:
-    """A released model's name in the rows: `owner/Some-Model` → `released-some-model`."""
-    return f"released-{slug(repository.rstrip('/').rsplit('/', 1)[-1])}"
+    """A released model's name in the rows: `owner/Some-Model` → `released-some-model`.
+
+    Its revision is no part of it.
+    """
+    return f"released-{slug(pinned(repository)[0].rstrip('/').rsplit('/', 1)[-1])}"
 
 
 def factors_name(pool_factors: list[int]) -> str:

@@ -32,7 +32,7 @@ from l2p_utils.evaluation import fingerprint
 from l2p_utils.files import PROVENANCE, UserError, atomic_path, read_json
 from l2p_utils.mining import load_mined, mined_folder, mined_provenance
 from l2p_utils.model import PooledColBERT, load_model, quiet_loading
-from l2p_utils.profile import BASELINE, EMBEDDED, HUB, Profile, Run, slug
+from l2p_utils.profile import BASELINE, EMBEDDED, HUB, Profile, Run, pinned, slug
 from l2p_utils.results import read_rows
 from l2p_utils.training import mined_fingerprint
 
@@ -385,7 +385,7 @@ def _check_measured(profile: Profile, name: str, weights: str) -> None:
 def _datasets(profile: Profile, run: Run, mined: dict, dataset: str | None) -> list[str]:
     rows = dataset and repository_id(dataset)
     if profile.training_data == "released":
-        rows = rows or profile.released_rows[run.collection]
+        rows = rows or pinned(profile.released_rows[run.collection])[0]
     return list(dict.fromkeys([*([rows] if rows else []), *_hub_ids(mined)]))
 
 

@@ -6,6 +6,7 @@ rows as this project keeps mined ones.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -20,6 +21,7 @@ from l2p_utils.collection import Collection
 from l2p_utils.files import UserError
 
 COLUMNS = ("query_id", "document_ids", "scores", "labels")
+LABELS = ("positive", "hard_negative", "medium_negative", "random_negative")
 MAX_UNKNOWN = 0.01  # of the rows; more, and these are rows of another collection
 OTHER_SPLITS = ("test", "dev", "valid", "validation", "eval")
 
@@ -39,6 +41,11 @@ def read_released(
 ) -> tuple[list[Row], Counter[str]]:
     """Read the split `train` of a released set.
 
+    A row that is there twice, the same query with the same documents, is taken once. What others
+    may do otherwise than this project is taken as it is: several rows of a query, queries without
+    a row, equal scores, how many documents have which label, a negative above the positive (the
+    authors' anchor, the median positive, allows it), ids that are numbers.
+
     Parameters
     ----------
     name
@@ -57,12 +64,16 @@ def read_released(
     ------
     UserError
         When there is no such split, a column is missing or of another type, lengths differ within a
-        row or from `n_ways`, or more than 1 % of the rows name unknown queries or documents.
+        row or from `n_ways`, a row has a document twice, a label that is none of `LABELS` or scores
+        that do not descend, or more than 1 % of the rows name unknown queries or documents.
     """
-    rows, dropped = [], Counter()
+    rows, dropped, seen = [], Counter(), set()
     for where, record in _records(folder, name):
         row = _row(record, where, n_ways)
-        if row.query_id not in collection.queries:
+        content = (row.query_id, frozenset(row.document_ids))
+        if content in seen:
+            dropped["row twice"] += 1
+        elif row.query_id not in collection.queries:
             dropped["unknown query"] += 1
         elif not all(document in collection.corpus for document in row.document_ids):
             dropped["unknown document"] += 1
@@ -70,8 +81,9 @@ def read_released(
             dropped["held out"] += 1
         else:
             rows.append(row)
+        seen.add(content)
     total = len(rows) + dropped.total()
-    unknown = total - len(rows) - dropped["held out"]
+    unknown = dropped["unknown query"] + dropped["unknown document"]
     if not total or unknown > MAX_UNKNOWN * total:
         raise UserError(
             f"{name}: {unknown} of its {total} rows name queries or documents that "
@@ -148,12 +160,30 @@ def _row(record: Any, where: str, n_ways: int) -> Row:
             f"{where}: {lengths['document_ids']} documents, but the profile's rows have {n_ways} "
             "(mining: 1 + hard + medium + random). Set these to what was released."
         )
-    return Row(
+    row = Row(
         _identifier(record["query_id"], "query_id", where),
         [_identifier(value, "document_ids", where) for value in lists["document_ids"]],
         [_number(value, where) for value in lists["scores"]],
         [_label(value, where) for value in lists["labels"]],
     )
+    _check_documents(row, where)
+    return row
+
+
+def _check_documents(row: Row, where: str) -> None:
+    """Each document once, by descending score."""
+    mend = "Take another revision (owner/name@revision), or mend a copy and give its folder."
+    document, times = Counter(row.document_ids).most_common(1)[0]
+    if times > 1:
+        raise UserError(
+            f"{where}: the document {document!r} is there twice; expected each once. {mend}"
+        )
+    for score, following in itertools.pairwise(row.scores):
+        if following > score:
+            raise UserError(
+                f"{where}: scores rise, from {score} to {following}; expected descending ones, the "
+                f"teacher's best first. {mend}"
+            )
 
 
 def _list(value: Any, column: str, where: str) -> Sequence[Any]:
@@ -177,4 +207,6 @@ def _number(value: Any, where: str) -> float:
 def _label(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: labels has {value!r}; expected a string.")
+    if value not in LABELS:
+        raise UserError(f"{where}: labels has {value!r}; expected {', '.join(LABELS)}.")
     return value

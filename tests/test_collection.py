@@ -323,3 +323,29 @@ def test_text_only_takes_the_title_that_is_the_query_out_of_its_document():
         train.corpus[relevant[query]].startswith(text) for query, text in train.queries.items()
     )
     assert literal == 0
+
+
+HALF = "wing \ud800 span"  # JSON's escape \ud800 without its other half: no character, no UTF-8
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [("corpus.jsonl", "text"), ("corpus.jsonl", "title"), ("queries.jsonl", "text")],
+)
+def test_half_a_surrogate_pair_is_refused_with_its_line(folder, file, key):
+    records = {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES}[file]
+    write_lines(folder / file, [records[0], records[1] | {key: HALF}, *records[2:]])
+    message = refusal(folder)
+    assert f'{file}, line 2: "{key}" has \\ud800, half of a surrogate pair' in message
+    message.encode("utf-8")
+
+
+def test_half_a_surrogate_pair_in_an_id_is_refused_with_its_line(folder):
+    write_lines(folder / "corpus.jsonl", [{"_id": "d\udfff", "text": "a wing"}])
+    assert 'corpus.jsonl, line 1: "_id" has \\udfff' in refusal(folder)
+
+
+def test_a_whole_surrogate_pair_is_one_character(folder):
+    write_lines(folder / "corpus.jsonl", [CORPUS[0] | {"text": "\U0001f600"}, *CORPUS[1:]])
+    assert "\\ud83d\\ude00" in (folder / "corpus.jsonl").read_text()
+    assert load_collection(folder).corpus["d1"] == "Wings \U0001f600"

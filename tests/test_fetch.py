@@ -7,10 +7,11 @@ import pytest
 from tiny import tiny_colbert
 
 from l2p_utils import fetch as module
+from l2p_utils import hub
 from l2p_utils.evaluation import describe_model
 from l2p_utils.files import UserError, read_json
 from l2p_utils.model import PooledColBERT, load_checkpoint, load_model
-from l2p_utils.profile import Profile, load_profile
+from l2p_utils.profile import Profile, Run, load_profile
 
 TEXTS = ["sort the rows of a table", "draw a random sample", "the mean of an array"]
 
@@ -62,6 +63,25 @@ def test_what_was_fetched_is_kept_until_its_source_changes(checkpoint, monkeypat
     config.write_text(config.read_text().replace('"[Q] "', '"[D] "'))
     module.fetch(profile, progress=False)
     assert load_model(profile.folder / "models" / "baseline").query_prefix == "[D] "
+
+
+def test_released_models_and_rows_may_name_a_revision(checkpoint, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(hub, "download", lambda *a: asked.append(a[:3]) or checkpoint)
+    profile = profile_of(checkpoint, monkeypatch, tmp_path)
+    pinned = {
+        "released_models": ["owner/model@v1"],
+        "released_rows": {"docs:scipy": "them/rows@v2"},
+    }
+    run = Run(collection="docs:scipy", pool_method="none", pool_factors=[1])
+    pinned |= {"training_data": "released", "runs": [run]}
+    found = module.fetch(profile.model_copy(update=pinned), progress=False)
+    place = {"revision": "v1", "commit": checkpoint.name}
+    assert found["models"]["released-model"] == {"source": "owner/model", **place}
+    assert found["data"]["them/rows@v2"] == {**place, "revision": "v2"}
+    assert set(asked) == {("owner/model", "model", "v1"), ("them/rows", "dataset", "v2")}
+    made = read_json(profile.folder / "models" / "released-model" / "provenance.json")
+    assert made["settings"]["origin"] == place
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
 """Fetching repositories: what passes is tried again, the rest is told; nothing half is used."""
 
+import errno
 import hashlib
+import os
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,11 +12,16 @@ import httpx
 import pytest
 from huggingface_hub import errors
 
-from l2p_utils import hub
+from l2p_utils import hub, hub_faults
 from l2p_utils.files import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONTENT = {"config.json": b"{}", "model.safetensors": b"weights" * 100}
+
+
+def blob_id(content):
+    """As `git hash-object` has it."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class Hub:
@@ -27,7 +36,9 @@ class Hub:
         sha = hashlib.sha256(CONTENT["model.safetensors"]).hexdigest()
         lfs = {"model.safetensors": SimpleNamespace(sha256=sha)}
         files = [
-            SimpleNamespace(rfilename=name, size=len(content), lfs=lfs.get(name))
+            SimpleNamespace(
+                rfilename=name, size=len(content), lfs=lfs.get(name), blob_id=blob_id(content)
+            )
             for name, content in CONTENT.items()
         ]
         return SimpleNamespace(sha=COMMIT, siblings=files)
@@ -60,7 +71,7 @@ def remote(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "snapshot_download", fake.snapshot_download)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     fake.waits = []
-    monkeypatch.setattr(hub.time, "sleep", fake.waits.append)
+    monkeypatch.setattr(hub_faults.time, "sleep", fake.waits.append)
     return fake
 
 
@@ -98,6 +109,43 @@ def test_the_hubs_own_waiting_time_is_kept(remote):
     assert remote.waits == [7.0, 2.0]
 
 
+BUSY = {"ratelimit": '"api";r=0;t=55', "ratelimit-policy": '"fixed window";"api";q=500;w=300'}
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait"),
+    [
+        (BUSY, 56),  # a second more: the hub rounds
+        ({**BUSY, "Retry-After": "90"}, 90),
+        ({**BUSY, "ratelimit": '"api";r=12;t=55'}, None),  # on every answer: not why it is refused
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+        ({"Retry-After": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_how_long_to_wait_is_read_from_the_headers(headers, wait):
+    assert hub_faults.asked_wait(headers) == wait
+
+
+def test_a_date_to_wait_for_is_the_seconds_until_then():
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=120), usegmt=True)
+    assert hub_faults.asked_wait({"Retry-After": soon}) == pytest.approx(120, abs=5)
+
+
+@pytest.mark.parametrize("number", [429, 503])
+def test_a_wait_beyond_the_bound_is_refused_with_its_time(remote, number):
+    remote.faults = [status(number, **{"Retry-After": "3601"})]
+    with pytest.raises(UserError, match="owner/name was not fetched whole before.*Wait 3601 s"):
+        hub.download("owner/name")
+    assert remote.waits == []
+
+
+def test_a_hub_that_stays_busy_is_used_from_before(remote):
+    folder = hub.download("owner/name")
+    remote.faults = [status(429, **BUSY)] * hub_faults.ATTEMPTS
+    assert hub.download("owner/name") == folder
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -117,7 +165,7 @@ def test_what_does_not_pass_is_told_at_once(remote, fault, words):
 
 
 def no_network():
-    return [httpx.ConnectError("no route to host")] * hub.ATTEMPTS
+    return [httpx.ConnectError("no route to host")] * hub_faults.ATTEMPTS
 
 
 def test_without_a_network_what_was_whole_is_used(remote):
@@ -149,9 +197,16 @@ def test_without_a_network_nothing_is_made_up(remote):
         hub.download("owner/name")
 
 
-@pytest.mark.parametrize("wrong", [b"weights", b"WEIGHTS" * 100], ids=["truncated", "checksum"])
-def test_a_damaged_file_is_fetched_once_more(remote, wrong):
-    remote.content["model.safetensors"] = wrong
+WRONG = [
+    ("model.safetensors", b"weights", "7 bytes, expected 700"),
+    ("model.safetensors", b"WEIGHTS" * 100, "SHA-256"),
+    ("config.json", b"[]", "git's SHA-1"),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong", "found"), WRONG)
+def test_a_damaged_file_is_fetched_once_more(remote, name, wrong, found):
+    remote.content[name] = wrong
     fetch = remote.snapshot_download
 
     def once(*arguments, **keywords):
@@ -161,20 +216,103 @@ def test_a_damaged_file_is_fetched_once_more(remote, wrong):
 
     hub.snapshot_download = once  # the fixture's monkeypatch puts the real one back
     folder = hub.download("owner/name")
-    assert (folder / "model.safetensors").read_bytes() == CONTENT["model.safetensors"]
+    assert (folder / name).read_bytes() == CONTENT[name]
     assert remote.calls.count("download") == 2
 
 
-@pytest.mark.parametrize(
-    ("wrong", "found"), [(b"weights", "7 bytes, expected 700"), (b"WEIGHTS" * 100, "SHA-256")]
-)
-def test_a_file_that_stays_damaged_is_never_used(remote, wrong, found):
-    remote.content["model.safetensors"] = wrong
+@pytest.mark.parametrize("known", [False, True], ids=["at first", "once it was whole"])
+@pytest.mark.parametrize(("name", "wrong", "found"), WRONG)
+def test_a_file_that_stays_damaged_is_never_used(remote, name, wrong, found, known):
+    if known:
+        (hub.download("owner/name") / name).unlink()
+    remote.content[name] = wrong
     with pytest.raises(UserError) as refusal:
         hub.download("owner/name")
-    assert found in str(refusal.value) and "model.safetensors" in str(refusal.value)
-    assert not (remote.folder / "model.safetensors").exists()
-    assert not list(Path(hub.constants.HF_HUB_CACHE).rglob("*.json"))
+    assert found in str(refusal.value) and name in str(refusal.value)
+    assert not (remote.folder / name).exists()
+    assert known or not list(Path(hub.constants.HF_HUB_CACHE).rglob("*.json"))
+
+
+def test_what_was_verified_is_not_read_again_unless_it_changed(remote, monkeypatch):
+    file = hub.download("owner/name") / "model.safetensors"
+    read = []
+    checksum = hub._checksum
+    monkeypatch.setattr(hub, "_checksum", lambda p, kind: read.append(p.name) or checksum(p, kind))
+    hub.download("owner/name")
+    assert read == []
+    file.write_bytes(b"WEIGHTS" * 100)
+    os.utime(file, ns=(0, 0))
+    hub.download("owner/name")
+    assert read == [file.name] * 2 and file.read_bytes() == CONTENT[file.name]
+
+
+def test_without_a_network_what_changed_is_refused(remote):
+    file = hub.download("owner/name") / "config.json"
+    file.write_bytes(b"[]")
+    os.utime(file, ns=(0, 0))
+    remote.faults = no_network()
+    with pytest.raises(UserError, match="owner/name was not fetched whole before"):
+        hub.download("owner/name")
+
+
+# Xet's client raises what Rust gives it; texts as users have reported them.
+XET = RuntimeError("Data processing error: CAS service error : Request failed after 5 retries")
+SHORT = OSError("Consistency check failed: file should be of size 700 but has size 7 (model).")
+
+
+def failing_downloads(remote, *faults):
+    """Listing works; the downloads fail so."""
+    left = list(faults)
+
+    def call(name):
+        remote.calls.append(name)
+        if name == "download" and left:
+            raise left.pop(0)
+
+    remote._call = call
+
+
+@pytest.mark.parametrize(
+    "fault", [XET, SHORT, errors.XetDownloadError("gone"), TimeoutError("timed out")]
+)
+def test_a_transfer_that_breaks_is_tried_again_and_then_told(remote, fault):
+    failing_downloads(remote, fault)
+    assert hub.download("owner/name").name == COMMIT
+    assert remote.waits == [1.0]
+    failing_downloads(remote, *[fault] * hub_faults.ATTEMPTS)
+    with pytest.raises(UserError) as refusal:
+        hub.download("owner/other", "dataset")
+    told = str(refusal.value)
+    assert all(word in told for word in ["owner/other", str(fault)[:20], "HF_HUB_DISABLE_XET=1"])
+
+
+def test_an_answer_hidden_in_a_missing_entry_is_found(remote):
+    hidden = errors.LocalEntryNotFoundError("cannot find the requested files")
+    hidden.__cause__ = status(503)
+    failing_downloads(remote, hidden)
+    assert hub.download("owner/name").name == COMMIT
+    assert len(remote.waits) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("Data processing error: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["number", "text"],
+)
+def test_a_full_disk_is_told_at_once(remote, fault):
+    failing_downloads(remote, fault)
+    with pytest.raises(UserError, match=r"The disk is full: .*cache.*owner/name.*HF_HOME"):
+        hub.download("owner/name")
+    assert remote.waits == []
+
+
+def test_a_fault_of_our_own_is_not_hidden(remote):
+    failing_downloads(remote, RecursionError("too deep"))
+    with pytest.raises(RecursionError):
+        hub.download("owner/name")
 
 
 def test_patterns_choose_the_files(remote):

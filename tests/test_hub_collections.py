@@ -496,6 +496,23 @@ def test_a_judgment_that_is_there_with_two_scores_counts_as_the_last(hub, caplog
     assert "1 with another score" in caplog.text
 
 
+def test_half_a_surrogate_pair_is_replaced_counted_and_reported_with_its_place(hub, caplog):
+    corpus = [CORPUS[0], {"_id": "2", "title": "a \ud83d", "text": "drag \udfff"}, *CORPUS[2:]]
+    put_beir(hub, corpus=corpus, queries=[{"_id": "10", "text": "wing\ud800"}, *QUERIES[1:]])
+    loaded = load_collection("beir:mini")
+    assert loaded.corpus["2"] == "a \ufffd drag \ufffd"
+    assert loaded.queries["10"] == "wing\ufffd"
+    assert provenance_of("beir:mini")["counts"]["texts with half characters"] == 3
+    assert "half characters in 3 texts" in caplog.text
+    assert "corpus.jsonl.gz, line 2" in caplog.text
+
+
+def test_half_a_surrogate_pair_in_an_id_is_refused(hub):
+    put_beir(hub, corpus=[{"_id": "1\ud800", "text": "a wing"}])
+    message = refusal("beir:mini")
+    assert "corpus.jsonl.gz, line 1" in message and "half of a surrogate pair" in message
+
+
 def test_nothing_is_reported_where_nothing_was_left_out(hub, caplog):
     put_beir(hub, corpus=CORPUS[:2] + CORPUS[3:])
     load_collection("beir:mini")
@@ -779,7 +796,8 @@ class Faulty(http.server.BaseHTTPRequestHandler):
             self.connection.close()
         elif isinstance(answer, int):
             self.send_response(answer)
-            self.send_header("Retry-After", "7")
+            for name, value in self.server.asks.items():
+                self.send_header(name, value)
             self.end_headers()
         else:
             self.send_response(200)
@@ -800,7 +818,7 @@ def server(hub, monkeypatch):
     monkeypatch.setenv("L2P_BEIR_URL", f"http://127.0.0.1:{server.server_port}/datasets/")
     waits = []
     monkeypatch.setattr(beir_zip.time, "sleep", waits.append)
-    server.waits = waits
+    server.waits, server.asks = waits, {"Retry-After": "7"}
     yield server
     server.shutdown()
     thread.join()
@@ -821,6 +839,27 @@ def test_what_does_not_pass_ends_in_an_error_with_the_address(server, fault, tri
     assert "/datasets/mini.zip can't be fetched" in message
     assert "L2P_BEIR_URL" in message
     assert server.answers == []
+
+
+@pytest.mark.parametrize(
+    ("asks", "wait"),
+    [
+        ({"Retry-After": "130"}, 130),
+        ({"RateLimit": '"zips";r=0;t=299'}, 300),
+    ],
+)
+def test_a_server_is_given_the_time_that_it_asks_for(server, asks, wait):
+    server.answers, server.asks = [429, "whole"], asks
+    assert load_collection("beir:mini").qrels == TEST_QRELS
+    assert server.waits == [wait]
+
+
+@pytest.mark.parametrize(("asked", "tries", "words"), [("7", 4, "4 times"), ("3601", 1, "once")])
+def test_a_server_that_stays_busy_is_told_with_the_time(server, asked, tries, words):
+    server.answers, server.asks = [429] * tries, {"Retry-After": asked}
+    message = refusal("beir:mini")
+    assert f"Wait {asked} s" in message and words in message and server.answers == []
+    assert len(server.waits) == tries - 1
 
 
 def test_a_zip_that_is_not_there_is_tried_once(server):

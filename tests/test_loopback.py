@@ -37,6 +37,8 @@ found = load_collection("nano:scifact")
 print(json.dumps([found.corpus, found.queries, found.qrels, provenance_of("nano:scifact")]))
 """
 DOWNLOAD = f'from l2p_utils.hub import download; print(download("{MODEL}"))'
+# Waits are noted instead of waited for.
+WAITS = f"import time; waits = []; time.sleep = waits.append; {DOWNLOAD}; print(waits)"
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,8 @@ def test_a_collection_comes_with_its_commit_and_stays(hub, repositories, tmp_pat
         ("model.safetensors", "reset"),
         ("model.safetensors", "truncated"),
         ("model.safetensors", "wrong"),
+        ("/config.json", "wrong"),
+        ("tokenizer.json", "wrong"),
     ],
 )
 def test_a_fault_that_passes_ends_in_a_whole_model(hub, repositories, tmp_path, part, kind):
@@ -135,6 +139,29 @@ def test_a_fault_that_stays_is_told_and_nothing_is_used(hub, tmp_path, part, kin
     status, _, errors = run(DOWNLOAD, hub, tmp_path)
     assert status != 0
     assert "UserError" in errors and MODEL in errors and words in errors
+
+
+@pytest.mark.parametrize(("kind", "wait"), [("429:55", 56), ("503:7", 7)])
+def test_the_hubs_own_waiting_time_is_kept(hub, tmp_path, kind, wait):
+    hub.fail("/api/models", kind)
+    status, waits, errors = run(WAITS, hub, tmp_path)
+    assert status == 0, errors
+    assert json.loads(waits) == [wait]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("429:55", ["limits how much you may ask", "Wait 56 s", "hf auth login", "HF_TOKEN"]),
+        ("503:7", ["answers 503", "Wait 7 s"]),
+        ("500", ["answers 500", "Wait some minutes"]),
+    ],
+)
+def test_a_hub_that_stays_busy_is_not_called_unreachable(hub, tmp_path, kind, words):
+    hub.fail("/api/models", kind, times=100)
+    status, _, errors = run(WAITS, hub, tmp_path)
+    assert status != 0 and "cannot be reached" not in errors
+    assert all(word in errors for word in ["UserError", MODEL, "not fetched whole before", *words])
 
 
 def test_an_unknown_repository_is_told(hub, tmp_path):

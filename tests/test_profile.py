@@ -17,6 +17,8 @@ from l2p_utils.profile import (
     load_profile,
     model_name,
     parse_factors,
+    pinned,
+    released_name,
     slug,
 )
 
@@ -296,3 +298,35 @@ def test_a_query_length_is_a_collections_whichever_revision():
 )
 def test_models_as_they_are_need_a_base_from_the_hub(write, change):
     assert "belong to a base from the hub" in refusal(write(change))
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("owner/name", ("owner/name", None)),
+        ("owner/name@v1", ("owner/name", "v1")),
+        ("owner/name@refs/pr/1", ("owner/name", "refs/pr/1")),
+        ("/data/rows@2024", ("/data/rows@2024", None)),
+        ("./rows@2024/train", ("./rows@2024/train", None)),
+    ],
+)
+def test_a_repositorys_revision_stands_after_its_name(source, parts):
+    assert pinned(source) == parts
+
+
+def test_a_folder_that_is_there_has_no_revision(tmp_path, monkeypatch):
+    (tmp_path / "rows" / "old@2024").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert pinned("rows/old@2024") == ("rows/old@2024", None)
+
+
+def test_a_revision_is_no_part_of_a_released_models_name():
+    assert released_name("owner/Some-Model@v1") == "released-some-model"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"released_models": ["owner/name@"]}, {"released_rows": {"docs:scipy": "owner/name@"}}],
+)
+def test_an_empty_revision_is_refused(write, change):
+    assert "its revision is empty; expected owner/name@<revision>" in refusal(write(change))

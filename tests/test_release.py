@@ -461,8 +461,9 @@ def test_rows_of_others_and_rows_that_are_not_there_are_refused(root):
         release_dataset(make_profile(), "docs:scipy", "me/rows")
 
 
-def test_a_model_trained_on_released_rows_names_them(root, model_folder):
-    released = {"training_data": "released", "released_rows": {"beir:fiqa": "them/rows"}}
+@pytest.mark.parametrize("rows", ["them/rows", "them/rows@v1"])
+def test_a_model_trained_on_released_rows_names_them(root, model_folder, rows):
+    released = {"training_data": "released", "released_rows": {"beir:fiqa": rows}}
     profile = hub_profile("beir:fiqa", **released)
     name = prepare(profile, model_folder)
     card = (release_model(profile, name, "me/x") / "README.md").read_text("utf-8")

@@ -25,13 +25,13 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def make_profile(project, dev=True, **mining):
+def make_profile(project, dev=True, rows="owner/rows", **mining):
     content = yaml.safe_load((PROFILES / "smoke.yaml").read_text("utf-8"))
     name = str(project / "corpus")
     content["mining"] = {"hard": 1, "medium": 1, "random": 1, **mining}
     content["training_data"] = "released"
     content["warm_up"]["collection"] = str(project / "corpus")
-    content["released_rows"] = {name: "owner/rows"}
+    content["released_rows"] = {name: rows}
     content["dev_collections"] = {name: "nano:scifact"} if dev else {}
     return Profile.model_validate({"name": "tiny", **content, "runs": [], "plaid": []})
 
@@ -78,6 +78,16 @@ def test_released_rows_are_taken_as_they_are(project, monkeypatch, name):
     assert made["teacher"] == made["miner"] == "released: owner/rows @ commit0"
     assert (made["rows"], made["queries"], made["queries_dropped"]) == (200, 200, {})
     assert made["labels"] == dict.fromkeys(LABELS, 200)
+
+
+def test_rows_of_a_revision_are_asked_for_and_recorded(project, monkeypatch):
+    asked = release(project, monkeypatch, made_up())
+    assert len(mine_released(project, rows="owner/rows@v2")) == 200
+    assert [call[:3] for call in asked] == [("owner/rows", "dataset", "v2")]
+    made = mined_provenance(mined_folder(make_profile(project), str(project / "corpus")))
+    assert made["settings"]["released"] == ["owner/rows", "commit0"]
+    expected = {"repository": "owner/rows", "revision": "v2", "commit": "commit0"}
+    assert made["released"] == expected
 
 
 def test_another_split_of_the_set_is_not_read(project, monkeypatch):
@@ -142,6 +152,10 @@ BAD = {
     "no number": ("scores", [float("nan"), 1, 2, 3], "scores has nan; expected a number"),
     "type of a label": ("labels", [1, 2, 3, 4], "labels has 1; expected a string"),
     "type of an id": ("document_ids", [1.5, 2, 3, 4], "document_ids has 1.5; expected a string"),
+    "an unknown label": ("labels", ["good", *LABELS[1:]], "labels has 'good'; expected positive, "),
+    "order": ("scores", [1.0, 2.0, 3.0, 4.0], "scores rise, from 1.0 to 2.0; expected descending"),
+    "order at the end": ("scores", [3.0, 2.0, 1.0, 1.5], "scores rise, from 1.0 to 1.5"),
+    "a document twice": ("document_ids", ["d1", "d2", "d1", "d4"], "the document 'd1' is there tw"),
     "no id": ("query_id", "", "query_id has ''"),
 }
 
@@ -154,6 +168,23 @@ def test_a_bad_row_is_named(project, monkeypatch, case):
     release(project, monkeypatch, rows, "train.jsonl")
     with pytest.raises(UserError, match=r"owner/rows, train\.jsonl, row 2: " + message):
         mine_released(project)
+
+
+def test_a_row_that_is_there_twice_is_taken_once_and_counted(project, monkeypatch):
+    rows = made_up()
+    release(project, monkeypatch, [*rows, rows[3], rows[7], rows[7]])
+    assert mine_released(project).to_list() == rows
+    made = mined_provenance(mined_folder(make_profile(project), str(project / "corpus")))
+    assert made["queries_dropped"] == {"row twice": 3}
+
+
+def test_rows_may_differ_in_what_others_may_do_otherwise(project, monkeypatch):
+    """Two rows of a query, equal scores, labels in any number and order."""
+    rows = made_up(3)
+    rows[1] |= {"query_id": "q0", "labels": ["hard_negative"] * 4, "scores": [1.0] * 4}
+    rows[2]["labels"] = LABELS[::-1]
+    release(project, monkeypatch, rows)
+    assert mine_released(project).to_list() == rows
 
 
 def test_rows_of_another_number_of_documents_are_refused_with_both_numbers(project, monkeypatch):

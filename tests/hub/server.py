@@ -26,8 +26,9 @@ FILE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
 class LoopbackHub(ThreadingHTTPServer):
     """The server; `faults` are [part of a path, kind, how often] and are used up.
 
-    Kinds: a status as a number ("429" asks to wait for no time), "reset" breaks the connection in
-    the middle of a file, "truncated" ends it early, "wrong" gives other bytes of the same length.
+    Kinds: a status as a number ("429" asks to wait for no time; "429:55" for 55 seconds, in the
+    real hub's RateLimit header; "503:7" in Retry-After), "reset" breaks the connection in the
+    middle of a file, "truncated" ends it early, "wrong" gives other bytes of the same length.
     """
 
     daemon_threads = True
@@ -50,7 +51,7 @@ class LoopbackHub(ThreadingHTTPServer):
         """The fault of this request; those of a file's bytes spare requests without a body."""
         for fault in self.faults:
             part, kind, times = fault
-            if part in path and times > 0 and (body or kind.isdigit()):
+            if part in path and times > 0 and (body or kind[:3].isdigit()):
                 fault[2] -= 1
                 return kind
         return None
@@ -73,9 +74,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.asked.append(f"{self.command} {path}")
         fault = self.server.fault(path, body)
-        if fault and fault.isdigit():
+        if fault and fault[:3].isdigit():
+            status, _, wait = fault.partition(":")
             names = {"401": "GatedRepo", "403": "GatedRepo"}
-            return self._error(int(fault), names.get(fault, ""))
+            return self._error(int(status), names.get(status, ""), wait)
         if found := API.match(path):
             return self._describe(*found.groups(), body=body)
         if found := FILE.match(path):
@@ -146,12 +148,15 @@ class _Handler(BaseHTTPRequestHandler):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.close_connection = True
 
-    def _error(self, status: int, code: str) -> None:
+    def _error(self, status: int, code: str, wait: str = "") -> None:
         self.send_response(status)
         if code:
             self.send_header("X-Error-Code", code)
-        if status == 429:
-            self.send_header("Retry-After", "0")
+        if status == 429 and wait:  # as the real hub: windows of five minutes, no Retry-After
+            self.send_header("RateLimit", f'"api";r=0;t={wait}')
+            self.send_header("RateLimit-Policy", '"fixed window";"api";q=500;w=300')
+        elif status == 429 or wait:
+            self.send_header("Retry-After", wait or "0")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
