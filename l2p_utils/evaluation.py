@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from l2p_utils.collection import Collection, load_collection
 from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, write_json
 from l2p_utils.model import PooledColBERT
-from l2p_utils.pooling import DEFAULT_VARIANT, pool_sweep, stored_variant
+from l2p_utils.pooling import CODE, DEFAULT_VARIANT, pool_sweep, stored_variant
 from l2p_utils.profile import BASELINE, HUB, Profile, factors_name, plain_name, slug
 from l2p_utils.results import write_rows
 from l2p_utils.search import Ranking, exact_search, plaid_search
@@ -418,6 +418,7 @@ def _run_task(
     settings = {
         **identity,
         **vars(task),
+        "code": CODE,
         "pool_factors": list(limits.pool_factors),
         "kmeans": stored_variant("kmeans", use_sklearn=profile.use_sklearn),
         "fingerprint": collection.fingerprint,

@@ -40,6 +40,9 @@ KMEANS_SEED = 42
 ROUNDING = 0.02  # how far above 1 a cosine may come out; bfloat16 vectors reach 1.004
 SAME = 1e-6  # squared distances below this share of the squared norm are rounding
 BLOCK_BYTES = 4 * 2**20  # of one block's distances: they stay in the processor's cache
+#: Raise this by one whenever the same vectors come out pooled, searched or measured differently
+#: (here, in clustering, search or evaluation): what older code trained or measured is made again.
+CODE = 1
 
 
 def check_pool_factor(pool_factor: object) -> int:

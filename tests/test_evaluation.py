@@ -356,6 +356,16 @@ def test_other_weights_are_measured_again(workspace, embedded_model):
     assert encoded == [str(root / "one"), str(root / "two")]
 
 
+def test_what_older_code_measured_is_measured_again(workspace, embedded_model, monkeypatch):
+    root, profile, encoded = workspace
+    before = evaluate_model(profile, "baseline", embedded_model, progress=False)
+    encoded.clear()
+    monkeypatch.setattr(evaluation, "CODE", evaluation.CODE + 1)
+    rows = evaluate_model(profile, "baseline", embedded_model, progress=False)
+    assert encoded == [str(root / "one"), str(root / "two")]
+    assert list(rows.columns) == list(before.columns)
+
+
 def test_after_a_failure_it_goes_on_where_it_was(workspace, embedded_model, monkeypatch):
     root, profile, encoded = workspace
     search = evaluation.exact_search
