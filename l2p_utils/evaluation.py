@@ -1,6 +1,6 @@
 """Evaluation: encode a collection once, pool it many ways, search, measure.
 
-Takes a model and a collection; gives result rows and per-query NDCG@10. Each collection's result is
+Takes a model and a collection; gives result rows and per-query values. Each collection's result is
 kept as soon as it is there, so that a killed evaluation goes on where it was.
 """
 
@@ -241,7 +241,7 @@ def evaluate_collection(
         values = measure(encoded.collection, ranking)
         where = {"collection": encoded.collection.name, "engine": engine, **vars(setting)}
         rows.append({**where, **_measurements(encoded, documents, ranking, values)})
-        per_query.append(values[["query_id", "ndcg@10"]].assign(**where))
+        per_query.append(values.assign(**where))
     return pd.DataFrame(rows), pd.concat(per_query, ignore_index=True)
 
 
