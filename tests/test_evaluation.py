@@ -317,9 +317,9 @@ def test_an_evaluation_writes_rows_and_values_that_can_be_read_back(workspace, e
     assert set(stored["model"]) == {"baseline"} and set(stored["seed"]) == {42}
     assert set(stored["query_length"]) == {16} and set(stored["document_length"]) == {32}
     keys = ["collection", "pool_method", "pool_factor"]
-    for measure in ("ndcg@10", "recall@10", "mrr@10"):
-        means = values.groupby(keys)[measure].mean()
-        assert stored.set_index(keys)[measure].sort_index().tolist() == pytest.approx(
+    for column in ("ndcg@10", "recall@10", "mrr@10"):
+        means = values.groupby(keys)[column].mean()
+        assert stored.set_index(keys)[column].sort_index().tolist() == pytest.approx(
             means.sort_index().tolist(), abs=1e-6
         )
     assert stored["ndcg@10"].min() > 0.5  # the words are the same
