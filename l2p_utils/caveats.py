@@ -143,8 +143,9 @@ def _training(rows: pd.DataFrame) -> str:
         )
     return (
         f"**How far training could go.** {theirs}How long this run trained, on how many rows and "
-        "with which teacher, its rows do not tell: each model's `provenance.json` does. Its "
-        f"documents are cut at {_lengths(rows)} tokens, the paper's at 300.{_control(rows)}"
+        "with which teacher, its rows do not tell: `provenance.json` does, of each model and of "
+        f"what it was trained on. Documents are cut at {_lengths(rows)} tokens, the paper's at "
+        f"300.{_control(rows)}"
     )
 
 

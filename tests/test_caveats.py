@@ -83,7 +83,7 @@ def test_the_control_is_explained_only_where_it_gains_and_only_as_a_guess(embedd
 def test_nothing_is_said_of_a_training_that_the_rows_do_not_tell(embedded):
     said = caveats("05", embedded.assign(document_length=180))
     assert "one epoch" not in said and "MiniLM" not in said and "minutes" not in said
-    assert "documents are cut at 180 tokens" in said
+    assert "Documents are cut at 180 tokens" in said
     assert "minutes" not in caveats("08", embedded)
 
 
