@@ -1,6 +1,6 @@
 """Evaluation: encode a collection once, pool it many ways, search, measure.
 
-Takes a model and a collection; gives result rows and per-query NDCG@10. Each collection's result is
+Takes a model and a collection; gives result rows and per-query values. Each collection's result is
 kept as soon as it is there, so that a killed evaluation goes on where it was.
 """
 
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from l2p_utils.collection import Collection, load_collection
 from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, write_json
 from l2p_utils.model import PooledColBERT
-from l2p_utils.pooling import DEFAULT_VARIANT, pool_sweep, stored_variant
+from l2p_utils.pooling import CODE, DEFAULT_VARIANT, pool_sweep, stored_variant
 from l2p_utils.profile import BASELINE, HUB, Profile, factors_name, plain_name, slug
 from l2p_utils.results import write_rows
 from l2p_utils.search import Ranking, exact_search, plaid_search
@@ -241,7 +241,7 @@ def evaluate_collection(
         values = measure(encoded.collection, ranking)
         where = {"collection": encoded.collection.name, "engine": engine, **vars(setting)}
         rows.append({**where, **_measurements(encoded, documents, ranking, values)})
-        per_query.append(values[["query_id", "ndcg@10"]].assign(**where))
+        per_query.append(values.assign(**where))
     return pd.DataFrame(rows), pd.concat(per_query, ignore_index=True)
 
 
@@ -418,6 +418,7 @@ def _run_task(
     settings = {
         **identity,
         **vars(task),
+        "code": CODE,
         "pool_factors": list(limits.pool_factors),
         "kmeans": stored_variant("kmeans", use_sklearn=profile.use_sklearn),
         "fingerprint": collection.fingerprint,

@@ -103,6 +103,8 @@ class Source:
         Mean vectors a document at each pool factor (kmeans, SciFact's role), where known.
     suites
         Engine → what its collections are called together, where they are the paper's own.
+    notes
+        Engine → `note` on what that engine searched alone, where there is more than one.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Source:
     note: str
     vectors: pd.Series | None = None
     suites: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
     is_paper: bool = False  # the paper's own numbers, wherever they lie
 
     def rename(self, label: str) -> str:
@@ -118,6 +121,10 @@ class Source:
         for dataset in TRAINED:
             label = label.replace(f" {dataset} ", f" {self.names[dataset][1]} ")
         return label
+
+    def note_on(self, exhibit: str) -> str:
+        """What the numbers of one figure or table are: of the engine that it shows, no other."""
+        return self.notes.get(ENGINE.get(exhibit, "exact"), self.note)
 
 
 def read_source(folder: str | Path) -> Source:
@@ -165,6 +172,7 @@ def rows_source(
     """
     roles = roles_of(rows, roles)
     note = _note(rows, name, roles)
+    notes = {engine: _note(part, name, roles, engine) for engine, part in rows.groupby("engine")}
     rows = relative_ndcg(rows, partial=True)
     frames = [_exhibit_rows(rows, exhibit, roles) for exhibit in CONTENTS]
     names = {d: (f"{c} (in {d}’s role)", c) for d, c in roles.exact.items()}
@@ -172,19 +180,19 @@ def rows_source(
         names = {dataset: (dataset, dataset) for dataset in roles.exact}
     names["Average"] = ("Average of the five", "Average")
     frame = pd.concat(frames, ignore_index=True)
-    return Source(name, frame, names, note, _vectors(rows, roles), roles.suites)
+    return Source(name, frame, names, note, _vectors(rows, roles), roles.suites, notes)
 
 
-def _note(rows: pd.DataFrame, name: str, roles: Roles) -> str:
-    """What a run's numbers are, in one line: profile, queries, seeds."""
+def _note(rows: pd.DataFrame, name: str, roles: Roles, only: str = "") -> str:
+    """What a run's numbers are, in one line: profile, queries, seeds; of all engines or one."""
     note = f"Run “{' + '.join(sorted(set(rows['profile']) - {''})) or name}”"
-    if roles.own:
+    if roles.own and not only:
         note += f" on {roles.suites['exact']} (exact search) and {roles.suites['plaid']} (PLAID)"
     for engine, part in rows.dropna(subset=["queries"]).groupby("engine"):  # exact before plaid
         few, many = part["queries"].min(), part["queries"].max()
         number = f"{few}–{many}" if few < many else f"{few}"
-        exact = engine == "exact"
-        note += f", {number} test queries a collection" if exact else f" (PLAID: {number})"
+        first = engine in ("exact", only)
+        note += f", {number} test queries a collection" if first else f" (PLAID: {number})"
     # Checkpoints that others trained have no seed of ours.
     trained = (rows["train_collection"] != "") & ~rows["train_collection"].str.startswith(RELEASED)
     seeds = rows.loc[trained, "seed"].nunique()

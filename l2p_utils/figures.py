@@ -99,10 +99,18 @@ SKY, GREY, PURPLE = "#56B4E9", "#555555", "#7B3294"
 COLOURS = {"hierarchical": BLUE, "kmeans": ORANGE, "span": GREEN}
 MARKERS = {"hierarchical": "o", "kmeans": "^", "span": "D"}
 METHOD_NAMES = {"hierarchical": "hierarchical", "kmeans": "kmeans", "span": "span"}
+# Trained models' squares fit into each other and wider lines lie below, so that of curves that run
+# together all are seen: line width, marker size, and whether the marker is filled.
+NESTED = {
+    "span": (3.2, 10.6, False),
+    "hierarchical": (2.1, 6.2, False),
+    "kmeans": (1.5, 3.8, True),
+    "FT FiQA KMeans PF1-6": (2.65, 8.4, False),
+}
 SPAN_STYLES = {
-    "FT PF1": dict(color=GREY, linestyle=":", marker="X"),
-    "FT Span PF2": dict(color=SKY, linestyle="-", marker="v"),
-    "FT Span PF3": dict(color=PURPLE, linestyle="-", marker="P"),
+    "FT PF1": dict(color=GREY, linestyle=":", marker="X", zorder=3),
+    "FT Span PF2": dict(color=SKY, linestyle="-", marker="v", zorder=3),
+    "FT Span PF3": dict(color=PURPLE, linestyle="-", marker="P", zorder=3),
 }
 STYLE = {
     **sns.axes_style("whitegrid"),
@@ -140,11 +148,15 @@ def _style(label: str, pool_method: str) -> dict:
     """How a line looks: colour by method, baselines dashed, trained models solid with squares."""
     if label == "Baseline":
         style = dict(linestyle=(0, (4, 2)), marker=MARKERS[pool_method], markersize=5.5)
-        return style | dict(color=COLOURS[pool_method], linewidth=1.7, alpha=0.9)
+        return style | dict(color=COLOURS[pool_method], linewidth=1.7, alpha=0.9, zorder=2.5)
     if label in SPAN_STYLES:
         return SPAN_STYLES[label]
     colour = PINK if label == "FT FiQA KMeans PF1-6" else COLOURS[pool_method]
-    return dict(color=colour, linestyle="-", marker="s")
+    width, size, filled = NESTED.get(label, NESTED[pool_method])
+    return dict(
+        color=colour, linestyle="-", linewidth=width, marker="s", markersize=size,
+        markerfacecolor=colour if filled else "none", markeredgewidth=1.6, zorder=3 - width / 10,
+    )  # fmt: skip
 
 
 def draw(source: Source, exhibit: str) -> Sheet:
@@ -188,7 +200,7 @@ def _panel(axis: Axes, source: Source, frame: pd.DataFrame, dataset: str, exhibi
             continue
         name = _legend_name(source, exhibit, label, method)
         (handles[name],) = axis.plot(
-            curve["pool_factor"], curve["relative"], zorder=3, **_style(label, method)
+            curve["pool_factor"], curve["relative"], **_style(label, method)
         )
     if not handles:
         blank = {"facecolor": "white", "edgecolor": "none"}  # hides the line at 100 behind it
@@ -243,8 +255,8 @@ def _furnish(figure: Figure, axes: np.ndarray, source: Source, exhibit: str, han
 
 def _notes(source: Source, exhibit: str) -> list[str]:
     """Small print: what the numbers are, and what was not run."""
-    gaps = missing(source, exhibit)
-    note = f"{source.note}. {_caption(source, exhibit)}"
+    gaps = missing(source, exhibit) if exhibit != "overview" else ""
+    note = f"{source.note_on(exhibit)}. {_caption(source, exhibit)}"
     return [note, *([f"Not run: {gaps}."] if gaps else [])]
 
 
@@ -321,11 +333,11 @@ def draw_overview(source: Source) -> Sheet:
             curve = frame[frame["label"] == label].dropna(subset=["relative"])
             if len(curve):
                 style = _style(label, "kmeans") | dict(linewidth=2.6, markersize=8)
-                axis.plot(curve["pool_factor"], curve["relative"], zorder=3, **style)
+                axis.plot(curve["pool_factor"], curve["relative"], **style)
                 ends[text] = (curve["relative"].iloc[-1], style["color"])
         _finish_overview(axis, source, frame[frame["label"].isin(wanted)], ends)
         title = f"{TITLES['overview']} {source.names['SciFact'][1]}"
-        _foot(figure, title, [f"{source.note}. {_caption(source, 'overview')}"], {})
+        _foot(figure, title, _notes(source, "overview"), {})
     return figure
 
 
@@ -545,7 +557,7 @@ def table_markdown(source: Source, exhibit: str) -> str:
     where = "" if exhibit == "table2" else f" Collection: {source.names['SciFact'][0]}."
     cells = "Cells: NDCG@10 (percent of the unpooled baseline)"
     cells += ", then the difference to the baseline at the same factor." if where == "" else "."
-    lines = [f"**{TITLES[exhibit]}.**", "", f"{source.note}.{where} {cells}", ""]
+    lines = [f"**{TITLES[exhibit]}.**", "", f"{source.note_on(exhibit)}.{where} {cells}", ""]
     wide = table(source, exhibit)
     lines.append("| " + " | ".join(wide.columns) + " |")
     lines.append("|" + "|".join(" --- " for _ in wide.columns) + "|")

@@ -1,7 +1,8 @@
 """Writing that survives a kill: temporary sibling first, rename last; and reading what was written.
 
 Beside a result stand the settings that made it. A reader of these files sees either the whole
-output or none of it, never half.
+output or none of it, never half. What a killed process left is cleared up with the next write or
+read of the same name.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 PROVENANCE = "provenance.json"
+# Part of a temporary's name: a process of another machine cannot be asked whether it is alive.
+HOST = re.sub(r"[^A-Za-z0-9]+", "_", socket.gethostname())[:40]
 
 
 class UserError(ValueError):
@@ -38,7 +43,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The block may make a file or a folder of it. If the block raises, the temporary is deleted and
     what stood at `path` before stays untouched. An existing folder is moved aside for the instant
-    of the rename, since a folder cannot be replaced in one step.
+    of the rename, since a folder cannot be replaced in one step. See `recover` for what happens
+    after a kill.
 
     Raises
     ------
@@ -47,14 +53,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    token = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary = path.with_name(f".{path.stem}.{token}.tmp{path.suffix}")
+    recover(path)
+    token = f"{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    temporary = _temporary(path, token)
     try:
         yield temporary
         if not temporary.exists():
             raise RuntimeError(f"nothing was written to {temporary} for {path}")
         if path.is_dir():
-            _replace_folder(temporary, path, path.with_name(f".{path.name}.{token}.old"))
+            _replace_folder(temporary, path, _aside(path, token))
         else:
             os.replace(temporary, path)
     except Exception as error:
@@ -76,6 +83,52 @@ def _replace_folder(new: Path, path: Path, aside: Path) -> None:
         os.rename(aside, path)
         raise
     remove(aside)
+
+
+def _temporary(path: Path, token: str) -> Path:
+    return path.with_name(f".{path.stem}.{token}.tmp{path.suffix}")
+
+
+def _aside(path: Path, token: str) -> Path:
+    return path.with_name(f".{path.name}.{token}.old")
+
+
+def recover(path: str | Path) -> None:
+    """Clear up beside `path` what processes of this machine left there when they were killed.
+
+    Killed between the two renames that replace a folder, one leaves no `path`: the new folder,
+    which was finished, gets its name, or else the old one gets it back. All else of the dead is
+    deleted. What a live process writes is left alone, and so is what comes from another machine.
+    """
+    path = Path(path)
+    with contextlib.suppress(OSError):  # no such folder, not ours to change, or another was faster
+        for token in _tokens_of_the_dead(path):
+            new, old = _temporary(path, token), _aside(path, token)
+            if old.exists() and not path.exists():
+                os.rename(new if new.exists() else old, path)
+            remove(new)
+            remove(old)
+
+
+def _tokens_of_the_dead(path: Path) -> list[str]:
+    token = rf"({HOST}-(\d+)-[0-9a-f]{{8}})"
+    ours = re.compile(
+        rf"\.{re.escape(path.stem)}\.{token}\.tmp{re.escape(path.suffix)}"
+        rf"|\.{re.escape(path.name)}\.{token}\.old"
+    )
+    found = filter(None, map(ours.fullmatch, os.listdir(path.parent)))
+    pairs = {(match[1] or match[3], int(match[2] or match[4])) for match in found}
+    return sorted(token for token, process in pairs if not _is_alive(process))
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's; no number of a process
+        return True
+    return True
 
 
 def disk_is_full(error: Exception) -> bool:
@@ -119,8 +172,10 @@ def settings_match(folder: str | Path, settings: dict[str, Any]) -> bool:
     """Whether `folder` was made with exactly these `settings` (as its provenance.json tells).
 
     `settings` is compared after a round trip through JSON, so tuples equal lists. A missing or
-    unreadable provenance counts as "no": the stage is then made again.
+    unreadable provenance counts as "no": the stage is then made again. A folder that a kill left
+    under another name is first put back (see `recover`).
     """
+    recover(folder)
     provenance = Path(folder) / PROVENANCE
     if not provenance.is_file():
         return False

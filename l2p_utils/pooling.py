@@ -43,6 +43,9 @@ ROUNDING = 0.02  # how far above 1 a squared norm may come out; bfloat16 vectors
 SAME = {torch.float32: 1e-6, torch.float64: 1e-12}
 BLOCK_BYTES = 2**20  # of one block's distances: they stay in the processor's cache
 SPAN_BLOCK_BYTES = 4 * 2**20  # for want of distances, blocks can be larger
+#: Raise this by one whenever the same vectors come out pooled, searched or measured differently
+#: (here, in clustering, search or evaluation): what older code trained or measured is made again.
+CODE = 1
 
 
 def check_pool_factor(pool_factor: object) -> int:

@@ -414,6 +414,213 @@ def pooling_loss(per_query: pd.DataFrame) -> str:
     )
 
 
+# ---------------------------------------------------------------- a notebook's question answered
+
+
+def answer(sources: Iterable[Source], notebook: str, rows: pd.DataFrame | None = None) -> str:
+    """What was found: each source's answer to a notebook's opening question (Markdown).
+
+    Parameters
+    ----------
+    notebook
+        Its number: "04" to "07".
+    rows
+        Result rows of the source that is not the paper, where the answer needs index sizes ("07").
+
+    Raises
+    ------
+    UserError
+        For another number.
+    """
+    if notebook not in _ANSWERS:
+        raise UserError(f"no answer for {notebook!r}: expected one of {list(_ANSWERS)}.")
+    parts = []
+    for source in sources:
+        sentences = _ANSWERS[notebook](source)
+        if notebook == "07" and rows is not None and not source.is_paper:
+            sentences += _index_answer(rows)
+        who = "The paper" if source.is_paper else "This run"
+        parts.append(f"**{who}.** {' '.join(sentences) or 'Not run.'}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _inference_answer(source: Source) -> list[str]:
+    """Notebook 04: how much is left, and whether it matters how the groups are made."""
+    wide = curves(source, "figure1")
+    pooled, count = _pooled(wide), wide.index.get_level_values("dataset").nunique()
+    if not pooled:
+        return []
+    mean = wide.groupby("pool_method", sort=False).mean()[pooled]
+    overall = mean.mean(axis=1).sort_values(ascending=False)
+    sentences = [
+        "Without training for it the model keeps, of its unpooled NDCG@10 (mean of PF "
+        f"{_span(pooled)} and {_collections(count)}), {_listed(overall)}."
+    ]
+    if len(overall) > 1:
+        best, weakest, far = overall.index[0], overall.index[-1], mean[pooled[-1]]
+        sentences.append(
+            f"By how the groups are made, {best} and {weakest} differ by "
+            f"{overall.iloc[0] - overall.iloc[-1]:.1f} points; at PF {pooled[-1]} the highest "
+            f"({far.idxmax()}) and the lowest ({far.idxmin()}) by {far.max() - far.min():.1f}."
+        )
+    if len(overall) > 2:
+        gap = overall.iloc[0] - overall.iloc[1]
+        sentences.append(f"Between {best} and {overall.index[1]} it is {gap:.1f} points.")
+    return sentences
+
+
+def _collections(count: int) -> str:
+    return f"{count} collection{'s' if count > 1 else ''}"
+
+
+def _training_answer(source: Source) -> list[str]:
+    """Notebook 05: what comes back of what pooling costs, and whether one model serves all."""
+    sentences = []
+    for where, lines in _own_method(source).groupby("where", sort=False):
+        texts = [
+            f"{line.trained:.1f} % with {line.method} where the baseline keeps {line.base:.1f} % "
+            f"({_points(line.trained - line.base)} points)"
+            for line in lines.itertuples()
+        ]
+        sentences.append(
+            f"On {where}, mean of PF {lines['factors'].iloc[0]}, a PF1-6 model pooled by its own "
+            f"method keeps {'; '.join(texts)}."
+        )
+    control = _control(source)
+    if control:
+        sentences.append(
+            f"Trained on {source.names['SciFact'][1]} without pooling (FT PF1) and pooled all the "
+            f"same, it differs from the baseline by {', '.join(control)}."
+        )
+    return sentences + _one_for_all(source)
+
+
+def _own_method(source: Source) -> pd.DataFrame:
+    """Figure 3's models and the baseline under the same method (Figure 1): means by method."""
+    base, trained = curves(source, "figure1"), curves(source, "figure3")
+    pooled = [factor for factor in _pooled(trained) if factor in base.columns]
+    lines = [
+        (method, dataset, base.loc[key, pooled].mean(), trained.loc[full, pooled].mean())
+        for full in trained.index
+        for dataset, label, method in [full]
+        if label != "Baseline" and (key := (dataset, "Baseline", method)) in base.index
+    ]
+    frame = pd.DataFrame(lines if pooled else [], columns=["method", "dataset", "base", "trained"])
+    means = frame.groupby("method", sort=False)[["base", "trained"]].mean()
+    places = frame.groupby("method", sort=False)["dataset"].agg(list)
+    where = [" and ".join(source.names[dataset][1] for dataset in names) for names in places]
+    return means.assign(where=where, factors=_span(pooled)).reset_index()
+
+
+#: Exhibits with FT PF1 and models for one factor beside PF1-6, one pool method each.
+_BY_FACTOR = ("figure2", "table3", "table4")
+
+
+def _control(source: Source) -> list[str]:
+    """FT PF1 less the baseline, pooled, method by method, on SciFact or what plays its part."""
+    texts = []
+    for exhibit in _BY_FACTOR:
+        wide = curves(source, exhibit)
+        pooled = _pooled(wide)
+        if pooled and "SciFact" in wide.index.get_level_values("dataset"):
+            part = wide.loc["SciFact", pooled].mean(axis=1)
+            method = part.index[0][1]
+            part = part.droplevel("pool_method")
+            if {"FT PF1", "Baseline"} <= set(part.index):
+                gain = part["FT PF1"] - part["Baseline"]
+                texts.append(f"{_points(gain)} points with {method}")
+    return texts
+
+
+def _one_for_all(source: Source) -> list[str]:
+    """PF1-6 less the best model for one factor, over all comparisons that there are."""
+    gaps = []
+    for exhibit in _BY_FACTOR:
+        wide = curves(source, exhibit).droplevel("pool_method")
+        for _, part in wide.groupby(level="dataset", sort=False):
+            means = part.droplevel("dataset").mean(axis=1)
+            single = [name for name in means.index if name[-4:] in (" PF2", " PF3")]
+            gaps += [
+                means[name] - means[single].max()
+                for name in means.index
+                if name.endswith("PF1-6") and single
+            ]
+    if not gaps:
+        return []
+    ends = dict.fromkeys([_points(min(gaps)), _points(max(gaps))])  # one, where they are the same
+    return [
+        "Averaged over the factors, one model for all of them (PF1-6) differs from the best model "
+        f"for one by {' to '.join(ends)} points ({len(gaps)} comparisons)."
+    ]
+
+
+def _across_answer(source: Source) -> list[str]:
+    """Notebook 06: gains elsewhere, at home, and the price unpooled."""
+    cells = source.frame[source.frame["exhibit"] == "table2"].dropna(subset=["delta"])
+    own, pooled = cells["dataset"] == cells["trained_on"], cells["pool_factor"] > 1
+    sentences = []
+    for text, part in (
+        ("Pooled, on collections that they never saw", cells[~own & pooled]),
+        ("Pooled, on their own", cells[own & pooled]),
+        ("Unpooled, on collections that they never saw", cells[~own & ~pooled]),
+    ):
+        if len(part):
+            delta = part["delta"]
+            sentences.append(
+                f"{text}, trained models differ from the baseline by {_delta(delta.mean())} "
+                f"NDCG@10 on average: no loss in {int((delta.round(3) >= 0).sum())} of {len(part)} "
+                f"cells, {_delta(delta.min())} in the worst."
+            )
+    return sentences
+
+
+def _plaid_answer(source: Source) -> list[str]:
+    """Notebook 07: what is kept under PLAID, and what training adds there."""
+    wide = curves(source, "figure4")
+    pooled = _pooled(wide)
+    if not pooled:
+        return []
+    means, count = wide[pooled].mean(axis=1), wide.index.get_level_values("dataset").nunique()
+    base = means[means.index.get_level_values("label") == "Baseline"].droplevel("label")
+    overall = base.groupby(level="pool_method", sort=False).mean().sort_values(ascending=False)
+    sentences = [
+        "Under PLAID the baseline keeps, of its unpooled NDCG@10 there (mean of PF "
+        f"{_span(pooled)} and {_collections(count)}), {_listed(overall)}."
+    ]
+    gains = [
+        value - base[dataset, method]
+        for (dataset, label, method), value in means.items()
+        if label != "Baseline" and (dataset, method) in base.index
+    ]
+    if gains:
+        sentences.append(
+            "Trained models lie above the baseline with the same pool method in "
+            f"{sum(gain > 0 for gain in gains)} of {len(gains)} cases (a model on a collection), "
+            f"by {_points(sum(gains) / len(gains))} points on average."
+        )
+    return sentences
+
+
+def _index_answer(rows: pd.DataFrame) -> list[str]:
+    """How much smaller the index gets, at the largest factor."""
+    sizes = index_table(rows)
+    shares = [column for column in sizes.columns if str(column).endswith("%")]
+    if sizes.empty or not shares:
+        return []
+    low, high = sizes[shares[0]].min(), sizes[shares[0]].max()
+    share = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
+    factor = shares[0].removesuffix(", %").replace("PF", "PF ")
+    return [f"At {factor} the index takes {share} % of the unpooled one's bytes."]
+
+
+_ANSWERS = {
+    "04": _inference_answer,
+    "05": _training_answer,
+    "06": _across_answer,
+    "07": _plaid_answer,
+}
+
+
 # ---------------------------------------------------------------- the findings in words
 
 

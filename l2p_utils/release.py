@@ -373,7 +373,7 @@ def _measured(profile: Profile, name: str) -> pd.DataFrame:
 
 def _check_measured(profile: Profile, name: str, weights: str) -> None:
     """The stored rows must have been measured of these weights (as far as is recorded)."""
-    for file in sorted((profile.folder / "evaluated" / name).glob(f"*/{PROVENANCE}")):
+    for file in sorted((profile.folder / "evaluated" / name).glob(f"[!.]*/{PROVENANCE}")):
         measured = read_json(file).get("settings", {}).get("model", weights)
         if measured != weights:
             raise UserError(

@@ -28,6 +28,8 @@ ROW_COLUMNS = [
 # What tells one measurement from another; the per-query values carry the same columns.
 SETTING = ["model", "collection", "engine", "pool_method", "pool_variant", "pool_factor"]
 PER_QUERY_COLUMNS = [*SETTING, "query_id", "ndcg@10"]
+# Files of earlier versions, data/offline's among them, are without these.
+FURTHER_MEASURES = ["recall@10", "mrr@10"]
 
 TEXT_COLUMNS = [
     "model", "train_collection", "train_method", "train_factors",
@@ -101,15 +103,20 @@ def validate_rows(rows: pd.DataFrame, source: str | Path = "rows") -> pd.DataFra
 def validate_per_query(per_query: pd.DataFrame, source: str | Path = "values") -> pd.DataFrame:
     """Check per-query values and return them with columns in order, typed and sorted.
 
+    NDCG@10 is always there, `FURTHER_MEASURES` are where they were kept (NaN where only other
+    models' were).
+
     Raises
     ------
     UserError
         On missing or unknown columns, and on two values for one setting and query.
     """
-    _check_columns(per_query, PER_QUERY_COLUMNS, source)
+    kept = [measure for measure in FURTHER_MEASURES if measure in per_query.columns]
+    _check_columns(per_query, [*PER_QUERY_COLUMNS, *kept], source)
     keys = ["model", "collection", "engine", "pool_method", "pool_variant", "query_id"]
-    typed = per_query[PER_QUERY_COLUMNS].astype(
-        {**dict.fromkeys(keys, "str"), "pool_factor": "int64", "ndcg@10": "float64"}
+    measures = dict.fromkeys(["ndcg@10", *kept], "float64")
+    typed = per_query[[*PER_QUERY_COLUMNS, *kept]].astype(
+        {**dict.fromkeys(keys, "str"), "pool_factor": "int64", **measures}
     )
     typed["pool_variant"] = typed["pool_variant"].fillna("")
     _check_unique(typed, [*SETTING, "query_id"], source)
@@ -180,8 +187,9 @@ def _ordered(frame: pd.DataFrame, key: list[str]) -> pd.DataFrame:
 
 def _check_agreement(rows: pd.DataFrame, per_query: pd.DataFrame, source: str | Path) -> None:
     """Every measured row must be the mean of its per-query values, and none be without a row."""
-    means = per_query.groupby(SETTING)["ndcg@10"].mean()
-    stored = rows.dropna(subset=["ndcg@10"]).set_index(SETTING)["ndcg@10"]
+    kept = [measure for measure in ["ndcg@10", *FURTHER_MEASURES] if measure in per_query]
+    means = per_query.groupby(SETTING)[kept].mean()
+    stored = rows.dropna(subset=["ndcg@10"]).set_index(SETTING)[kept]
     stored.index = stored.index.set_levels(stored.index.levels[-1].astype("int64"), level=-1)
     lone = stored.index.symmetric_difference(means.index)
     if len(lone):
@@ -189,12 +197,13 @@ def _check_agreement(rows: pd.DataFrame, per_query: pd.DataFrame, source: str | 
             f"{source}: rows and per-query values cover different settings, for instance "
             f"{dict(zip(SETTING, lone[0], strict=True))}. Evaluate that model again."
         )
-    gap = (stored - means).abs()
-    if len(gap) and gap.max() > 1e-4:
-        raise UserError(
-            f"{source}: ndcg@10 of {dict(zip(SETTING, gap.idxmax(), strict=True))} differs from "
-            f"the mean of its per-query values by {gap.max():.4f}. Evaluate that model again."
-        )
+    for measure, gap in (stored - means).abs().items():
+        if gap.max() > 1e-4:
+            raise UserError(
+                f"{source}: {measure} of {dict(zip(SETTING, gap.idxmax(), strict=True))} differs "
+                f"from the mean of its per-query values by {gap.max():.4f}. Evaluate that model "
+                "again."
+            )
 
 
 # ---------------------------------------------------------------- storing
@@ -282,7 +291,7 @@ def read_rows(folder: str | Path) -> pd.DataFrame:
 
 
 def read_per_query(folder: str | Path) -> pd.DataFrame:
-    """Read all per-query NDCG@10 values of `folder`, sorted by setting and query.
+    """Read all per-query values of `folder`, sorted by setting and query.
 
     Raises
     ------

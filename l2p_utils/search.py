@@ -36,7 +36,7 @@ class Ranking:
         Time that the search took, all queries together, without building an index.
     index_bytes : int or None
         Size of the index on disk, where there is one. Up to 1,000 documents, fast-plaid keeps the
-        uncompressed vectors beside the compressed ones (to rebuild from), and they count.
+        uncompressed vectors beside the compressed ones (to rebuild from); they do not count.
     """
 
     documents: list[list[str]]

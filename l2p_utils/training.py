@@ -46,7 +46,7 @@ from l2p_utils.files import (
 from l2p_utils.fitting import Fitted, fit
 from l2p_utils.mining import load_mined, mined_folder, untrained_model
 from l2p_utils.model import load_model, quiet_loading
-from l2p_utils.pooling import PoolMethod, stored_variant
+from l2p_utils.pooling import CODE, PoolMethod, stored_variant
 from l2p_utils.profile import (
     BASELINE,
     Profile,
@@ -145,6 +145,7 @@ def train(
     made_with = {
         "model": name,
         "run": run.model_dump(),
+        "code": CODE,
         "pooling": stored_variant(pool_method, profile.hierarchical, profile.use_sklearn),
         "training": settings.model_dump(),
         "start": fingerprint(start),

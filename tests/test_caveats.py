@@ -67,6 +67,26 @@ def test_seeds_are_counted(embedded, paper):
     assert f"Of {number} kinds of training 3 were run with more than one seed" in said
 
 
+def test_the_control_is_explained_only_where_it_gains_and_only_as_a_guess(embedded):
+    pf1 = (embedded["train_method"] == "none") & (embedded["pool_method"] != "none")
+    worse, better = (
+        embedded.assign(**{"ndcg@10": embedded["ndcg@10"].where(~pf1, value)})
+        for value in (0.01, 0.99)
+    )
+    assert "no run here tests it" not in caveats("05", worse)
+    assert "FT PF1" not in caveats("05", embedded[~pf1])
+    said = caveats("05", better)
+    assert "lifts pooled search here" in said
+    assert "may be because" in said and "no run here tests it" in said
+
+
+def test_nothing_is_said_of_a_training_that_the_rows_do_not_tell(embedded):
+    said = caveats("05", embedded.assign(document_length=180))
+    assert "one epoch" not in said and "MiniLM" not in said and "minutes" not in said
+    assert "Documents are cut at 180 tokens" in said
+    assert "minutes" not in caveats("08", embedded)
+
+
 def test_pruning_is_tested_where_there_are_more_documents_than_candidates(embedded, paper):
     assert "All that is tested is compression" in caveats("07", embedded)
     large = paper.assign(documents=57_638)

@@ -317,10 +317,11 @@ def test_an_evaluation_writes_rows_and_values_that_can_be_read_back(workspace, e
     assert set(stored["model"]) == {"baseline"} and set(stored["seed"]) == {42}
     assert set(stored["query_length"]) == {16} and set(stored["document_length"]) == {32}
     keys = ["collection", "pool_method", "pool_factor"]
-    means = values.groupby(keys)["ndcg@10"].mean()
-    assert stored.set_index(keys)["ndcg@10"].sort_index().tolist() == pytest.approx(
-        means.sort_index().tolist(), abs=1e-6
-    )
+    for column in ("ndcg@10", "recall@10", "mrr@10"):
+        means = values.groupby(keys)[column].mean()
+        assert stored.set_index(keys)[column].sort_index().tolist() == pytest.approx(
+            means.sort_index().tolist(), abs=1e-6
+        )
     assert stored["ndcg@10"].min() > 0.5  # the words are the same
 
 
@@ -354,6 +355,16 @@ def test_other_weights_are_measured_again(workspace, embedded_model):
     encoded.clear()
     evaluate_model(profile, "baseline", embedded_model, progress=False)
     assert encoded == [str(root / "one"), str(root / "two")]
+
+
+def test_what_older_code_measured_is_measured_again(workspace, embedded_model, monkeypatch):
+    root, profile, encoded = workspace
+    before = evaluate_model(profile, "baseline", embedded_model, progress=False)
+    encoded.clear()
+    monkeypatch.setattr(evaluation, "CODE", evaluation.CODE + 1)
+    rows = evaluate_model(profile, "baseline", embedded_model, progress=False)
+    assert encoded == [str(root / "one"), str(root / "two")]
+    assert list(rows.columns) == list(before.columns)
 
 
 def test_after_a_failure_it_goes_on_where_it_was(workspace, embedded_model, monkeypatch):

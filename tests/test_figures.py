@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -155,6 +156,28 @@ def test_colours_and_lines_keep_their_meaning(paper):
     assert len({(to_hex(line.get_color()), line.get_marker()) for line in figure2}) == 5
     squares = [line.get_marker() for line in figure4.axes[0].lines if line.get_linestyle() == "-"]
     assert set(squares) == {"s"} and len(squares) == 4
+
+
+@pytest.mark.parametrize("exhibit", ["figure3", "figure4"])
+def test_trained_curves_that_run_together_are_all_seen(offline, exhibit):
+    for axis in draw(offline, exhibit).axes:
+        solid = [line for line in axis.lines if line.get_linestyle() == "-"]
+        solid.sort(key=lambda line: line.get_zorder())  # as they are painted
+        sizes = [(line.get_linewidth(), line.get_markersize()) for line in solid]
+        for (width, size), (next_width, next_size) in itertools.pairwise(sizes):
+            assert width >= next_width + 0.5 and size >= next_size + 2
+        assert all(line.get_markerfacecolor() == "none" for line in solid[:-1])
+
+
+def test_a_note_speaks_of_the_engine_that_is_drawn(rows):
+    many = rows.assign(queries=rows["queries"].where(rows["engine"] == "plaid", 280))
+    source = rows_source(many, "offline")
+    for exhibit in ("figure1", "figure2", "figure3", "overview"):
+        text = text_of(draw(source, exhibit))
+        assert "280 test queries a collection" in text and "PLAID" not in text
+    text = text_of(draw(source, "figure4"))
+    assert "12 test queries a collection" in text and "280" not in text
+    assert "PLAID" not in table_markdown(source, "table1")
 
 
 def test_what_was_not_run_is_said(quick):

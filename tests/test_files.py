@@ -15,6 +15,7 @@ from l2p_utils.files import (
     UserError,
     atomic_path,
     read_json,
+    recover,
     settings_match,
     write_json,
 )
@@ -155,6 +156,99 @@ with atomic_path({str(target)!r}) as temporary:
     with atomic_path(target) as temporary:  # and the next run goes on
         fill(temporary, "new") if kind == "folder" else temporary.write_text("new")
     assert kept.read_text() == "new"
+
+
+def killed(script):
+    """Run `script` in another process, which must end by killing itself."""
+    start = "import os, signal\nfrom l2p_utils import files\n"
+    kill = "def kill(*_):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", start + kill + script],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == -signal.SIGKILL
+
+
+def write(path, before_the_end):
+    """A script that writes "new" to `path`, a folder or a file, and does something at the end."""
+    target = "temporary" if path.suffix else "temporary / 'inside.txt'"
+    return f"""
+with files.atomic_path({str(path)!r}) as temporary:
+    {"pass" if path.suffix else "temporary.mkdir()"}
+    ({target}).write_text("new")
+    {before_the_end}
+"""
+
+
+BETWEEN_THE_RENAMES = "rename = os.rename; os.rename = lambda a, b: (rename(a, b), kill())"
+BEFORE_THE_OLD_IS_DELETED = "files.remove = kill"
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "model", "docs-scipy+x.y(1).json"])
+def test_the_next_write_sweeps_what_a_killed_process_left(tmp_path, name):
+    other = tmp_path / f"other-{name}"
+    for path in (tmp_path / name, other):
+        killed(write(path, "kill()"))
+    assert len(names(tmp_path)) == 2 and not (tmp_path / name).exists()
+    with atomic_path(tmp_path / name) as temporary:
+        temporary.write_text("new")
+    assert name in names(tmp_path) and len(names(tmp_path)) == 2  # the other's is not ours
+    recover(other)
+    assert names(tmp_path) == [name]
+
+
+def test_a_finished_folder_takes_its_place_after_a_kill_between_the_renames(tmp_path):
+    target = tmp_path / "model"
+    fill(target, "old")
+    killed(write(target, BETWEEN_THE_RENAMES))
+    assert not target.exists() and len(names(tmp_path)) == 2
+    recover(target)
+    assert (target / "inside.txt").read_text() == "new"
+    assert names(tmp_path) == ["model"]
+
+
+def test_reading_the_settings_finds_what_a_kill_left_under_another_name(tmp_path):
+    target = tmp_path / "model"
+    fill(target, "old")
+    write_json(target / PROVENANCE, {"settings": {"seed": 1}})
+    killed(f"os.rename({str(target)!r}, files._aside(files.Path({str(target)!r}), "
+           "f'{files.HOST}-{os.getpid()}-0123abcd'))\nkill()")  # fmt: skip
+    assert not target.exists()
+    assert settings_match(target, {"seed": 1})
+    assert (target / "inside.txt").read_text() == "old"
+    assert names(tmp_path) == ["model"]
+
+
+def test_an_old_folder_that_was_to_be_deleted_is(tmp_path):
+    target = tmp_path / "model"
+    fill(target, "old")
+    killed(write(target, BEFORE_THE_OLD_IS_DELETED))
+    assert len(names(tmp_path)) == 2
+    assert not settings_match(target, {})
+    assert names(tmp_path) == ["model"] and (target / "inside.txt").read_text() == "new"
+
+
+def test_what_a_live_process_or_another_machine_writes_is_left_alone(tmp_path):
+    target = tmp_path / "rows.csv"
+    foreign = tmp_path / f".rows.other_{files.HOST}-1-0123abcd.tmp.csv"
+    foreign.write_text("theirs")
+    waiting = write(target, "print('at work', flush=True); input()")
+    script = f"from l2p_utils import files\n{waiting}"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert writer.stdout.readline() == "at work\n"
+    with atomic_path(target) as temporary:
+        temporary.write_text("ours")
+        recover(target)  # nor our own
+    assert len(names(tmp_path)) == 3 and target.read_text() == "ours"
+    writer.communicate("\n")
+    assert writer.returncode == 0 and target.read_text() == "new"
+    assert names(tmp_path) == sorted([foreign.name, "rows.csv"])
 
 
 def test_json_comes_back_as_written(tmp_path):

@@ -15,6 +15,7 @@ from l2p_utils.files import UserError
 from l2p_utils.profile import ROOT, from_root
 from l2p_utils.reading import (
     _span,
+    answer,
     conclusion,
     curves,
     describe,
@@ -143,6 +144,36 @@ def test_reading_notebooks_do_not_load_torch():
     for module in modules:
         sources += (ROOT / "l2p_utils" / f"{module}.py").read_text("utf-8")
     assert not any(f"import {name}" in sources for name in ("torch", "pylate", "transformers"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS[:4])
+def test_a_reading_notebook_closes_with_what_was_found(notebook, folder):
+    last = _run(notebook, source=str(folder), output="")[-1].data
+    theirs, ours = last.split("**This run.** ")
+    said = theirs.removeprefix("**The paper.** ").strip()
+    assert said != theirs.strip() and 2 <= len(said.split(". ")) <= 3
+    assert ours.strip()
+
+
+def test_answers_are_computed_from_the_numbers(paper, offline):
+    assert "hierarchical 91.9 %, kmeans 89.5 %, span 63.4 %" in answer([paper], "04")
+    assert "hierarchical and span differ by 28.5 points" in answer([paper], "04")
+    training = answer([paper], "05")
+    assert "86.8 % with span where the baseline keeps 55.2 % (+31.6 points)" in training
+    assert "−30.2 points with span" in training and "by −2.1 to +2.3 points" in training
+    assert "no loss in 24 of 24 cells" in answer([paper], "06")
+    assert "above the baseline with the same pool method in 11 of 12" in answer([paper], "07")
+    rows = read_rows(offline)
+    found = answer([paper, read_source(offline)], "07", rows)
+    assert found.count("% of the unpooled one's bytes") == 1
+    with pytest.raises(UserError, match="no answer for '08': expected one of"):
+        answer([paper], "08")
+
+
+def test_without_numbers_an_answer_says_not_run(paper):
+    nothing = dataclasses.replace(paper, frame=paper.frame.iloc[:0])
+    for notebook in ("04", "05", "06", "07"):
+        assert answer([nothing], notebook) == "**The paper.** Not run.\n"
 
 
 @pytest.mark.parametrize("exhibit", [*FIGURES, *TABLES])

@@ -31,6 +31,7 @@ from l2p_utils.results import (
     write_rows,
 )
 
+DATA = PAPER.parent
 KMEANS = "docs-scipy-kmeans-pf1-6-s42"
 
 
@@ -59,6 +60,33 @@ def test_what_is_written_is_what_is_read(tmp_path, made):
     write_rows(tmp_path, "baseline", rows, per_query)
     pd.testing.assert_frame_equal(read_rows(tmp_path), rows.reset_index(drop=True))
     pd.testing.assert_frame_equal(read_per_query(tmp_path), per_query.reset_index(drop=True))
+
+
+def test_all_measures_are_kept_where_there_are_per_query_values(tmp_path, made):
+    rows, per_query = one_model(made)
+    measured = per_query.assign(**{"recall@10": 0.9, "mrr@10": 0.7})  # as the rows have them
+    write_rows(tmp_path, "baseline", rows, measured)
+    pd.testing.assert_frame_equal(read_per_query(tmp_path), measured.reset_index(drop=True))
+    wrong = measured.assign(**{"mrr@10": 0.6})
+    with pytest.raises(UserError, match=r"mrr@10 of .* differs from the mean .* by 0.1000"):
+        write_rows(tmp_path, "baseline", rows, wrong)
+
+
+def test_older_values_with_one_measure_are_read_beside_newer_ones(tmp_path, made):
+    write_rows(tmp_path, KMEANS, *one_model(made, KMEANS))
+    rows, per_query = one_model(made)
+    write_rows(tmp_path, "baseline", rows, per_query.assign(**{"recall@10": 0.9, "mrr@10": 0.7}))
+    values = read_per_query(tmp_path)
+    assert set(values.loc[values["model"] == "baseline", "mrr@10"]) == {0.7}
+    assert values.loc[values["model"] == KMEANS, "mrr@10"].isna().all()
+    assert values["ndcg@10"].notna().all()
+    merge_results(tmp_path, tmp_path / "merged")
+    pd.testing.assert_frame_equal(read_per_query(tmp_path / "merged"), values)
+
+
+def test_the_committed_values_are_read_as_they_are():
+    stored = pd.read_parquet(DATA / "offline" / "per_query.parquet")
+    pd.testing.assert_frame_equal(read_per_query(DATA / "offline"), stored, check_dtype=False)
 
 
 def test_empty_text_stays_text_and_factors_stay_names(folder):

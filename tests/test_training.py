@@ -592,6 +592,9 @@ def test_the_stage_from_mining_to_a_model_that_is_reused(folder_profile, monkeyp
     assert training.train(profile, str(folder), "span", [1, 2], progress=False) == made
     with pytest.raises(AssertionError, match="trained again"):
         training.train(profile, str(folder), "span", [1, 2], seed=43, progress=False)
+    monkeypatch.setattr(training, "CODE", training.CODE + 1)
+    with pytest.raises(AssertionError, match="trained again"):
+        training.train(profile, str(folder), "span", [1, 2], progress=False)
 
 
 @pytest.mark.parametrize(
