@@ -45,8 +45,8 @@ figures: setup  ## redraw figures/ from data/
 notebooks: setup  ## execute the committed notebooks again from data/
 	@$(PY) -m l2p_utils.committed
 
-bench: setup  ## measure pooling, search and training steps beside the libraries that people use
-	@$(PY) -m l2p_utils.bench
+bench: setup  ## measure beside the libraries that people use; COLLECTIONS="…": more for quality
+	@$(PY) -m l2p_utils.bench --collections $(COLLECTIONS)
 
 clean:  ## remove runs/ (and say how much it was); .venv stays
 	@if [ -d runs ]; then du -sh runs | sed 's/\t.*/ in runs\/ removed/'; rm -rf runs; \

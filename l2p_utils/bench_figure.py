@@ -1,7 +1,11 @@
-"""The bench's figure: how fast every contestant pools, and how time grows with tokens."""
+"""The bench's figure: how fast every contestant pools, and how time grows.
+
+Takes the bench's tables; gives one figure. Log scales: equal distances are equal ratios.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -14,33 +18,50 @@ from l2p_utils.files import atomic_path
 OURS = "ours"
 
 
-def draw_bench(pooling: pd.DataFrame, scaling: pd.DataFrame) -> Figure:
-    """Left: documents a second over PF 2–6, one panel's bars by method. Right: time by tokens."""
+def draw_bench(
+    pooling: pd.DataFrame, scaling: pd.DataFrame, machine: Mapping[str, object]
+) -> Figure:
+    """Above: documents a second at PF4 and with all factors, a panel a length. Below: growth."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12.5, 4.6), layout="constrained")
-        bars, lines = figure.subplots(1, 2)
-        length = pooling["document_length"].min()
-        sweeps = pooling[(pooling["pool_factor"] == "2-6") & (pooling["document_length"] == length)]
-        _draw_bars(bars, sweeps.iloc[::-1])
-        bars.set_title(f"Pooling with all of PF 2–6, documents of up to {length} word pieces")
-        _draw_growth(lines, scaling[scaling["axis"] == "tokens"])
+        figure = Figure(figsize=(12.5, 9.2), layout="constrained")
+        panels = figure.subplots(2, 2)
+        for axes, (length, part) in zip(
+            panels[0], pooling.groupby("document_length"), strict=False
+        ):
+            _draw_speeds(axes, part)
+            documents = part["documents"].iloc[0]
+            axes.set_title(f"{documents} documents of up to {length} word pieces")
+        for axes, (axis, part) in zip(panels[1], scaling.groupby("axis", sort=False), strict=False):
+            _draw_growth(axes, part, axis)
+        figure.suptitle(
+            f"Token pooling beside other libraries: {machine['threads']} thread(s), "
+            f"{machine['processor']}; medians",
+            fontsize=12,
+        )
     return figure
 
 
-def _draw_bars(axes, sweeps: pd.DataFrame) -> None:
-    names = [f"{row.method} · {row.engine}" for row in sweeps.itertuples()]
-    speeds = sweeps["documents_per_second"].to_numpy()
-    drawn = axes.barh(names, speeds, color=[COLOURS[method] for method in sweeps["method"]])
-    for bar, engine in zip(drawn, sweeps["engine"], strict=True):
-        bar.set_alpha(1.0 if engine == OURS else 0.45)
-    axes.bar_label(drawn, [f"{speed:,.0f}" for speed in speeds], padding=3, fontsize=9)
+def _draw_speeds(axes, part: pd.DataFrame) -> None:
+    """One line a contestant: a full mark at PF4, a hollow one for the five factors together."""
+    speeds = part.pivot_table(
+        index=["method", "engine"], columns="pool_factor", values="documents_per_second", sort=False
+    ).iloc[::-1]
+    for place, ((method, engine), row) in enumerate(speeds.iterrows()):
+        colour = COLOURS[method]
+        axes.plot([row["2-6"], row["4"]], [place] * 2, color=colour, alpha=0.4, zorder=1)
+        marker = "s" if engine == OURS else "o"
+        axes.plot(row["4"], place, marker, color=colour, markersize=8)
+        axes.plot(row["2-6"], place, marker, color=colour, markersize=8, markerfacecolor="white")
+        axes.annotate(
+            f"{row['4']:,.0f}", (row["4"], place), (8, -4), textcoords="offset points", fontsize=9
+        )
+    axes.set_yticks(range(len(speeds)), [f"{method} · {engine}" for method, engine in speeds.index])
     axes.set_xscale("log")
-    axes.set_xlim(right=speeds.max() * 4)
-    axes.set_xlabel("documents per second, all five factors (log scale)")
-    axes.grid(axis="y", visible=False)
+    axes.set_xlim(right=speeds["4"].max() * 4)
+    axes.set_xlabel("documents a second: full mark PF4, hollow mark PF 2–6 together (log scale)")
 
 
-def _draw_growth(axes, growth: pd.DataFrame) -> None:
+def _draw_growth(axes, growth: pd.DataFrame, axis: str) -> None:
     for (method, engine), part in growth.groupby(["method", "engine"], sort=False):
         ours = engine == OURS
         axes.plot(
@@ -51,18 +72,25 @@ def _draw_growth(axes, growth: pd.DataFrame) -> None:
             marker="s" if ours else "o",
             label=f"{method} · {engine}",
         )
+    sizes = sorted(growth["size"].unique())
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(sorted(growth["size"].unique()), sorted(growth["size"].unique()))
-    axes.set_xlabel("tokens in a document")
-    axes.set_ylabel("milliseconds per document, PF 4 (log scale)")
-    axes.set_title("How time grows with a document's length")
-    axes.legend(fontsize=9)
+    axes.set_xticks(sizes, sizes)
+    axes.set_ylabel("milliseconds a document, PF4 (log scale)")
+    if axis == "tokens":
+        axes.set_xlabel("tokens in a document")
+        axes.set_title("How time grows with a document's length (16 documents)")
+        axes.legend(fontsize=9)
+    else:
+        axes.set_xlabel("documents")
+        axes.set_title("Time a document, by the number of documents (96 tokens each)")
 
 
-def save_bench(pooling: pd.DataFrame, scaling: pd.DataFrame, folder: Path) -> list[Path]:
+def save_bench(
+    pooling: pd.DataFrame, scaling: pd.DataFrame, folder: Path, machine: Mapping[str, object]
+) -> list[Path]:
     """Write bench.png and bench.svg into `folder`."""
-    figure = draw_bench(pooling, scaling)
+    figure = draw_bench(pooling, scaling, machine)
     files = []
     for kind in ("png", "svg"):
         files.append(folder / f"bench.{kind}")

@@ -56,12 +56,8 @@ def poolers() -> list[Pooler]:
         ),
         Pooler("kmeans", "fastkmeans", fastkmeans_pool),
         Pooler("hierarchical", "PyLate", pylate_pool),
-        Pooler("hierarchical", "SciPy", functools.partial(linkage_pool, linkage=hierarchy.linkage)),
-        Pooler(
-            "hierarchical",
-            "fastcluster",
-            functools.partial(linkage_pool, linkage=fastcluster.linkage),
-        ),
+        _linkage_pooler("SciPy", hierarchy.linkage),
+        _linkage_pooler("fastcluster", fastcluster.linkage),
     ]
     if importlib.util.find_spec("colpali_engine"):
         found.append(Pooler("hierarchical", "colpali-engine", colpali_pool))
@@ -94,15 +90,25 @@ def pylate_pool(documents: Vectors, factor: int) -> Vectors:
     return models.ColBERT.pool_embeddings_hierarchical(None, documents, pool_factor=factor)
 
 
-def linkage_pool(documents: Vectors, factor: int, linkage: Callable) -> Vectors:
-    """Ward's linkage of the condensed 1 - cosine matrix and SciPy's cut, a document at a time."""
-    pooled = []
+def _linkage_pooler(engine: str, linkage: Callable) -> Pooler:
+    def pool_one(documents: Vectors, factor: int) -> Vectors:
+        return linkage_sweep(documents, [factor], linkage)[factor]
+
+    sweep = functools.partial(linkage_sweep, linkage=linkage)
+    return Pooler("hierarchical", engine, pool_one, sweep)
+
+
+def linkage_sweep(documents: Vectors, factors: list[int], linkage: Callable) -> dict[int, Vectors]:
+    """Ward's linkage of the condensed 1 - cosine matrix, a document at a time; SciPy's cuts."""
+    pooled: dict[int, Vectors] = {factor: [] for factor in factors}
     for document in documents:
         free = document[1:].numpy()
         distances = np.maximum(1 - free @ free.T, 0)[np.triu_indices(len(free), k=1)]
         tree = linkage(distances, method="ward")
-        count = max(len(free) // factor, 1)
-        pooled.append(_means(document, hierarchy.fcluster(tree, count, criterion="maxclust") - 1))
+        for factor in factors:
+            count = max(len(free) // factor, 1)
+            labels = hierarchy.fcluster(tree, count, criterion="maxclust") - 1
+            pooled[factor].append(_means(document, labels))
     return pooled
 
 
