@@ -298,6 +298,25 @@ def test_the_cluster_profile_has_options_that_snakemake_knows():
     assert settings.keys() <= options
 
 
+def test_on_the_cluster_a_job_has_the_threads_that_it_asks_for(tmp_path):
+    # the executor is a package of its own: a plan does without
+    cluster = ["--profile", str(ROOT / "cluster" / "slurm"), "--executor", "dryrun"]
+    here = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *here, *cluster, "-n"]
+        + ["--config", "profile=paper", f"folder={tmp_path / 'run'}"],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    threads = Counter(re.findall(r"^ +threads: (\d+)$", said, re.M))
+    assert threads == {str(load_profile("paper").threads): 16 + 2 + 23 + 27}
+    assert said.count("slurm_partition=gpu") >= 68
+
+
 def test_the_pod_asks_for_what_its_run_is_told():
     job = yaml.safe_load((ROOT / "cluster" / "kubernetes" / "job.yaml").read_text())
     (container,) = job["spec"]["template"]["spec"]["containers"]
