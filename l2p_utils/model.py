@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import string
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from pylate import models
 from safetensors import SafetensorError
 from sentence_transformers.util import load_file_path
+from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from l2p_utils.files import (
@@ -44,6 +47,8 @@ MODULES, OWN_SETTINGS = "modules.json", "config_sentence_transformers.json"
 #: What PyLate writes into OWN_SETTINGS of a ColBERT, and nobody for another model.
 COLBERT_KEYS = ("query_prefix", "document_prefix", "query_length", "document_length",
                 "do_query_expansion", "attend_to_expansion_tokens", "skiplist_words")  # fmt: skip
+#: What a profile can expect of a checkpoint, by the keys of `ModelSettings`.
+CHECKED = ("dim", "query_prefix", "document_prefix", "do_query_expansion", "skiplist")
 
 
 class PooledColBERT(models.ColBERT):
@@ -247,7 +252,8 @@ def load_checkpoint(
 ) -> PooledColBERT:
     """Load a ColBERT from the hub or a folder, and check that it is what the profile expects.
 
-    Prefixes, skiplist and Dense layers are the checkpoint's; the lengths are the profile's.
+    Prefixes, skiplist and Dense layers are the checkpoint's; the lengths are the profile's, and
+    a notice says so where the checkpoint's own are others.
 
     Parameters
     ----------
@@ -259,39 +265,58 @@ def load_checkpoint(
     Raises
     ------
     UserError
-        When `source` is no ColBERT, or its output dimension or a prefix is not `settings`': both
-        values are named.
+        When `source` is no ColBERT, or its output dimension, a prefix, its query expansion or its
+        skiplist is not `settings`': both values are named.
     """
     folder = local_folder(source, revision)
     _check_is_colbert(source, folder)
     try:
         with quiet_loading():
-            model = PooledColBERT(
-                str(folder),
-                query_length=settings.query_length,
-                document_length=document_length or settings.document_length,
-                local_files_only=True,
-            )
+            model = PooledColBERT(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"The model {source} could not be loaded: {error}. Expected a ColBERT for PyLate."
         ) from error
-    wanted = {
-        "dim": (settings.dim, model[-1].out_features),
-        "query_prefix": (settings.query_prefix, model.query_prefix),
-        "document_prefix": (settings.document_prefix, model.document_prefix),
+    _check_settings(source, model, settings)
+    _set_lengths(source, model, settings.query_length, document_length or settings.document_length)
+    return model
+
+
+def _check_settings(source: str, model: PooledColBERT, settings: ModelSettings) -> None:
+    found = {
+        "dim": model[-1].out_features,
+        "query_prefix": model.query_prefix,
+        "document_prefix": model.document_prefix,
+        "do_query_expansion": model.do_query_expansion,
+        "skiplist": _skiplist(model.skiplist_words),
     }
+    wanted = settings.model_dump(include=set(CHECKED))
     wrong = [
-        f"model.{key} is {expected!r} in the profile and {found!r} in the checkpoint"
-        for key, (expected, found) in wanted.items()
-        if expected is not None and expected != found
+        f"model.{key} is {wanted[key]!r} in the profile and {found[key]!r} in the checkpoint"
+        for key in CHECKED
+        if wanted[key] is not None and wanted[key] != found[key]
     ]
     if wrong:
         raise UserError(
             f"The model {source} is not the one that the profile expects: {'; '.join(wrong)}. "
             "Correct the profile, or name another model."
         )
-    return model
+
+
+def _skiplist(words: list[str]) -> str:
+    """`none`, `punctuation` (some of it or all), or the words themselves."""
+    if not words:
+        return "none"
+    return "punctuation" if set(words) <= set(string.punctuation) else str(words)
+
+
+def _set_lengths(source: str, model: PooledColBERT, query: int, document: int) -> None:
+    for name, length in (("query_length", query), ("document_length", document)):
+        own = getattr(model, name)
+        if own != length:
+            notice = f"{source}: its own {name} is {own}, the profile's {length} is used."
+            tqdm.write(notice, file=sys.stderr)
+        setattr(model, name, length)
 
 
 def _check_is_colbert(given: str, source: str | Path, **where: Any) -> None:
