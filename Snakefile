@@ -83,21 +83,37 @@ def made_by(model):
     return f"{DONE}/02_training--{model}.ipynb" if model in TRAINED else FETCHED
 
 
-def forget_lost(name, product):
-    """Have a job run again when what its notebook made has been deleted since."""
-    notebook = Path(f"{DONE}/{name}.ipynb")
-    if notebook.exists() and not Path(FOLDER, product).exists():
-        notebook.unlink()
+def again_if_lost(output, *products):
+    """Have a job run again when what its notebook made has been deleted since.
+
+    An input function calls this, and so for jobs that the targets need, while Snakemake puts its
+    plan together: as with --forcerun. Nothing is deleted to that end, so a plan (-n) and a run that
+    is refused leave all as it was. Returns no input.
+    """
+    # not in a process that the run starts for one job, as on a cluster
+    if workflow.is_main_process and Path(output).exists():
+        if not all(Path(FOLDER, product).exists() for product in products):
+            workflow.dag.forcefiles.add(output)
+    return []
 
 
-for collection in MINED:
-    forget_lost(f"01_data_mining--{collection}", f"mined/{collection}/provenance.json")
-for model in EVALUATED:
-    forget_lost(f"02_training--{model}", f"models/{model}/provenance.json")
-    forget_lost(f"03_evaluation--{model}", f"results/{model}.csv")
-for model in PREPARED:
-    if not Path(FOLDER, "models", model, "provenance.json").exists():
-        Path(FOLDER, "fetched.json").unlink(missing_ok=True)
+def mined_again(wildcards):
+    name = wildcards.collection
+    return again_if_lost(f"{DONE}/01_data_mining--{name}.ipynb", f"mined/{name}/provenance.json")
+
+
+def trained_again(model):
+    return again_if_lost(f"{DONE}/02_training--{model}.ipynb", f"models/{model}/provenance.json")
+
+
+def evaluated_again(wildcards):
+    name = wildcards.model
+    return again_if_lost(f"{DONE}/03_evaluation--{name}.ipynb", f"results/{name}.csv")
+
+
+def fetched_again(wildcards):
+    products = [f"models/{model}/provenance.json" for model in PREPARED]
+    return again_if_lost(f"{FOLDER}/fetched.json", *products)
 
 
 wildcard_constraints:
@@ -135,6 +151,7 @@ rule all:
 
 rule fetch:
     input:
+        fetched_again,
         profile=PROFILE_FILE,
     output:
         f"{FOLDER}/fetched.json",
@@ -164,6 +181,7 @@ rule score:
 
 rule mine:
     input:
+        mined_again,
         FETCHED,
         lambda wildcards: [
             f"{FOLDER}/logs/scored--{wildcards.collection}--{shard}" for shard in SHARDS
@@ -187,6 +205,7 @@ if PROFILE.warm_up:
 
     rule warm_up:
         input:
+            lambda wildcards: trained_again(BASELINE),
             f"{DONE}/01_data_mining--{WARM_UP}.ipynb",
             profile=PROFILE_FILE,
             notebook=f"{NOTEBOOKS}/02_training.ipynb",
@@ -210,6 +229,7 @@ if PROFILE.warm_up:
 
 rule train:
     input:
+        lambda wildcards: trained_again(wildcards.run),
         lambda wildcards: f"{DONE}/01_data_mining--{slug(RUNS[wildcards.run].collection)}.ipynb",
         made_by(BASELINE),
         profile=PROFILE_FILE,
@@ -231,6 +251,7 @@ rule train:
 
 rule evaluate:
     input:
+        evaluated_again,
         lambda wildcards: made_by(wildcards.model),
         profile=PROFILE_FILE,
         notebook=f"{NOTEBOOKS}/03_evaluation.ipynb",

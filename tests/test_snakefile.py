@@ -4,6 +4,7 @@ The runs use stand-in notebooks that write what the real ones would, and a profi
 """
 
 import ast
+import fcntl
 import os
 import re
 import shlex
@@ -224,6 +225,45 @@ def test_only_what_is_missing_or_changed_runs_again(project):
     later = time.time() + 5
     os.utime(project / "small.yaml", (later, later))
     assert set(plan(project)) == everything - {"00_token_pooling"}
+
+
+def test_a_plan_deletes_nothing_and_shows_what_a_lost_product_makes_run_again(project):
+    run = project / "run"
+    job = "03_evaluation--baseline"
+    target = str(run / "notebooks" / f"{job}.ipynb")
+    status, said = snakemake(project, target)
+    assert status == 0, said
+    (run / "results" / "baseline.csv").unlink()
+    before = everything_in(run / "notebooks")
+    for _ in range(2):
+        status, said = snakemake(project, "-n", target)
+        assert status == 0 and re.search(r"^evaluate +1$", said, re.M), said
+        assert "train " not in said and "warm_up " not in said
+    assert everything_in(run / "notebooks") == before
+
+    status, said = snakemake(project, target)
+    assert status == 0, said
+    assert (run / "results" / "baseline.csv").exists()
+    status, said = snakemake(project, "-n", target)
+    assert "Nothing to be done" in said
+
+
+def test_a_run_that_is_refused_deletes_nothing(project):
+    run = project / "run"
+    for name in ("mined/docs-transformers/provenance.json", "notebooks/keep"):
+        make_file(run / name)
+    for suffix in (".ipynb", ".html"):
+        make_file(run / "notebooks" / f"02_training--baseline{suffix}")
+    before = everything_in(run / "notebooks")
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, said = snakemake(project)
+    assert status == 1 and "Another run of the profile 'small' is at work" in said
+    assert everything_in(run / "notebooks") == before
+
+
+def everything_in(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def make_file(path):
