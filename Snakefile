@@ -102,6 +102,13 @@ def mined_again(wildcards):
     return again_if_lost(f"{DONE}/01_data_mining--{name}.ipynb", f"mined/{name}/provenance.json")
 
 
+def scored_again(wildcards):
+    """Scores are missed where there are no rows either: those are what they are for."""
+    rows, scores = (f"mined/{wildcards.collection}{end}" for end in ("/provenance.json", ".scores"))
+    marker = f"{FOLDER}/logs/scored--{wildcards.collection}--{wildcards.shard}"
+    return [] if Path(FOLDER, rows).exists() else again_if_lost(marker, scores)
+
+
 def trained_again(model):
     return again_if_lost(f"{DONE}/02_training--{model}.ipynb", f"models/{model}/provenance.json")
 
@@ -164,6 +171,7 @@ rule fetch:
 rule score:
     input:
         FETCHED,
+        scored_again,
         profile=PROFILE_FILE,
     output:
         touch(f"{FOLDER}/logs/scored--{{collection}}--{{shard}}"),

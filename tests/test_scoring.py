@@ -373,6 +373,32 @@ def test_rows_of_shards_are_the_rows_of_one_job(project, chunks_scored):
     assert chunks_scored[0] == []  # nothing was left to score
 
 
+def test_the_mining_job_of_a_gpu_profile_leaves_the_teacher_to_the_jobs_that_have_a_gpu(
+    project, chunks_scored
+):
+    """Its 60 minutes and 16 GB are for choosing rows."""
+    profile, name = make_profile(project).model_copy(update={"gpu": True}), str(project / "corpus")
+    plan = plan_of(profile, project)
+    score(profile, plan, progress=False)
+    plan.path(3).unlink()
+    del chunks_scored[0][:]
+    with pytest.raises(UserError) as refusal:
+        mine(profile, name, progress=False)
+    assert chunks_scored[0] == []
+    said = str(refusal.value)
+    assert f"1 of the 7 chunks of the teacher's scores of {plan.collection.name}" in said
+    assert f"logs/scored--{profiles.slug(name)}--*" in said and "l2p_utils.scoring" in said
+    score(profile, plan, progress=False)
+    assert len(mine(profile, name, progress=False)) == 7
+
+
+def test_on_a_gpu_the_notebook_may_score_by_hand(project, chunks_scored, monkeypatch):
+    profile = make_profile(project).model_copy(update={"gpu": True})
+    plan = plan_of(profile, project)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    scoring.check_scored(profile, plan)
+
+
 def test_rules_that_change_nothing_of_the_scores_only_choose_again(project, chunks_scored):
     name = str(project / "corpus")
     raw = mine(make_profile(project), name, progress=False).to_list()

@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -260,6 +261,34 @@ def test_a_run_that_is_refused_deletes_nothing(project):
         status, said = snakemake(project)
     assert status == 1 and "Another run of the profile 'small' is at work" in said
     assert everything_in(run / "notebooks") == before
+
+
+def test_scores_that_were_deleted_with_their_rows_are_made_again_by_the_jobs_that_have_a_gpu(
+    tmp_path,
+):
+    run, profile = tmp_path / "run", load_profile("paper")
+    for name in ["fetched.json", *(f"models/{n}/provenance.json" for n in profile.prepared_names)]:
+        make_file(run / name)
+    for shard in range(profile.scoring.shards):
+        make_file(run / "logs" / f"scored--beir-scifact--{shard}")
+    job = run / "notebooks" / "01_data_mining--beir-scifact.ipynb"
+    rows, scores = (run / "mined" / f"beir-scifact{end}" for end in ("", ".scores"))
+    for file in (scores / "key" / "chunk-00000.parquet", rows / "provenance.json", job):
+        make_file(file)
+    make_file(job.with_suffix(".html"))
+
+    def planned():
+        status, said = snakemake(tmp_path, "-n", str(job), profile="paper")
+        assert status == 0, said
+        return dict(re.findall(r"^(score|mine|fetch) +(\d+)$", said, re.M))
+
+    assert planned() == {}
+    shutil.rmtree(rows)
+    assert planned() == {"mine": "1"}
+    shutil.rmtree(scores)
+    assert planned() == {"score": "8", "mine": "1"}
+    make_file(rows / "provenance.json")
+    assert planned() == {}  # the rows are what the scores are for
 
 
 def everything_in(folder):
