@@ -350,6 +350,24 @@ def test_a_killed_run_goes_on_where_it_was(project):
     assert mined.stat().st_mtime_ns == before
 
 
+def test_make_shares_the_machines_memory_among_the_jobs():
+    said = {}
+    for given in ([], ["MEM_MB=5000"], ["MEM_MB="]):
+        make = ["make", "-n", "run", *given]
+        said[tuple(given)] = subprocess.run(make, cwd=ROOT, capture_output=True, text=True).stdout
+    total = int(re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    assert f"--resources gpu=1 mem_mb={total // 1000} --config" in said[()]
+    assert "--resources gpu=1 mem_mb=5000 --config" in said["MEM_MB=5000",]
+    assert "mem_mb" not in said["MEM_MB=",]
+
+
+def test_two_jobs_of_an_embedded_profile_fit_into_8_gb(tmp_path):
+    status, said = snakemake(tmp_path, "-n", profile="quick")
+    assert status == 0, said
+    asked = [int(number) for number in re.findall(r"mem_mb=(\d+)", said)]
+    assert asked and 2 * max(asked) <= 7_700  # what is left of 8 GB for programs
+
+
 def wait_for(condition, seconds=180):
     end = time.time() + seconds
     while not condition():
@@ -392,4 +410,5 @@ def test_the_pod_asks_for_what_its_run_is_told():
     told = dict(word.split("=") for word in container["command"] if "=" in word)
     limits = container["resources"]["limits"]
     assert (told["GPUS"], told["CORES"]) == (str(limits["nvidia.com/gpu"]), limits["cpu"])
+    assert int(told["MEM_MB"]) * 1e6 <= int(limits["memory"].removesuffix("Gi")) * 2**30
     assert int(told["CORES"]) == int(told["GPUS"]) * load_profile(told["PROFILE"]).threads
