@@ -140,6 +140,8 @@ onstart:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f"Another run of the profile {PROFILE.name!r} is at work in {FOLDER}; wait for it.")
+    except OSError as error:
+        sys.exit(f"{FOLDER}/.lock cannot be locked ({error}): runs/ needs a file system with flock.")
 
 
 # Priorities: the warm-up holds everything up, then the longest trainings come first.

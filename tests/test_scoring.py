@@ -1,7 +1,9 @@
 """Candidates and their scores: one rule, any number of jobs, killed at any moment."""
 
+import errno
 import json
 import multiprocessing
+import os
 import shutil
 import time
 
@@ -241,6 +243,16 @@ def test_jobs_that_start_at_once_have_the_same_candidates(project):
     for job in jobs:
         job.join(60)
     assert found[0] == found[1] == found[2] and log.read_text() == "made\n"
+
+
+def test_a_file_system_without_locks_is_named(project, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(candidates_module.fcntl, "lockf", no_locks)
+    with pytest.raises(UserError, match=r"mined/\S+ cannot be locked .*No locks.*flock") as refusal:
+        plan_of(make_profile(project), project)
+    assert "file system" in str(refusal.value)
 
 
 def test_damaged_candidates_are_named(project):
