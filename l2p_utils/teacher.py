@@ -144,9 +144,10 @@ class RerankerTeacher:
 
     Notes
     -----
-    Source: the model card of BAAI/bge-reranker-v2-gemma, "using Hugging Face transformers". (The
-    FlagEmbedding library gives the prompt's length to the passage as well, so that long passages
-    are cut later there.)
+    Source: the model card of BAAI/bge-reranker-v2-gemma, "using Hugging Face transformers". The
+    card's other way, FlagEmbedding, resolves with these versions (1.4.2 does) but is not used: it
+    brings packages (peft among them) that nothing else here needs, for one logit, and gives the
+    prompt's length to the passage as well, so that long passages are cut later there.
     """
 
     def __init__(
