@@ -293,6 +293,7 @@ def test_a_profile_of_two_processes_trains_in_two(folder_profile, capsys):
     assert provenance["cost"]["processes"] == 2
     assert provenance["cost"]["steps"] == 5
     assert provenance["settings"]["lengths"] == {"query_length": 6, "document_length": 12}
+    assert provenance["dev"]["query_length"] == 6
     assert len(training.read_training_log(made).dropna(subset=["loss"])) == 5
     assert "5/5" in capsys.readouterr().err  # the progress of the first process
     model = load_model(made)
