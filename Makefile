@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PROFILE ?= quick
 CORES ?= 2
 GPUS ?= 1
+# MB that the jobs of `make run` share: all of this machine's, where the system tells
+MEM_MB ?= $(shell awk '/^MemTotal/ {print int($$2 / 1000)}' /proc/meminfo 2>/dev/null)
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
@@ -11,7 +13,8 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) --resources gpu=$(GPUS) \
+SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) \
+	--resources gpu=$(GPUS) $(addprefix mem_mb=,$(MEM_MB)) \
 	--config profile=$(PROFILE) --keep-going --rerun-incomplete --nolock --scheduler greedy \
 	--quiet all
 

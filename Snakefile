@@ -7,7 +7,7 @@
 # what was made with the same settings and so make a rerun short.
 #
 # Each job says what it needs: threads, gpu, mem_mb, runtime (minutes). `--resources gpu=N` shares N
-# GPUs among the jobs of one machine, each with its own; cluster/ has a profile for Slurm.
+# GPUs among the jobs of one machine, each with its own, `mem_mb=N` its memory; cluster/ has a profile for Slurm.
 import fcntl
 import os
 import sys
@@ -35,6 +35,7 @@ PREPARED = PROFILE.prepared_names
 EVALUATED = PROFILE.evaluated_names
 FETCHED = [f"{FOLDER}/fetched.json"] if PROFILE.needs_hub else []
 RERANKED = PROFILE.training_data == "mined" and PROFILE.scoring.teacher != "embedded"
+SMALL_MB = 3_800  # the most that a job of an embedded profile took, see the README
 SHARDS = range(PROFILE.scoring.shards if RERANKED else 0)
 WARM_UP = slug(PROFILE.warm_up.collection) if PROFILE.warm_up else None
 READING = [
@@ -74,8 +75,9 @@ def executed(name):
 
 
 def needs(gpu, mem_mb, minutes):
-    """A job's resources; what is told of a GPU job is more than the same on two CPU cores takes."""
-    return {"gpu": gpu if PROFILE.gpu else 0, "mem_mb": mem_mb, "runtime": minutes}
+    """A job's resources, as a profile with hub models needs them; embedded ones take `SMALL_MB`."""
+    memory = mem_mb if FETCHED else min(mem_mb, SMALL_MB)
+    return {"gpu": gpu if PROFILE.gpu else 0, "mem_mb": memory, "runtime": minutes}
 
 
 def made_by(model):
@@ -100,6 +102,13 @@ def again_if_lost(output, *products):
 def mined_again(wildcards):
     name = wildcards.collection
     return again_if_lost(f"{DONE}/01_data_mining--{name}.ipynb", f"mined/{name}/provenance.json")
+
+
+def scored_again(wildcards):
+    """Scores are missed where there are no rows either: those are what they are for."""
+    rows, scores = (f"mined/{wildcards.collection}{end}" for end in ("/provenance.json", ".scores"))
+    marker = f"{FOLDER}/logs/scored--{wildcards.collection}--{wildcards.shard}"
+    return [] if Path(FOLDER, rows).exists() else again_if_lost(marker, scores)
 
 
 def trained_again(model):
@@ -131,6 +140,8 @@ onstart:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f"Another run of the profile {PROFILE.name!r} is at work in {FOLDER}; wait for it.")
+    except OSError as error:
+        sys.exit(f"{FOLDER}/.lock cannot be locked ({error}): runs/ needs a file system with flock.")
 
 
 # Priorities: the warm-up holds everything up, then the longest trainings come first.
@@ -164,6 +175,7 @@ rule fetch:
 rule score:
     input:
         FETCHED,
+        scored_again,
         profile=PROFILE_FILE,
     output:
         touch(f"{FOLDER}/logs/scored--{{collection}}--{{shard}}"),
@@ -262,7 +274,7 @@ rule evaluate:
         log=f"{FOLDER}/logs/03_evaluation--{{model}}.json",
     threads: PROFILE.threads
     resources:
-        **needs(1, 48_000 if FETCHED else 8_000, 480),
+        **needs(1, 48_000, 480),
     priority: 20
     shell:
         EXECUTE

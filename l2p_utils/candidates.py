@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
@@ -251,11 +251,22 @@ def _locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # which of them: the system decides
-            tqdm.write(f"Waiting for another process that finds candidates ({path.name}).")
-            fcntl.lockf(file, fcntl.LOCK_EX)
+            _lock(file)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be locked ({error}), but jobs that start at once need a lock. "
+                "Expected runs/ on a file system with flock; a shared one may need it switched on "
+                "(NFS: version 4, or lockd; Lustre: the mount option flock)."
+            ) from error
         yield
+
+
+def _lock(file: TextIO) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # which of them: the system decides
+        tqdm.write(f"Waiting for another process that finds candidates ({Path(file.name).name}).")
+        fcntl.lockf(file, fcntl.LOCK_EX)
 
 
 def _save(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -89,6 +90,8 @@ POOLED = {
 }
 PLAID_QUERY = 0.2  # seconds of a query in fast-plaid on a CPU core, as measured here
 PLAID_INDEX = 1 / 1000  # seconds a document to index: assumed
+#: GB of host memory that the Snakefile asks for, for a job of each rule of a hub profile.
+HOST_MEMORY = {"score": 24.0, "mine": 16.0, "train": 24.0, "evaluate": 48.0, "read": 4.0}
 START = 30.0  # seconds that a job takes to start: a kernel, a model, a collection
 ACTIVATION_BYTES = 34  # a hidden unit, token and layer in training: Korthikanti et al. 2022
 ADAM_BYTES = 16  # a parameter in training: weight, gradient, two moments, float32 each
@@ -124,6 +127,11 @@ class Line:
         """GPU hours: the GPU is held while the host pools and while a job starts."""
         held = self.gpu + self.host
         return held + self.jobs * START / HOUR if held else 0.0
+
+    @property
+    def host_memory(self) -> float:
+        """GB of host memory that one job asks for."""
+        return HOST_MEMORY.get(re.split(r"[ ,:]", self.kind)[0], 0.0)
 
 
 def estimate(profile: Profile, machine: Machine) -> list[Line]:
@@ -274,17 +282,18 @@ def table(profile: Profile, machine: Machine) -> str:
     lines = estimate(profile, machine)
     shown = [[
         line.kind, line.jobs or "", _number(line.gpu), _number(line.hours),
-        _number(line.memory), _number(line.disk),
+        _number(line.memory), _number(line.host_memory), _number(line.disk),
     ] for line in lines]  # fmt: skip
     last = totals(lines)
     hours = sum(line.hours for line in lines)
     shown.append([f"**{cell}**" if cell else "" for cell in (
         last.kind, last.jobs, _number(last.gpu), _number(hours), _number(last.memory),
-        _number(last.disk),
+        _number(max(line.host_memory for line in lines)), _number(last.disk),
     )])  # fmt: skip
-    heads = ["job", "jobs", "GPU computing, h", "GPU held, h", "GPU memory, GB", "disk, GB"]
+    heads = ["job", "jobs", "GPU computing, h", "GPU held, h", "GPU memory, GB",
+             "host memory asked, GB", "disk, GB"]  # fmt: skip
     return tabulate(shown, heads, tablefmt="github", disable_numparse=True,
-                    colalign=["left", *["right"] * 5]) + "\n"  # fmt: skip
+                    colalign=["left", *["right"] * 6]) + "\n"  # fmt: skip
 
 
 def _number(value: float) -> str:

@@ -1,7 +1,8 @@
 """GPUs of one machine shared out: each job sees those that are its own, and no other.
 
 Takes a number of GPUs and a command; waits until so many are free, then becomes the command with
-CUDA_VISIBLE_DEVICES set. ``python -m l2p_utils.devices 1 -m l2p_utils.execute …``
+CUDA_VISIBLE_DEVICES set; a job of none sees none.
+``python -m l2p_utils.devices 1 -m l2p_utils.execute …``
 
 Snakemake counts how many GPUs its jobs hold, but does not tell them apart: without this all jobs of
 a machine would compute on its first one.
@@ -88,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     devices = visible_devices() if options.count else {}
+    if not options.count:
+        os.environ[VISIBLE] = ""  # another job has the GPU
     if devices:
         # of this user on this machine, whatever run a job belongs to
         folder = Path(tempfile.gettempdir()) / f"l2p-gpus-{os.getuid()}"

@@ -72,7 +72,9 @@ def forward_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     cuda = device.type == "cuda"
-    fast = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
+    # what a GPU only emulates (before Ampere) is slower than float32
+    on_gpu = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    fast = on_gpu if cuda else torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if fast else "float32"
 
 

@@ -22,7 +22,7 @@ from l2p_utils.collection import load_collection
 from l2p_utils.files import UserError, settings_match, write_json
 from l2p_utils.hub import Kind, find_source
 from l2p_utils.hub_collections import fetch_collection, provenance_of
-from l2p_utils.model import load_checkpoint, save_model
+from l2p_utils.model import CHECKED, load_checkpoint, save_model
 from l2p_utils.profile import (
     BASELINE,
     Profile,
@@ -138,7 +138,7 @@ def prepare(
         "origin": origin,
         "query_length": profile.model.query_length,
         "document_length": document_length or profile.model.document_length,
-        "expected": profile.model.model_dump(include={"dim", "query_prefix", "document_prefix"}),
+        "expected": profile.model.model_dump(include=set(CHECKED)),
     }
     folder = profile.folder / "models" / name
     if not settings_match(folder, settings):

@@ -42,7 +42,7 @@ from l2p_utils.hub_collections import provenance_of
 from l2p_utils.model import PooledColBERT, build_embedded_model
 from l2p_utils.profile import MiningSettings, Profile, pinned, slug
 from l2p_utils.released_rows import LABELS, Row, read_released
-from l2p_utils.scoring import Scores, make_plan, read_scores, score
+from l2p_utils.scoring import Scores, check_scored, make_plan, read_scores, score
 from l2p_utils.teacher import EmbeddedTeacher, embedded_teacher
 
 POSITIVE, HARD, MEDIUM, RANDOM = LABELS
@@ -219,7 +219,8 @@ def mine(profile: Profile, name: str, progress: bool = True) -> Dataset:
     """Mine a collection for a profile, or reuse what was mined with the same settings.
 
     A reranker's scores that jobs of `l2p_utils.scoring` made are used; what is missing is scored
-    here. With `training_data: released` the authors' rows are taken instead.
+    here, or refused where the profile has GPUs and none is here. With `training_data: released` the
+    authors' rows are taken instead.
 
     Returns
     -------
@@ -299,6 +300,7 @@ def _reranked(
     def make() -> _Made:
         candidates = find_candidates(profile, collection, progress)
         plan = make_plan(profile, collection, candidates)
+        check_scored(profile, plan)
         score(profile, plan, progress=progress)
         scores, made = read_scores(plan)
         by = {

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import string
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import numpy as np
 import torch
 from pylate import models
 from safetensors import SafetensorError
+from sentence_transformers.util import load_file_path
+from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from l2p_utils.files import (
@@ -39,6 +43,12 @@ from l2p_utils.pooling import (
 from l2p_utils.profile import ModelSettings
 
 EMBEDDED_DIM = 128
+MODULES, OWN_SETTINGS = "modules.json", "config_sentence_transformers.json"
+#: What PyLate writes into OWN_SETTINGS of a ColBERT, and nobody for another model.
+COLBERT_KEYS = ("query_prefix", "document_prefix", "query_length", "document_length",
+                "do_query_expansion", "attend_to_expansion_tokens", "skiplist_words")  # fmt: skip
+#: What a profile can expect of a checkpoint, by the keys of `ModelSettings`.
+CHECKED = ("dim", "query_prefix", "document_prefix", "do_query_expansion", "skiplist")
 
 
 class PooledColBERT(models.ColBERT):
@@ -46,6 +56,14 @@ class PooledColBERT(models.ColBERT):
 
     A hub id is fetched by `l2p_utils.hub.download`, whole and with its checksums verified; with
     ``token`` or ``cache_folder`` it is left to sentence-transformers.
+
+    What is no ColBERT is refused: PyLate would give it a random projection, and say nothing. To
+    make one of a plain encoder, ask for the projection: ``embedding_size=128``.
+
+    Raises
+    ------
+    UserError
+        For a hub id or a folder that is no ColBERT, unless ``embedding_size`` is given.
 
     Examples
     --------
@@ -63,10 +81,15 @@ class PooledColBERT(models.ColBERT):
         revision: str | None = None,
         **kwargs: Any,
     ) -> None:
+        given = model_name_or_path
         own_way = kwargs.get("token") is not None or kwargs.get("cache_folder") is not None
         if model_name_or_path and is_hub_id(model_name_or_path) and not own_way:
             model_name_or_path = str(download(model_name_or_path, "model", revision))
             revision = None
+        if model_name_or_path and kwargs.get("embedding_size") is None:
+            names = ("token", "cache_folder", "local_files_only")
+            where = {name: kwargs[name] for name in names if name in kwargs}
+            _check_is_colbert(given, model_name_or_path, revision=revision, **where)
         super().__init__(model_name_or_path, *args, revision=revision, **kwargs)
 
     @staticmethod
@@ -229,7 +252,8 @@ def load_checkpoint(
 ) -> PooledColBERT:
     """Load a ColBERT from the hub or a folder, and check that it is what the profile expects.
 
-    Prefixes, skiplist and Dense layers are the checkpoint's; the lengths are the profile's.
+    Prefixes, skiplist and Dense layers are the checkpoint's; the lengths are the profile's, and
+    a notice says so where the checkpoint's own are others.
 
     Parameters
     ----------
@@ -241,55 +265,88 @@ def load_checkpoint(
     Raises
     ------
     UserError
-        When `source` is no ColBERT, or its output dimension or a prefix is not `settings`': both
-        values are named.
+        When `source` is no ColBERT, or its output dimension, a prefix, its query expansion or its
+        skiplist is not `settings`': both values are named.
     """
     folder = local_folder(source, revision)
     _check_is_colbert(source, folder)
     try:
         with quiet_loading():
-            model = PooledColBERT(
-                str(folder),
-                query_length=settings.query_length,
-                document_length=document_length or settings.document_length,
-                local_files_only=True,
-            )
+            model = PooledColBERT(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"The model {source} could not be loaded: {error}. Expected a ColBERT for PyLate."
         ) from error
-    wanted = {
-        "dim": (settings.dim, model[-1].out_features),
-        "query_prefix": (settings.query_prefix, model.query_prefix),
-        "document_prefix": (settings.document_prefix, model.document_prefix),
+    _check_settings(source, model, settings)
+    _set_lengths(source, model, settings.query_length, document_length or settings.document_length)
+    return model
+
+
+def _check_settings(source: str, model: PooledColBERT, settings: ModelSettings) -> None:
+    found = {
+        "dim": model[-1].out_features,
+        "query_prefix": model.query_prefix,
+        "document_prefix": model.document_prefix,
+        "do_query_expansion": model.do_query_expansion,
+        "skiplist": _skiplist(model.skiplist_words),
     }
+    wanted = settings.model_dump(include=set(CHECKED))
     wrong = [
-        f"model.{key} is {expected!r} in the profile and {found!r} in the checkpoint"
-        for key, (expected, found) in wanted.items()
-        if expected is not None and expected != found
+        f"model.{key} is {wanted[key]!r} in the profile and {found[key]!r} in the checkpoint"
+        for key in CHECKED
+        if wanted[key] is not None and wanted[key] != found[key]
     ]
     if wrong:
         raise UserError(
             f"The model {source} is not the one that the profile expects: {'; '.join(wrong)}. "
             "Correct the profile, or name another model."
         )
-    return model
 
 
-def _check_is_colbert(source: str, folder: Path) -> None:
-    """A plain encoder would get a random projection, and no error, from PyLate."""
-    layers = []
-    if (folder / "modules.json").is_file():
-        layers = [str(module.get("type")) for module in read_json(folder / "modules.json")]
-    stanford = (folder / "config.json").is_file() and "HF_ColBERT" in (
-        read_json(folder / "config.json").get("architectures") or []
+def _skiplist(words: list[str]) -> str:
+    """`none`, `punctuation` (some of it or all), or the words themselves."""
+    if not words:
+        return "none"
+    return "punctuation" if set(words) <= set(string.punctuation) else str(words)
+
+
+def _set_lengths(source: str, model: PooledColBERT, query: int, document: int) -> None:
+    for name, length in (("query_length", query), ("document_length", document)):
+        own = getattr(model, name)
+        if own != length:
+            notice = f"{source}: its own {name} is {own}, the profile's {length} is used."
+            tqdm.write(notice, file=sys.stderr)
+        setattr(model, name, length)
+
+
+def _check_is_colbert(given: str, source: str | Path, **where: Any) -> None:
+    """Refuse what PyLate would make a ColBERT of, with a random projection and without an error.
+
+    `given` is what a message calls it; `where` as in `load_file_path`. What is not found at all is
+    left to who loads it.
+    """
+    names = (MODULES, "config.json", OWN_SETTINGS)
+    paths = {name: load_file_path(str(source), name, **where) for name in names}
+    modules, config, settings = (path and read_json(path) for path in paths.values())
+    if not (modules or config or Path(source).is_dir()):
+        return
+    if "HF_ColBERT" in ((config or {}).get("architectures") or []):
+        return  # Stanford's: the projection lies beside the encoder's weights
+    layers = [str(module.get("type")).rsplit(".", 1)[-1] for module in modules or []]
+    if not modules:
+        found = f"there is no {MODULES}"
+    elif layers[0] != "Transformer" or set(layers[1:]) != {"Dense"}:
+        found = f"{MODULES} lists {', '.join(layers)}"
+    elif not (settings or {}).keys() & set(COLBERT_KEYS):
+        found = f"{OWN_SETTINGS} has none of {', '.join(COLBERT_KEYS)}"
+    else:
+        return
+    raise UserError(
+        f"{given} is not a ColBERT: {found}. Expected a Transformer followed by Dense layers, with "
+        "its settings, as PyLate saves it, or a checkpoint of Stanford's ColBERT (HF_ColBERT). "
+        "Name another model; to train one from a plain encoder, make it with "
+        "PooledColBERT(…, embedding_size=128), save it, and name its folder."
     )
-    if not stanford and not any(layer.endswith("Dense") for layer in layers):
-        found = f"modules.json lists {layers}" if layers else "there is no modules.json"
-        raise UserError(
-            f"{source} is not a ColBERT: {found}. Expected a Transformer followed by a Dense "
-            "layer, as PyLate saves it, or a checkpoint of Stanford's ColBERT (HF_ColBERT)."
-        )
 
 
 def embedded_encoder_path() -> Path:

@@ -63,8 +63,8 @@ class ModelSettings(_Settings):
 
     `base` is `embedded`, a hub id or a folder. `query_lengths` holds what differs from
     `query_length`, by collection; `other_document_lengths` are measured of the baseline as well.
-    A base whose output dimension or prefixes are not `dim`, `query_prefix`, `document_prefix` is
-    refused.
+    A base whose output dimension, prefixes, query expansion or skiplist are not `dim`,
+    `query_prefix`, `document_prefix`, `do_query_expansion`, `skiplist` is refused.
     """
 
     base: Source = "embedded"
@@ -76,6 +76,12 @@ class ModelSettings(_Settings):
     dim: int | None = Field(None, ge=1)
     query_prefix: str | None = None
     document_prefix: str | None = None
+    do_query_expansion: bool | None = Field(
+        None, description="whether a checkpoint pads its queries with [MASK]; null: as it is"
+    )
+    skiplist: Literal["punctuation", "none"] | None = Field(
+        None, description="which tokens a checkpoint leaves out of documents; null: as it is"
+    )
     projection_texts: int = Field(400, ge=10)
 
     @property

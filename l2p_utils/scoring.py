@@ -146,6 +146,26 @@ def _score_chunk(plan: Plan, number: int, teacher: RerankerTeacher, batch_size: 
         pq.write_table(table.replace_schema_metadata({"made": made}), temporary)
 
 
+def check_scored(profile: Profile, plan: Plan) -> None:
+    """Refuse missing scores where a GPU is expected for the teacher and none is here.
+
+    Raises
+    ------
+    UserError
+        With how to have them scored.
+    """
+    missing = plan.missing(range(len(plan.chunks)))
+    if missing and profile.gpu and not torch.cuda.is_available():
+        name = plan.collection.name
+        raise UserError(
+            f"{len(missing)} of the {len(plan.chunks)} chunks of the teacher's scores of {name} "
+            f"are missing in {plan.folder}, and there is no GPU here to run the teacher on (`gpu: "
+            f"true` in the profile). Delete {profile.folder}/logs/scored--{slug(name)}--* and "
+            "start the run again, or run `python -m l2p_utils.scoring --profile "
+            f"{profile.name} --collection {name}` where you want them scored."
+        )
+
+
 def read_scores(plan: Plan) -> tuple[Scores, dict[str, int]]:
     """Scores of all chunks: query id → document id → score; and in how many chunks made how.
 

@@ -8,6 +8,7 @@ The paper's teacher is a causal language model that is asked whether a passage a
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,7 +28,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from l2p_utils.collection import Collection
-from l2p_utils.evaluation import autocast, encode
+from l2p_utils.evaluation import autocast, encode, forward_precision
 from l2p_utils.files import UserError
 from l2p_utils.model import PooledColBERT, embedded_encoder_path, quiet_loading
 from l2p_utils.search import maxsim_scores
@@ -142,9 +144,10 @@ class RerankerTeacher:
 
     Notes
     -----
-    Source: the model card of BAAI/bge-reranker-v2-gemma, "using Hugging Face transformers". (The
-    FlagEmbedding library gives the prompt's length to the passage as well, so that long passages
-    are cut later there.)
+    Source: the model card of BAAI/bge-reranker-v2-gemma, "using Hugging Face transformers". The
+    card's other way, FlagEmbedding, resolves with these versions (1.4.2 does) but is not used: it
+    brings packages (peft among them) that nothing else here needs, for one logit, and gives the
+    prompt's length to the passage as well, so that long passages are cut later there.
     """
 
     def __init__(
@@ -265,9 +268,16 @@ def _last_word_end(text: str, size: int) -> int:
 
 
 def scoring_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Bfloat16 on a GPU, unless the profile's precision says float32; float32 on a CPU."""
-    half = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if half else torch.float32
+    """Bfloat16 on a GPU that has it, unless the profile's precision says float32; else float32."""
+    if precision == "auto" and device.type == "cuda":
+        precision = forward_precision(precision, device)
+        if precision == "float32":
+            tqdm.write(
+                "This GPU only emulates bfloat16: the teacher scores in float32, in twice the "
+                "memory and several times the time.",
+                file=sys.stderr,
+            )
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def load_reranker(

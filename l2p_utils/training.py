@@ -286,6 +286,7 @@ def _save(
             "collection": made_with.get("dev", f"{dev.name}, dev split"),
             "looks_at_test_queries": "dev" in made_with,
             "fingerprint": dev.fingerprint,
+            "query_length": fitted.model.query_length,
         },
         "epoch": read_json(checkpoints / "best" / PROVENANCE),
         "seconds": cost.pop("seconds"),

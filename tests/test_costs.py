@@ -17,6 +17,7 @@ from transformers import (
 
 from l2p_utils.costs import (
     ENCODER,
+    HOST_MEMORY,
     MINER,
     POOLED,
     TEACHER,
@@ -125,6 +126,16 @@ def test_the_rates_are_those_of_the_bench():
     for name, (method, engine) in names.items():
         row = re.search(rf"^\| {method} \| {engine} \| 300 \| [\d,]+ \| ([\d,]+) \|", bench, re.M)
         assert POOLED[name] == float(row[1].replace(",", "")), name
+
+
+def test_the_host_memory_is_what_the_snakefile_asks_for(paper):
+    rules = (ROOT / "Snakefile").read_text("utf-8")
+    for rule, memory in HOST_MEMORY.items():
+        body = re.search(rf"^rule {rule}:\n(.*?)^(?:rule|if) ", rules + "rule ", re.M | re.S)[1]
+        asked = re.search(r"needs\([\w.]+, ([\d_]+)", body)
+        assert memory == (int(asked[1]) / 1000 if asked else 0), rule
+    shown = {line.kind: line.host_memory for line in estimate(paper, Machine())}
+    assert shown["evaluate, exact search"] == 48 and shown["train beir:fiqa, span"] == 24
 
 
 def test_the_readme_shows_the_estimate(paper):

@@ -98,6 +98,11 @@ def test_without_a_gpu_the_command_runs_as_it_is(tmp_path):
     assert job.communicate(timeout=120)[0] == f"{os.environ.get('CUDA_VISIBLE_DEVICES')}\n"
 
 
+def test_a_job_of_no_gpu_sees_none(tmp_path):
+    job = start(tmp_path, 0, job="import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))")
+    assert job.communicate(timeout=120)[0] == "''\n"
+
+
 @pytest.mark.parametrize(
     ("visible", "names"),
     [(None, ["0", "1"]), ("3,5", ["3", "5"]), ("GPU-x, GPU-y", ["GPU-x", "GPU-y"])],

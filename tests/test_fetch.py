@@ -9,7 +9,7 @@ from tiny import tiny_colbert
 from l2p_utils import fetch as module
 from l2p_utils import hub
 from l2p_utils.evaluation import describe_model
-from l2p_utils.files import UserError, read_json
+from l2p_utils.files import UserError, read_json, write_json
 from l2p_utils.model import PooledColBERT, load_checkpoint, load_model
 from l2p_utils.profile import Profile, Run, load_profile
 
@@ -93,6 +93,14 @@ def test_released_models_and_rows_may_name_a_revision(checkpoint, monkeypatch, t
             "model.query_prefix is '[query] ' in the profile and '[Q] ' in the checkpoint",
         ),
         ({"document_prefix": ""}, "model.document_prefix is '' in the profile and '[D] '"),
+        (
+            {"do_query_expansion": True},
+            "model.do_query_expansion is True in the profile and False in the checkpoint",
+        ),
+        (
+            {"skiplist": "none"},
+            "model.skiplist is 'none' in the profile and 'punctuation' in the checkpoint",
+        ),
     ],
 )
 def test_another_model_than_expected_is_refused_with_both_values(
@@ -103,6 +111,36 @@ def test_another_model_than_expected_is_refused_with_both_values(
         module.fetch(profile, progress=False)
     assert message in str(refusal.value)
     assert not (profile.folder / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [(["!", "?"], "punctuation"), ([], "none"), (["!", "the"], "['!', 'the']")],
+)
+def test_the_skiplist_is_named_by_what_is_in_it(checkpoint, monkeypatch, tmp_path, words, found):
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    config = read_json(base / "config_sentence_transformers.json") | {"skiplist_words": words}
+    write_json(base / "config_sentence_transformers.json", config)
+    wanted = "none" if found == "punctuation" else "punctuation"
+    settings = profile_of(base, monkeypatch, tmp_path, skiplist=wanted).model
+    with pytest.raises(UserError) as refusal:
+        load_checkpoint(str(base), settings)
+    assert f"is {wanted!r} in the profile and {found!r} in the" in str(refusal.value)
+    right = settings.model_copy(update={"skiplist": found})
+    assert load_checkpoint(str(base), right).skiplist_words == words
+
+
+def test_the_checkpoints_own_lengths_are_told_where_they_are_not_used(
+    checkpoint, monkeypatch, tmp_path, capsys
+):
+    settings = profile_of(checkpoint, monkeypatch, tmp_path).model
+    load_checkpoint(str(checkpoint), settings)
+    assert capsys.readouterr().err == ""
+    model = load_checkpoint(str(checkpoint), settings, document_length=12)
+    assert (model.query_length, model.document_length) == (8, 12)
+    said = capsys.readouterr().err
+    assert f"{checkpoint}: its own document_length is 16, the profile's 12 is used." in said
+    assert "query_length" not in said
 
 
 @pytest.mark.parametrize(
@@ -144,6 +182,7 @@ def test_the_papers_profile_is_its_grid():
         "nano:touche", "beir:nfcorpus", "beir:scidocs",
     ]  # fmt: skip
     assert [profile.model.query_length_on(f"beir:{n}") for n in ("scifact", "fiqa")] == [48, 32]
+    assert profile.model.do_query_expansion is False and profile.model.skiplist == "punctuation"
     assert profile.prepared_names[:2] == ["baseline", "baseline-d180"]
     assert profile.needs_hub and not load_profile("offline").needs_hub
 

@@ -6,11 +6,23 @@ import numpy as np
 import pytest
 import torch
 from pylate import models
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers import models as st
+from tiny import tiny_miner
 
 from l2p_utils.files import PROVENANCE, UserError, read_json, settings_match, write_json
-from l2p_utils.model import PooledColBERT, build_embedded_model, load_model, save_model
+from l2p_utils.model import (
+    PooledColBERT,
+    build_embedded_model,
+    load_checkpoint,
+    load_model,
+    save_model,
+)
 from l2p_utils.pooling import pool, pooled_count
+from l2p_utils.profile import ModelSettings
 
+TEXTS = ["a spline through points", "the mean of an array"]
 LENGTHS = {"query_length": 16, "document_length": 32}
 WAYS = [
     {"pool_method": "span"},
@@ -286,6 +298,79 @@ def test_damaged_model_is_refused_with_what_to_do(model_folder, tmp_path, file, 
         (path / file).write_bytes(half)
     with pytest.raises(UserError, match="could not be loaded.*make it again|not a saved model"):
         load_model(path)
+
+
+# --- what is no ColBERT ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Folders that are no ColBERT, by what they hold; and one that PyLate saved."""
+    root = tmp_path_factory.mktemp("others")
+    tiny_miner(root / "bi", TEXTS)
+    encoder = str(root / "bi-encoder")
+    layers = [st.Transformer(encoder), st.Pooling(32), st.Dense(32, 16)]
+    SentenceTransformer(modules=layers, device="cpu").save(str(root / "pooled"))
+    layers = [st.Transformer(encoder), st.Dense(32, 16)]
+    SentenceTransformer(modules=layers, device="cpu").save(str(root / "bare"))
+    theirs = models.ColBERT(encoder, device="cpu", embedding_size=16, query_length=8)
+    theirs.save_pretrained(str(root / "theirs"))
+    return {name: root / name for name in ("bi", "bi-encoder", "pooled", "bare", "theirs")}
+
+
+NO_COLBERT = {
+    "bi": r"modules.json lists Transformer, Pooling, Normalize",
+    "pooled": r"modules.json lists Transformer, Pooling, Dense",
+    "bi-encoder": r"there is no modules.json",
+    "bare": r"config_sentence_transformers.json has none of .*query_prefix",
+}
+
+
+@pytest.mark.parametrize("what", NO_COLBERT)
+@pytest.mark.parametrize("way", ["folder", "hub id", "hub id and token", "checkpoint"])
+def test_what_is_no_colbert_is_refused(others, monkeypatch, what, way):
+    def load():
+        if way == "checkpoint":
+            return load_checkpoint(str(others[what]), ModelSettings(base="owner/name"))
+        if way == "folder":
+            return PooledColBERT(str(others[what]), device="cpu")
+        return PooledColBERT("owner/name", device="cpu", token="t" if "token" in way else None)
+
+    def from_hub(repository, filename, subfolder=".", **options):
+        return str(next(others[what].glob(f"{subfolder}/{filename}")))
+
+    monkeypatch.setattr("l2p_utils.model.download", lambda *a: others[what])
+    monkeypatch.setattr("sentence_transformers.util.file_io.hf_hub_download", from_hub)
+    name = "owner/name" if "hub" in way else str(others[what])
+    with pytest.raises(UserError, match=rf"is not a ColBERT: {NO_COLBERT[what]}") as refusal:
+        load()
+    assert name in str(refusal.value)
+    assert "Expected a Transformer followed by Dense layers" in str(refusal.value)
+    assert "embedding_size" in str(refusal.value)
+
+
+@pytest.mark.parametrize("what", ["bi", "bi-encoder"])
+def test_a_plain_encoder_becomes_a_colbert_where_that_is_asked_for(others, what):
+    model = PooledColBERT(str(others[what]), device="cpu", embedding_size=16)
+    assert model.encode(["a spline"], is_query=False)[0].shape[1] == 16
+
+
+def test_a_folder_that_pylate_saved_loads(others):
+    model = PooledColBERT(str(others["theirs"]), device="cpu")
+    assert model.query_length == 8
+    assert load_checkpoint(str(others["theirs"]), ModelSettings(base="owner/name"))
+
+
+def test_a_checkpoint_of_stanfords_colbert_is_one(others, tmp_path):
+    """Its projection lies beside the encoder's weights, whatever modules.json says."""
+    config = read_json(others["bi-encoder"] / "config.json") | {"architectures": ["HF_ColBERT"]}
+    shutil.copytree(others["bi-encoder"], tmp_path / "stanford")
+    write_json(tmp_path / "stanford" / "config.json", config)
+    weights = load_file(others["bi-encoder"] / "model.safetensors")
+    weights["linear.weight"] = torch.zeros(16, 32)
+    save_file(weights, tmp_path / "stanford" / "model.safetensors", {"format": "pt"})
+    model = PooledColBERT(str(tmp_path / "stanford"), device="cpu")
+    assert model[-1].out_features == 16 and not model[-1].linear.weight.any()
 
 
 # --- the embedded model ---------------------------------------------------------------------

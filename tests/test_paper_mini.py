@@ -25,7 +25,7 @@ from pylate import models as pylate
 
 from l2p_utils import results
 from l2p_utils.files import read_json
-from l2p_utils.model import PooledColBERT
+from l2p_utils.model import CHECKED, PooledColBERT
 from l2p_utils.profile import load_profile
 from l2p_utils.teacher import load_reranker
 
@@ -105,7 +105,7 @@ def snakemake(project, address, *arguments, profile=MINI.name):
 
 def test_every_kind_of_job_of_the_paper_profile_is_in_the_miniature():
     paper, mini = load_profile("paper"), load_profile(MINI)
-    for name in ("base", "dim", "query_prefix", "document_prefix"):
+    for name in ("base", *CHECKED):
         assert getattr(mini.model, name) == getattr(paper.model, name)
     same = ("training_data", "released_rows", "dev_collections", "released_models")
     same += ("use_sklearn", "hierarchical", "gpu", "processes", "hub_collections", "warm_up")

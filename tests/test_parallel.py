@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from tiny import tiny_colbert
 
@@ -30,6 +32,9 @@ from l2p_utils.profile import Profile, Run, TrainingSettings, load_profile
 SENTENCE = "a function on the grid returns sorted values of one matrix for all points in two sets"
 WORDS = SENTENCE.split()
 TEXTS = [" ".join(WORDS[i % 9 : i % 9 + 3 + i % 7]) for i in range(12)]
+ROOT = Path(__file__).parents[1]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 RUN = Run(collection="tiny", pool_method="span", pool_factors="1-6")
 # 17 rows in batches of 4: the fifth step has one row, so that the second process has none
 SETTINGS = TrainingSettings(batch_size=4, learning_rate=1e-3, checkpoint_steps=2)
@@ -288,6 +293,7 @@ def test_a_profile_of_two_processes_trains_in_two(folder_profile, capsys):
     assert provenance["cost"]["processes"] == 2
     assert provenance["cost"]["steps"] == 5
     assert provenance["settings"]["lengths"] == {"query_length": 6, "document_length": 12}
+    assert provenance["dev"]["query_length"] == 6
     assert len(training.read_training_log(made).dropna(subset=["loss"])) == 5
     assert "5/5" in capsys.readouterr().err  # the progress of the first process
     model = load_model(made)
@@ -295,6 +301,26 @@ def test_a_profile_of_two_processes_trains_in_two(folder_profile, capsys):
     assert not (profile.folder / "checkpoints" / made.name).exists()
     again = profile.model_copy(update={"processes": 1})
     assert training.train(again, str(folder), "kmeans", [1, 2], progress=False) == made
+
+
+@pytest.mark.parametrize(("flag", "processes"), [("--multi_gpu", 1), ("--cpu", 2)])
+def test_accelerates_launcher_starts_it_too(folder_profile, tmp_path, monkeypatch, flag, processes):
+    """Without a GPU as well: `--multi_gpu` starts two that compute on the processor. `--cpu` starts
+    one, unless there is MPI, and it is the profile's `processes` that counts."""
+    profile, folder = folder_profile
+    (tmp_path / "l2p_utils").symlink_to(ROOT / "l2p_utils")  # so that runs/ is in tmp_path
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    content = profile.model_copy(update={"processes": processes}).model_dump(mode="json")
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(content), "utf-8")
+    asked = [*ACCELERATE, flag, "--num_processes", "2", "-m", "l2p_utils.training"]
+    asked += ["--profile", str(tmp_path / "two.yaml"), "--collection", str(folder), "--quiet"]
+    asked += ["--pool-method", "kmeans", "--pool-factors", "1-2"]
+    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    made = re.findall(rf"^{tmp_path}/runs/.*$", done.stdout, re.M)
+    assert len(made) == 1  # told by the first process alone
+    cost = read_json(Path(made[0]) / "provenance.json")["cost"]
+    assert (cost["processes"], cost["steps"]) == (2, 5)
 
 
 def test_checkpoints_stay_until_every_process_has_read_the_best_epoch(folder_profile, monkeypatch):

@@ -1,7 +1,9 @@
 """Candidates and their scores: one rule, any number of jobs, killed at any moment."""
 
+import errno
 import json
 import multiprocessing
+import os
 import shutil
 import time
 
@@ -243,6 +245,16 @@ def test_jobs_that_start_at_once_have_the_same_candidates(project):
     assert found[0] == found[1] == found[2] and log.read_text() == "made\n"
 
 
+def test_a_file_system_without_locks_is_named(project, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(candidates_module.fcntl, "lockf", no_locks)
+    with pytest.raises(UserError, match=r"mined/\S+ cannot be locked .*No locks.*flock") as refusal:
+        plan_of(make_profile(project), project)
+    assert "file system" in str(refusal.value)
+
+
 def test_damaged_candidates_are_named(project):
     profile = make_profile(project)
     plan_of(profile, project)
@@ -371,6 +383,32 @@ def test_rows_of_shards_are_the_rows_of_one_job(project, chunks_scored):
     del chunks_scored[0][:]
     assert mine(sharded, name, progress=False).to_list() == expected
     assert chunks_scored[0] == []  # nothing was left to score
+
+
+def test_the_mining_job_of_a_gpu_profile_leaves_the_teacher_to_the_jobs_that_have_a_gpu(
+    project, chunks_scored
+):
+    """Its 60 minutes and 16 GB are for choosing rows."""
+    profile, name = make_profile(project).model_copy(update={"gpu": True}), str(project / "corpus")
+    plan = plan_of(profile, project)
+    score(profile, plan, progress=False)
+    plan.path(3).unlink()
+    del chunks_scored[0][:]
+    with pytest.raises(UserError) as refusal:
+        mine(profile, name, progress=False)
+    assert chunks_scored[0] == []
+    said = str(refusal.value)
+    assert f"1 of the 7 chunks of the teacher's scores of {plan.collection.name}" in said
+    assert f"logs/scored--{profiles.slug(name)}--*" in said and "l2p_utils.scoring" in said
+    score(profile, plan, progress=False)
+    assert len(mine(profile, name, progress=False)) == 7
+
+
+def test_on_a_gpu_the_notebook_may_score_by_hand(project, chunks_scored, monkeypatch):
+    profile = make_profile(project).model_copy(update={"gpu": True})
+    plan = plan_of(profile, project)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    scoring.check_scored(profile, plan)
 
 
 def test_rules_that_change_nothing_of_the_scores_only_choose_again(project, chunks_scored):

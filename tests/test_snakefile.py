@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -262,6 +263,34 @@ def test_a_run_that_is_refused_deletes_nothing(project):
     assert everything_in(run / "notebooks") == before
 
 
+def test_scores_that_were_deleted_with_their_rows_are_made_again_by_the_jobs_that_have_a_gpu(
+    tmp_path,
+):
+    run, profile = tmp_path / "run", load_profile("paper")
+    for name in ["fetched.json", *(f"models/{n}/provenance.json" for n in profile.prepared_names)]:
+        make_file(run / name)
+    for shard in range(profile.scoring.shards):
+        make_file(run / "logs" / f"scored--beir-scifact--{shard}")
+    job = run / "notebooks" / "01_data_mining--beir-scifact.ipynb"
+    rows, scores = (run / "mined" / f"beir-scifact{end}" for end in ("", ".scores"))
+    for file in (scores / "key" / "chunk-00000.parquet", rows / "provenance.json", job):
+        make_file(file)
+    make_file(job.with_suffix(".html"))
+
+    def planned():
+        status, said = snakemake(tmp_path, "-n", str(job), profile="paper")
+        assert status == 0, said
+        return dict(re.findall(r"^(score|mine|fetch) +(\d+)$", said, re.M))
+
+    assert planned() == {}
+    shutil.rmtree(rows)
+    assert planned() == {"mine": "1"}
+    shutil.rmtree(scores)
+    assert planned() == {"score": "8", "mine": "1"}
+    make_file(rows / "provenance.json")
+    assert planned() == {}  # the rows are what the scores are for
+
+
 def everything_in(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
@@ -321,6 +350,24 @@ def test_a_killed_run_goes_on_where_it_was(project):
     assert mined.stat().st_mtime_ns == before
 
 
+def test_make_shares_the_machines_memory_among_the_jobs():
+    said = {}
+    for given in ([], ["MEM_MB=5000"], ["MEM_MB="]):
+        make = ["make", "-n", "run", *given]
+        said[tuple(given)] = subprocess.run(make, cwd=ROOT, capture_output=True, text=True).stdout
+    total = int(re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    assert f"--resources gpu=1 mem_mb={total // 1000} --config" in said[()]
+    assert "--resources gpu=1 mem_mb=5000 --config" in said["MEM_MB=5000",]
+    assert "mem_mb" not in said["MEM_MB=",]
+
+
+def test_two_jobs_of_an_embedded_profile_fit_into_8_gb(tmp_path):
+    status, said = snakemake(tmp_path, "-n", profile="quick")
+    assert status == 0, said
+    asked = [int(number) for number in re.findall(r"mem_mb=(\d+)", said)]
+    assert asked and 2 * max(asked) <= 7_700  # what is left of 8 GB for programs
+
+
 def wait_for(condition, seconds=180):
     end = time.time() + seconds
     while not condition():
@@ -338,10 +385,30 @@ def test_the_cluster_profile_has_options_that_snakemake_knows():
     assert settings.keys() <= options
 
 
+def test_on_the_cluster_a_job_has_the_threads_that_it_asks_for(tmp_path):
+    # the executor is a package of its own: a plan does without
+    cluster = ["--profile", str(ROOT / "cluster" / "slurm"), "--executor", "dryrun"]
+    here = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *here, *cluster, "-n"]
+        + ["--config", "profile=paper", f"folder={tmp_path / 'run'}"],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    threads = Counter(re.findall(r"^ +threads: (\d+)$", said, re.M))
+    assert threads == {str(load_profile("paper").threads): 16 + 2 + 23 + 27}
+    assert said.count("slurm_partition=gpu") >= 68
+
+
 def test_the_pod_asks_for_what_its_run_is_told():
     job = yaml.safe_load((ROOT / "cluster" / "kubernetes" / "job.yaml").read_text())
     (container,) = job["spec"]["template"]["spec"]["containers"]
     told = dict(word.split("=") for word in container["command"] if "=" in word)
     limits = container["resources"]["limits"]
     assert (told["GPUS"], told["CORES"]) == (str(limits["nvidia.com/gpu"]), limits["cpu"])
+    assert int(told["MEM_MB"]) * 1e6 <= int(limits["memory"].removesuffix("Gi")) * 2**30
     assert int(told["CORES"]) == int(told["GPUS"]) * load_profile(told["PROFILE"]).threads

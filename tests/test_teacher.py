@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from l2p_utils import teacher as teacher_module
 from l2p_utils.collection import Collection
+from l2p_utils.evaluation import forward_precision
 from l2p_utils.files import UserError
 from l2p_utils.model import embedded_encoder_path
 from l2p_utils.search import maxsim_scores
@@ -266,7 +267,21 @@ def test_memory_that_does_not_suffice_is_told_with_the_remedy(reranker, monkeypa
         reranker.scores(PAIRS, 2)
 
 
-def test_the_precision_is_bfloat16_on_a_gpu_and_float32_on_a_cpu():
+@pytest.mark.parametrize("emulated", [False, True])
+def test_the_precision_is_bfloat16_on_a_gpu_that_has_it_and_float32_elsewhere(
+    monkeypatch, capsys, emulated
+):
+    """As torch answers on an A100, and on a T4 or V100, where bfloat16 is slower than float32."""
+
+    def supported(including_emulation=True):
+        return including_emulation or not emulated
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert scoring_dtype("auto", cpu) == scoring_dtype("float32", gpu) == torch.float32
-    assert scoring_dtype("auto", gpu) == scoring_dtype("bfloat16", cpu) == torch.bfloat16
+    assert scoring_dtype("bfloat16", cpu) == scoring_dtype("bfloat16", gpu) == torch.bfloat16
+    assert capsys.readouterr().err == ""
+    assert scoring_dtype("auto", gpu) == (torch.float32 if emulated else torch.bfloat16)
+    assert ("teacher scores in float32" in capsys.readouterr().err) == emulated
+    assert forward_precision("auto", gpu) == ("float32" if emulated else "bfloat16")
+    assert forward_precision("float16", gpu) == "float16"
