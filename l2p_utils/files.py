@@ -18,6 +18,13 @@ from pathlib import Path
 from typing import Any
 
 PROVENANCE = "provenance.json"
+FULL_DISK = (  # how libraries put it that do not pass on the error's number
+    os.strerror(errno.ENOSPC),
+    "(os error 28)",  # safetensors: "... I/O error: ... (os error 28)"
+    "PytorchStreamWriter failed writing",  # torch.save: less was written than was to be
+    "unexpected pos ",
+    "basic_ios::clear: iostream error",
+)
 
 
 class UserError(ValueError):
@@ -50,13 +57,29 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     token = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
     temporary = path.with_name(f".{path.stem}.{token}.tmp{path.suffix}")
     try:
-        yield temporary
-        if not temporary.exists():
-            raise RuntimeError(f"nothing was written to {temporary} for {path}")
-        if path.is_dir():
-            _replace_folder(temporary, path, path.with_name(f".{path.name}.{token}.old"))
-        else:
-            os.replace(temporary, path)
+        with full_disk_told(path):
+            yield temporary
+            if not temporary.exists():
+                raise RuntimeError(f"nothing was written to {temporary} for {path}")
+            if path.is_dir():
+                _replace_folder(temporary, path, path.with_name(f".{path.name}.{token}.old"))
+            else:
+                os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+@contextlib.contextmanager
+def full_disk_told(path: str | Path) -> Iterator[None]:
+    """While the block writes `path`, turn any library's error about a full disk into a UserError.
+
+    Raises
+    ------
+    UserError
+        When the disk is full, naming the path and that finished results are kept.
+    """
+    try:
+        yield
     except Exception as error:
         if _disk_is_full(error):
             raise UserError(
@@ -64,8 +87,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
                 "free some space (`make clean` removes runs/) and start the same command again."
             ) from error
         raise
-    finally:
-        remove(temporary)
 
 
 def _replace_folder(new: Path, path: Path, aside: Path) -> None:
@@ -82,8 +103,7 @@ def _disk_is_full(error: Exception) -> bool:
     """Whether an error means so: by its number, or by its text where a library wraps the number."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    # safetensors raises an exception of its own: "... I/O error: ... (os error 28)".
-    return "(os error 28)" in str(error) or os.strerror(errno.ENOSPC) in str(error)
+    return any(sign in str(error) for sign in FULL_DISK)
 
 
 def write_json(path: str | Path, value: Any) -> None:

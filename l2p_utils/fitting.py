@@ -32,7 +32,15 @@ from l2p_utils import parallel
 from l2p_utils.collection import Collection
 from l2p_utils.distillation import PooledDistillation, sample_pool_factor
 from l2p_utils.evaluation import encode_collection, forward_precision, measure
-from l2p_utils.files import PROVENANCE, UserError, atomic_path, read_json, remove, write_json
+from l2p_utils.files import (
+    PROVENANCE,
+    UserError,
+    atomic_path,
+    full_disk_told,
+    read_json,
+    remove,
+    write_json,
+)
 from l2p_utils.model import PooledColBERT, load_model, quiet_loading
 from l2p_utils.pooling import DEFAULT_VARIANT, PoolVariant
 from l2p_utils.profile import Run, TrainingSettings
@@ -152,6 +160,11 @@ class StepTrainer(SentenceTransformerTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with full_disk_told(folder):
+            super()._save_checkpoint(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the trainer's, leaving the random numbers as they are.
@@ -320,7 +333,7 @@ def fit(
     Raises
     ------
     UserError
-        When memory does not suffice for one row at a time.
+        When memory does not suffice for one row at a time, or the disk is full.
     """
     model.float()  # a checkpoint may be stored in half precision, where small updates are lost
     freeze(model, settings.frozen_layers)

@@ -1,8 +1,10 @@
 """Training: the loss against PyLate's, pool factors, gradients, resuming, the best epoch."""
 
+import errno
 import functools
 import json
 import math
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -10,7 +12,9 @@ import pytest
 import torch
 from datasets import Dataset
 from pylate import losses
+from safetensors import SafetensorError
 from tiny import tiny_colbert
+from transformers import TrainerState
 
 from l2p_utils import candidates, distillation, fitting, pooling, training
 from l2p_utils import profile as profiles
@@ -19,7 +23,7 @@ from l2p_utils.collection import Collection
 from l2p_utils.distillation import PooledDistillation, sample_pool_factor
 from l2p_utils.files import UserError, read_json
 from l2p_utils.fitting import DEV_METRIC, fit, freeze
-from l2p_utils.model import load_model, quiet_loading
+from l2p_utils.model import PooledColBERT, load_model, quiet_loading
 from l2p_utils.profile import Run, TrainingSettings, load_profile
 from l2p_utils.training import training_rows
 
@@ -522,6 +526,43 @@ def test_a_training_killed_at_an_epochs_end_ends_as_an_uninterrupted_one(
     pd.testing.assert_frame_equal(found[1], log)
     assert found[2] == best == {DEV_METRIC: max(dev), "epoch": dev.index(max(dev)) + 1}
     assert all(torch.equal(found[0][name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("owner", "writing", "error"),
+    [
+        (torch, "save", RuntimeError("[enforce fail at …] . unexpected pos 576 vs 534")),
+        (PooledColBERT, "save_pretrained", SafetensorError("I/O error: … (os error 28)")),
+        (TrainerState, "save_to_json", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_a_full_disk_is_told_and_the_training_goes_on_from_the_checkpoint_before(
+    tiny_folder, rows, collection, tmp_path, monkeypatch, owner, writing, error
+):
+    steps = {"checkpoint_steps": 1}
+    expected, _ = fit_tiny(tiny_folder, rows, collection, tmp_path / "a", **steps)
+    original = getattr(owner, writing)
+
+    def write(*given, **kwargs):
+        if any("checkpoint-2" in str(one) for one in given):
+            raise error
+        return original(*given, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, writing, write)
+        with pytest.raises(UserError, match="disk is full: .*checkpoint-2.*free some space"):
+            fit_tiny(tiny_folder, rows, collection, tmp_path / "b", **steps)
+    found, resumed = fit_tiny(tiny_folder, rows, collection, tmp_path / "b", **steps)
+    assert resumed.cost.resumed_at == 1
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_another_error_in_writing_a_checkpoint_is_no_full_disk(
+    tiny_folder, rows, collection, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch, "save", mock.Mock(side_effect=PermissionError("denied")))
+    with pytest.raises(PermissionError, match="denied"):
+        fit_tiny(tiny_folder, rows, collection, tmp_path / "c")
 
 
 def test_out_of_memory_with_one_row_says_what_to_do(
