@@ -687,6 +687,12 @@ def test_a_run_that_means_nothing_is_refused(tiny_profile, method, factors):
         training.train(tiny_profile, "docs:scipy", method, factors)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_cannot_be_is_refused(tiny_profile, seed):
+    with pytest.raises(UserError, match=f"seed is {seed}; expected .* from 0 to 4294967295"):
+        training.train(tiny_profile, "docs:scipy", "kmeans", [1, 2], seed)
+
+
 def test_the_warm_up_is_unpooled(tiny_profile):
     with pytest.raises(UserError, match="warm-up's collection"):
         training.train(tiny_profile, "docs:transformers", "kmeans", [1, 2])
