@@ -23,6 +23,13 @@ from typing import Any
 PROVENANCE = "provenance.json"
 # Part of a temporary's name: a process of another machine cannot be asked whether it is alive.
 HOST = re.sub(r"[^A-Za-z0-9]+", "_", socket.gethostname())[:40]
+FULL_DISK = (  # how libraries put it that do not pass on the error's number
+    os.strerror(errno.ENOSPC),
+    "(os error 28)",  # safetensors: "... I/O error: ... (os error 28)"
+    "PytorchStreamWriter failed writing",  # torch.save: less was written than was to be
+    "unexpected pos ",
+    "basic_ios::clear: iostream error",
+)
 
 
 class UserError(ValueError):
@@ -57,13 +64,29 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     token = f"{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     temporary = _temporary(path, token)
     try:
-        yield temporary
-        if not temporary.exists():
-            raise RuntimeError(f"nothing was written to {temporary} for {path}")
-        if path.is_dir():
-            _replace_folder(temporary, path, _aside(path, token))
-        else:
-            os.replace(temporary, path)
+        with full_disk_told(path):
+            yield temporary
+            if not temporary.exists():
+                raise RuntimeError(f"nothing was written to {temporary} for {path}")
+            if path.is_dir():
+                _replace_folder(temporary, path, _aside(path, token))
+            else:
+                os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+@contextlib.contextmanager
+def full_disk_told(path: str | Path) -> Iterator[None]:
+    """While the block writes `path`, turn any library's error about a full disk into a UserError.
+
+    Raises
+    ------
+    UserError
+        When the disk is full, naming the path and that finished results are kept.
+    """
+    try:
+        yield
     except Exception as error:
         if disk_is_full(error):
             raise UserError(
@@ -71,8 +94,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
                 "free some space (`make clean` removes runs/) and start the same command again."
             ) from error
         raise
-    finally:
-        remove(temporary)
 
 
 def _replace_folder(new: Path, path: Path, aside: Path) -> None:
@@ -135,8 +156,7 @@ def disk_is_full(error: Exception) -> bool:
     """Whether an error means so: by its number, or by its text where a library wraps the number."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    # safetensors raises an exception of its own: "... I/O error: ... (os error 28)".
-    return "(os error 28)" in str(error) or os.strerror(errno.ENOSPC) in str(error)
+    return any(sign in str(error) for sign in FULL_DISK)
 
 
 def write_json(path: str | Path, value: Any) -> None:

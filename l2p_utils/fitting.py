@@ -32,13 +32,22 @@ from l2p_utils import parallel
 from l2p_utils.collection import Collection
 from l2p_utils.distillation import PooledDistillation, sample_pool_factor
 from l2p_utils.evaluation import encode_collection, forward_precision, measure
-from l2p_utils.files import PROVENANCE, UserError, atomic_path, read_json, remove, write_json
+from l2p_utils.files import (
+    PROVENANCE,
+    UserError,
+    atomic_path,
+    full_disk_told,
+    read_json,
+    remove,
+    write_json,
+)
 from l2p_utils.model import PooledColBERT, load_model, quiet_loading
 from l2p_utils.pooling import DEFAULT_VARIANT, PoolVariant
 from l2p_utils.profile import Run, TrainingSettings
 from l2p_utils.search import exact_search
 
 DEV_METRIC = "dev_ndcg@10"
+TRAINER_STATE = "trainer_state.json"  # of a checkpoint
 WORKERS = 2  # tokenising the next batches while a GPU computes
 OUT_OF_MEMORY = (
     "out of memory",
@@ -151,6 +160,20 @@ class StepTrainer(SentenceTransformerTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with full_disk_told(folder):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the trainer's, leaving the random numbers as they are.
+
+        They would go on from another place after an evaluation that a resumed training makes up
+        for: its random numbers are those of the checkpoint, which was written before.
+        """
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -310,7 +333,7 @@ def fit(
     Raises
     ------
     UserError
-        When memory does not suffice for one row at a time.
+        When memory does not suffice for one row at a time, or the disk is full.
     """
     model.float()  # a checkpoint may be stored in half precision, where small updates are lost
     freeze(model, settings.frozen_layers)
@@ -347,15 +370,25 @@ def fit(
 
 
 def _train(trainer: StepTrainer, checkpoint: str | None) -> None:
-    """Out of memory elsewhere than in a step (the optimiser, the dev queries) ends the training."""
+    """Train, from a checkpoint on when there is one.
+
+    One at an epoch's end was written before the epoch was judged: that comes first then.
+    Out of memory elsewhere than in a step (the optimiser, the dev queries) ends the training.
+    """
     if trainer.args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.args.device)
+    trainer.args.eval_on_start = checkpoint is not None and _ends_epoch(trainer, checkpoint)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise memory_error(f"outside of a step's rows ({error})") from error
+
+
+def _ends_epoch(trainer: StepTrainer, checkpoint: str) -> bool:
+    step = read_json(Path(checkpoint) / TRAINER_STATE)["global_step"]
+    return step % len(trainer.get_train_dataloader()) == 0
 
 
 def _cost(
@@ -427,6 +460,9 @@ def _arguments(
     )
     # one GPU a process: left alone, one process would use all GPUs in threads, with another batch
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if device.type == "cpu":
+        # several processes would have "cpu:0", which torch.load refuses: they could not go on
+        arguments._setup_devices = device
     return arguments
 
 
@@ -444,7 +480,7 @@ def _last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end; half-written ones are deleted."""
     found = {}
     for checkpoint in folder.glob("checkpoint-*"):
-        state = checkpoint / "trainer_state.json"  # the trainer writes it last
+        state = checkpoint / TRAINER_STATE  # the trainer writes it last
         try:
             found[read_json(state)["global_step"]] = str(checkpoint)
         except (OSError, UserError, KeyError):

@@ -474,6 +474,20 @@ def refuse_repeats(values: Sequence[Any]) -> Sequence[Any]:
     return values
 
 
+def check_seed(value: Any) -> None:
+    """Refuse what cannot be a seed.
+
+    Raises
+    ------
+    UserError
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not SEED["ge"] <= value <= SEED["le"]:
+        raise UserError(
+            f"seed is {value!r}; expected a whole number from {SEED['ge']} to {SEED['le']}."
+        )
+
+
 def check_run(pool_method: str, pool_factors: list[int]) -> None:
     """Refuse a run that means nothing: no method but factors above 1, or a method that only has 1.
 

@@ -53,6 +53,7 @@ from l2p_utils.profile import (
     Run,
     TrainingSettings,
     check_run,
+    check_seed,
     load_profile,
     model_name,
     parse_factors,
@@ -122,13 +123,14 @@ def train(
     Raises
     ------
     UserError
-        When the mined rows or the baseline are missing, method and factors do not fit together, or
-        there are fewer GPUs than processes.
+        When the mined rows or the baseline are missing, method and factors do not fit together, the
+        seed cannot be one, or there are fewer GPUs than processes.
     """
     use_threads(profile.threads)
     factors = list(pool_factors)
     check_run(pool_method, factors)
     seed = profile.seed if seed is None else seed
+    check_seed(seed)
     run = Run(collection=collection, pool_method=pool_method, pool_factors=factors, seed=seed)
     warm_up = profile.warm_up is not None and collection == profile.warm_up.collection
     if warm_up and pool_method != "none":

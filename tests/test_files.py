@@ -105,6 +105,9 @@ def test_block_that_writes_nothing_is_an_error(tmp_path):
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded"),
         RuntimeError("Error while serializing: I/O error: No space left (os error 28) at path"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+        RuntimeError("basic_ios::clear: iostream error"),
     ],
 )
 def test_full_disk_says_what_to_do_and_keeps_the_old_file(tmp_path, monkeypatch, error):

@@ -111,6 +111,10 @@ def stop_at(step: int) -> None:
     PooledDistillation.forward = stopped
 
 
+def interrupted(*args, **kwargs) -> None:
+    raise KeyboardInterrupt
+
+
 def scenarios(model_folder: Path, folder: Path) -> None:
     """All that the tests ask of one start of two processes (starting takes most of the time)."""
     torch.set_num_threads(1)
@@ -130,6 +134,13 @@ def scenarios(model_folder: Path, folder: Path) -> None:
             train_tiny(model_folder, folder / "stopped")
         except KeyboardInterrupt:
             PooledDistillation.forward = forward
+        judge, fitting.DevEvaluator.__call__ = fitting.DevEvaluator.__call__, interrupted
+        try:
+            train_tiny(model_folder, folder / "unjudged")
+        except KeyboardInterrupt:
+            fitting.DevEvaluator.__call__ = judge
+        parallel.wait()  # the first has written the checkpoint
+        found["judged"] = train_tiny(model_folder, folder / "unjudged")
         found["largest"] = parallel.largest(parallel.rank() + 0.5)
         found["first"] = parallel.from_first(parallel.rank())
         torch.save(found, folder / f"rank{parallel.rank()}.pt")
@@ -244,6 +255,19 @@ def test_a_training_stopped_in_two_processes_goes_on_in_one(two, alone, model_fo
     assert resumed["cost"]["resumed_at"] == 2
     assert resumed["cost"]["steps"] == 5
     assert_close(resumed["parameters"], alone["parameters"], atol=1e-5)
+
+
+def test_two_processes_judge_an_epoch_that_was_killed_before(two):
+    for found in two[0]:
+        plain, judged = found["plain"], found["judged"]
+        assert judged["seen"] == []  # every step was taken
+        assert judged["dev"] == plain["dev"] and len(judged["dev"]) == 1
+        assert judged["losses"] == plain["losses"]
+        for name, value in plain["parameters"].items():
+            assert torch.equal(judged["parameters"][name], value), name
+    assert read_json(two[1] / "unjudged" / "best" / "provenance.json") == read_json(
+        two[1] / "plain" / "best" / "provenance.json"
+    )
 
 
 def test_numbers_are_agreed_on(two):

@@ -1,5 +1,8 @@
 """Notebook parameters: what is refused, and that a reader's own cells raise no false alarm."""
 
+from pathlib import Path
+
+import nbformat
 import pytest
 
 from l2p_utils.files import UserError
@@ -133,3 +136,36 @@ def test_in_a_real_ipython_shell_the_history_is_read():
     shell.run_cell("# Parameters\nsed = 1", store_history=True)
     refused = shell.run_cell(CHECK, store_history=True).error_in_exec
     assert isinstance(refused, UserError) and "unknown: sed." in str(refused)
+
+
+# --- notebook 02's own check
+
+
+def check_training_notebook(**given):
+    """Run the notebook's cells of parameters and of their check, as papermill would."""
+    path = Path(__file__).parent.parent / "notebooks" / "02_training.ipynb"
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    namespace = {}
+    exec(cells[0].source, namespace)
+    exec(cells[1].source, namespace | given)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"seed": 0}, {"seed": 2**32 - 1}, {"pool_method": "none", "pool_factors": 1}]
+)
+def test_a_training_that_can_be_run_passes(given):
+    check_training_notebook(**given)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.0, "42", True, None])
+def test_a_seed_that_cannot_be_is_refused_before_any_work(seed):
+    with pytest.raises(UserError, match="nothing was run:\n  seed = .*from 0 to 4294967295"):
+        check_training_notebook(seed=seed)
+
+
+@pytest.mark.parametrize(("pool_method", "pool_factors"), [("none", "1-6"), ("kmeans", 1)])
+def test_a_method_and_factors_that_do_not_fit_are_refused_before_any_work(
+    pool_method, pool_factors
+):
+    with pytest.raises(UserError, match="the other way round"):
+        check_training_notebook(pool_method=pool_method, pool_factors=pool_factors)

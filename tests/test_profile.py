@@ -108,6 +108,7 @@ def test_misspelt_key_is_named(write, key, value):
         ("model", None),
         # impossible values
         ("seed", -1),
+        ("seed", 2**32),
         ("threads", 0),
         ("model.query_length", 0),
         ("model.document_length", 100_000),

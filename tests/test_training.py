@@ -1,23 +1,29 @@
 """Training: the loss against PyLate's, pool factors, gradients, resuming, the best epoch."""
 
+import errno
+import functools
 import json
 import math
+from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
 from pylate import losses
+from safetensors import SafetensorError
 from tiny import tiny_colbert
+from transformers import TrainerState
 
 from l2p_utils import candidates, distillation, fitting, pooling, training
 from l2p_utils import profile as profiles
 from l2p_utils.candidates import carves_dev
 from l2p_utils.collection import Collection
 from l2p_utils.distillation import PooledDistillation, sample_pool_factor
-from l2p_utils.files import UserError
+from l2p_utils.files import UserError, read_json
 from l2p_utils.fitting import DEV_METRIC, fit, freeze
-from l2p_utils.model import load_model, quiet_loading
+from l2p_utils.model import PooledColBERT, load_model, quiet_loading
 from l2p_utils.profile import Run, TrainingSettings, load_profile
 from l2p_utils.training import training_rows
 
@@ -47,19 +53,27 @@ def batch(model):
 
 @pytest.fixture
 def collection():
+    return the_collection()
+
+
+def the_collection():
     corpus = {f"d{i}": text for i, text in enumerate(TEXTS)}
     queries = {f"q{i}": text.split(",")[0].lower() for i, text in enumerate(TEXTS)}
     return Collection("tiny", corpus, queries, {f"q{i}": {f"d{i}": 1} for i in range(6)}, "dev")
 
 
 @pytest.fixture
-def rows(collection):
+def rows():
+    return the_rows()
+
+
+def the_rows():
     """Twelve rows of three documents, the positive first."""
     made = []
     for i in range(12):
         ids = [f"d{(i + shift) % 6}" for shift in range(3)]
         made.append({"query_id": f"q{i % 6}", "document_ids": ids, "scores": [1.0, 0.5, 0.2]})
-    return training_rows(Dataset.from_list(made), collection, None)
+    return training_rows(Dataset.from_list(made), the_collection(), None)
 
 
 def settings(**changes):
@@ -427,6 +441,130 @@ def test_a_training_goes_on_in_its_second_epoch_with_the_same_rows(
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+# --- killed at an epoch's end, between the checkpoint and the best epoch's model
+
+
+KILLED = KeyboardInterrupt("as a kill: nothing catches it")
+PLACES = {  # whose call, and whether before or after what it does
+    "after the checkpoint": (fitting.StepTrainer, "_save_checkpoint", "after"),
+    "in the dev evaluation": (fitting, "exact_search", "before"),
+    "before the best is saved": (fitting._KeepBest, "on_evaluate", "before"),
+    "in saving the best": (fitting, "write_json", "before"),
+    "after the best was saved": (fitting._KeepBest, "on_evaluate", "after"),
+}
+
+
+def kill_at(monkeypatch, place, epoch):
+    """Kill at a place that is passed once an epoch."""
+    owner, name, when = PLACES[place]
+    original, calls = getattr(owner, name), []
+
+    def killed(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == epoch and when == "before":
+            raise KILLED
+        found = original(*args, **kwargs)
+        if len(calls) == epoch:
+            raise KILLED
+        return found
+
+    monkeypatch.setattr(owner, name, killed)
+
+
+def judge_by_epoch(monkeypatch, dev):
+    """Let these be the epochs' dev values; the real evaluation runs as well."""
+    real = fitting.DevEvaluator.__call__
+
+    def judge(self, model, *args, epoch, **kwargs):
+        real(self, model)
+        return {DEV_METRIC: dev[round(epoch) - 1]}
+
+    monkeypatch.setattr(fitting.DevEvaluator, "__call__", judge)
+
+
+def fit_with_dropout(folder, rows, collection, checkpoints, epochs):
+    """Three steps an epoch, a checkpoint after the third; dropout shows what was drawn before."""
+    model = load_model(folder, "cpu")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    three = settings(batch_size=4, epochs=epochs, checkpoint_steps=3, learning_rate=1e-3)
+    span = Run(collection="tiny", pool_method="span", pool_factors="1-6")
+    best, log, _ = fit(model, rows, collection, span, three, 7, checkpoints, "float32", False)
+    weights = {name: value.detach() for name, value in best.named_parameters()}
+    return weights, log, read_json(checkpoints / "best" / "provenance.json")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_folder, tmp_path_factory):
+    """The training by its dev values: each is made once."""
+
+    @functools.cache
+    def made(*dev):
+        folder = tmp_path_factory.mktemp("whole") / "c"
+        return fit_with_dropout(tiny_folder, the_rows(), the_collection(), folder, len(dev))
+
+    return made
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("dev", "killed_in"), [([0.5], 1), ([0.4, 0.6], 1), ([0.4, 0.6], 2), ([0.6, 0.4], 1)]
+)
+def test_a_training_killed_at_an_epochs_end_ends_as_an_uninterrupted_one(
+    tiny_folder, rows, collection, tmp_path, monkeypatch, uninterrupted, place, dev, killed_in
+):
+    judge_by_epoch(monkeypatch, dev)
+    expected, log, best = uninterrupted(*dev)
+    given = (tiny_folder, rows, collection, tmp_path / "c", len(dev))
+    with monkeypatch.context() as patch:
+        kill_at(patch, place, killed_in)
+        with pytest.raises(KeyboardInterrupt):
+            fit_with_dropout(*given)
+    torch.manual_seed(999)  # the process that goes on is another one
+    found = fit_with_dropout(*given)
+    pd.testing.assert_frame_equal(found[1], log)
+    assert found[2] == best == {DEV_METRIC: max(dev), "epoch": dev.index(max(dev)) + 1}
+    assert all(torch.equal(found[0][name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("owner", "writing", "error"),
+    [
+        (torch, "save", RuntimeError("[enforce fail at …] . unexpected pos 576 vs 534")),
+        (PooledColBERT, "save_pretrained", SafetensorError("I/O error: … (os error 28)")),
+        (TrainerState, "save_to_json", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_a_full_disk_is_told_and_the_training_goes_on_from_the_checkpoint_before(
+    tiny_folder, rows, collection, tmp_path, monkeypatch, owner, writing, error
+):
+    steps = {"checkpoint_steps": 1}
+    expected, _ = fit_tiny(tiny_folder, rows, collection, tmp_path / "a", **steps)
+    original = getattr(owner, writing)
+
+    def write(*given, **kwargs):
+        if any("checkpoint-2" in str(one) for one in given):
+            raise error
+        return original(*given, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, writing, write)
+        with pytest.raises(UserError, match="disk is full: .*checkpoint-2.*free some space"):
+            fit_tiny(tiny_folder, rows, collection, tmp_path / "b", **steps)
+    found, resumed = fit_tiny(tiny_folder, rows, collection, tmp_path / "b", **steps)
+    assert resumed.cost.resumed_at == 1
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_another_error_in_writing_a_checkpoint_is_no_full_disk(
+    tiny_folder, rows, collection, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch, "save", mock.Mock(side_effect=PermissionError("denied")))
+    with pytest.raises(PermissionError, match="denied"):
+        fit_tiny(tiny_folder, rows, collection, tmp_path / "c")
+
+
 def test_out_of_memory_with_one_row_says_what_to_do(
     tiny_folder, rows, collection, tmp_path, monkeypatch
 ):
@@ -547,6 +685,12 @@ def test_training_without_mined_rows_says_what_to_do(tiny_profile):
 def test_a_run_that_means_nothing_is_refused(tiny_profile, method, factors):
     with pytest.raises(UserError, match="the other way round"):
         training.train(tiny_profile, "docs:scipy", method, factors)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_cannot_be_is_refused(tiny_profile, seed):
+    with pytest.raises(UserError, match=f"seed is {seed}; expected .* from 0 to 4294967295"):
+        training.train(tiny_profile, "docs:scipy", "kmeans", [1, 2], seed)
 
 
 def test_the_warm_up_is_unpooled(tiny_profile):
