@@ -36,6 +36,56 @@ def test_the_numbers_of_the_outcome_are_the_rows():
         assert shown == pytest.approx(stored, abs=0.00051)
 
 
+def test_the_gains_at_pool_factor_6_are_the_rows():
+    from l2p_utils.results import compare, read_per_query
+
+    values = read_per_query(ROOT / "data" / "offline")
+    where = {"pool_method": "kmeans", "pool_factor": 6}
+    ours = {"model": "docs-scipy-kmeans-pf1-6-s42", **where}
+    heads = re.search(r"^\| FT kmeans PF1-6 \(trained .* against \|(.*)\|$", README, re.M).group(1)
+    collections = re.findall(r"`(.*?)`", heads)
+    assert len(collections) == 5
+    for label, model in {"the baseline": "baseline", "FT PF1": "docs-scipy-pf1-s42"}.items():
+        line = re.search(rf"^\| {label} \| (\+.*) \|$", README, re.M).group(1)
+        for collection, cell in zip(collections, line.split(" | "), strict=True):
+            there = {"collection": collection}
+            found = compare(values, ours | there, {"model": model, **where, **there})
+            points = [100 * found[key] for key in ("difference", "low", "high")]
+            expected = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*points)
+            assert cell == expected.replace("-", "−"), collection
+
+
+def test_what_is_said_of_the_run_with_k_means_plus_plus_is_its_rows():
+    from l2p_utils import results
+    from l2p_utils.claims import check_claims
+
+    folder = ROOT / "data" / "offline" / "sklearn_kmeans"
+    rows, values = results.read_rows(folder), results.read_per_query(folder)
+    models = ["baseline", "docs-scipy-pf1-s42", "docs-scipy-kmeans-pf1-6-s42"]
+    found = [results.series(rows, m, "docs:scipy", "kmeans").iloc[-1] for m in models]
+    said = re.search(r"at PF6 (\.\d+), (\.\d+) and (\.\d+)\s+for the three models", README)
+    assert [float(value) for value in said.groups()] == pytest.approx(found, abs=0.00051)
+    paper = results.read_paper(ROOT / "data" / "paper")
+    theirs = check_claims(rows, values, paper).set_index("part")["verdict"]
+    ours = pd.read_csv(ROOT / "figures/offline/claims.csv").set_index("part")["verdict"]
+    changed = theirs[theirs != ours[theirs.index]]
+    assert dict(changed) == {"1a": "holds", "2d": "undecided", "3e": "holds"}
+
+
+def test_the_variants_of_hierarchical_are_the_rows():
+    from l2p_utils import results
+
+    rows = results.read_rows(ROOT / "data" / "offline")
+    rows = rows[(rows["model"] == "baseline") & (rows["engine"] == "exact")]
+    rows = rows[rows["pool_method"] == "hierarchical"]
+    means = rows.groupby(["pool_variant", "pool_factor"])["ndcg@10"].mean()
+    for variant in ("pylate", "paper", "euclidean"):
+        line = re.search(rf"^\| `{variant}` \|(.*)\|$", README, re.M).group(1)
+        shown = [float(cell) for cell in line.split("|")]
+        expected = [*means[variant], means[variant].mean()]
+        assert shown == pytest.approx(expected, abs=0.00051)
+
+
 def test_the_verdicts_are_counted_right():
     claims = pd.read_csv(ROOT / "figures" / "offline" / "claims.csv")
     counts = claims["verdict"].value_counts()
