@@ -268,7 +268,8 @@ def _embedded(
     }
 
     def make() -> _Made:
-        teacher = embedded_teacher(collection, untrained_model(profile), profile.precision)
+        model = untrained_model(profile)
+        teacher = embedded_teacher(collection, model, profile.precision, progress)
         rows, dropped = mine_rows(collection, teacher, profile.mining, profile.seed, progress)
         by = {
             "miner": "all-MiniLM-L6-v2, cosine",

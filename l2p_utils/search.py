@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pylate import indexes
+from tqdm.auto import tqdm
 
 BLOCK_BYTES = (
     8 * 2**20
@@ -49,6 +50,7 @@ def maxsim_scores(
     queries: Sequence[torch.Tensor],
     documents: Sequence[torch.Tensor],
     block_bytes: int = BLOCK_BYTES,
+    progress: bool = False,
 ) -> torch.Tensor:
     """MaxSim(q, d) = Σ_i max_j q_i · d_j of every query with every document, in float32.
 
@@ -62,6 +64,8 @@ def maxsim_scores(
         (vectors, dim) tensors, of any lengths.
     block_bytes
         Memory for one block of similarities; documents and queries are taken in blocks that fit.
+    progress
+        Show a bar of the documents.
 
     Returns
     -------
@@ -69,8 +73,11 @@ def maxsim_scores(
         (queries, documents), float32. −inf for a document without vectors, 0 for a query without.
     """
     scores = torch.full((len(queries), len(documents)), -torch.inf)
-    for block, found in _score_blocks(queries, documents, block_bytes):
-        scores[:, torch.from_numpy(block)] = found
+    scored = sum(len(document) > 0 for document in documents) if len(queries) else 0
+    with tqdm(total=scored, desc="Late interaction", unit="doc", disable=not progress) as bar:
+        for block, found in _score_blocks(queries, documents, block_bytes):
+            scores[:, torch.from_numpy(block)] = found
+            bar.update(len(block))
     return scores
 
 

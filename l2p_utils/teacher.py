@@ -7,11 +7,14 @@ The paper's teacher is a causal language model that is asked whether a passage a
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +37,7 @@ from l2p_utils.model import PooledColBERT, embedded_encoder_path, quiet_loading
 from l2p_utils.search import maxsim_scores
 
 EPSILON = 1e-8
+BATCH = 32  # texts at a time, dense
 #: What bge-reranker-v2-gemma was trained on, word for word from its model card.
 PROMPT = (
     "Given a query A and a passage B, determine whether the passage contains an answer to the "
@@ -62,6 +66,14 @@ class EmbeddedTeacher:
     dense: np.ndarray
     late: np.ndarray
 
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {query: row for row, query in enumerate(self.query_ids)}
+
+    @cached_property
+    def _columns(self) -> dict[str, int]:
+        return {document: column for column, document in enumerate(self.document_ids)}
+
     def scores(
         self, query_id: str, document_ids: Sequence[str], positives: Sequence[str]
     ) -> dict[str, float]:
@@ -70,9 +82,8 @@ class EmbeddedTeacher:
         The known positives are lifted to the best score of all: the teacher is too weak to doubt
         the judgments.
         """
-        row = self.query_ids.index(query_id)
-        position = {document: i for i, document in enumerate(self.document_ids)}
-        columns = [position[document] for document in document_ids]
+        row = self._rows[query_id]
+        columns = [self._columns[document] for document in document_ids]
         mixed = (_min_max(self.dense[row, columns]) + _min_max(self.late[row, columns])) / 2
         found = dict(zip(document_ids, mixed.tolist(), strict=True))
         best = max(found.values())
@@ -85,7 +96,7 @@ def _min_max(scores: np.ndarray) -> np.ndarray:
 
 
 def dense_similarities(
-    collection: Collection, max_length: int, precision: str = "auto"
+    collection: Collection, max_length: int, precision: str = "auto", progress: bool = False
 ) -> np.ndarray:
     """Cosine of every query with every document by the embedded dense encoder.
 
@@ -102,25 +113,46 @@ def dense_similarities(
     with quiet_loading():
         encoder = SentenceTransformer(str(embedded_encoder_path()), device="cpu")
     encoder.max_seq_length = max_length
-    vectors = []
-    for texts in (collection.queries.values(), collection.corpus.values()):
+    queries, documents = (
+        _dense_vectors(encoder, list(texts.values()), what, precision, progress)
+        for what, texts in (("queries", collection.queries), ("documents", collection.corpus))
+    )
+    return (queries @ documents.T).numpy()
+
+
+def _dense_vectors(
+    encoder: SentenceTransformer, texts: list[str], what: str, precision: str, progress: bool
+) -> torch.Tensor:
+    """Unit vectors, (texts, dim) float32; the encoder's own bar would not say of what."""
+    batches = math.ceil(len(texts) / BATCH)
+    with tqdm(total=batches, desc=f"Dense encoding {what}", disable=not progress) as bar:
+
+        def advance(*_: Any) -> None:
+            bar.update()
+
+        hook = encoder[0].register_forward_hook(advance)
         with autocast(precision, torch.device("cpu")):
-            found = encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
-        vectors.append(torch.nn.functional.normalize(found.float(), dim=-1))
-    return (vectors[0] @ vectors[1].T).numpy()
+            found = encoder.encode(
+                texts, batch_size=BATCH, convert_to_tensor=True, show_progress_bar=False
+            )
+        hook.remove()
+    return torch.nn.functional.normalize(found.float(), dim=-1)
 
 
 def embedded_teacher(
-    collection: Collection, model: PooledColBERT, precision: str = "auto"
+    collection: Collection,
+    model: PooledColBERT,
+    precision: str = "auto",
+    progress: bool = True,
 ) -> EmbeddedTeacher:
     """Score a training collection with the embedded encoder, dense and as `model`, unpooled."""
-    queries = encode(model, list(collection.queries.values()), True, precision)
-    documents = encode(model, list(collection.corpus.values()), False, precision)
+    queries = encode(model, list(collection.queries.values()), True, precision, progress=progress)
+    documents = encode(model, list(collection.corpus.values()), False, precision, progress=progress)
     return EmbeddedTeacher(
         list(collection.queries),
         list(collection.corpus),
-        dense_similarities(collection, model.document_length, precision),
-        maxsim_scores(queries, documents).numpy(),
+        dense_similarities(collection, model.document_length, precision, progress),
+        maxsim_scores(queries, documents, progress=progress).numpy(),
     )
 
 

@@ -351,7 +351,7 @@ def scored(monkeypatch):
     """A teacher of made-up scores in the real one's place; lists the collections it scored."""
     calls = []
 
-    def teacher(collection, model, precision):
+    def teacher(collection, model, precision, progress):
         calls.append(collection)
         rng = np.random.default_rng(0)
         scores = rng.random((2, len(collection.queries), len(collection.corpus)))
@@ -473,10 +473,11 @@ def test_a_damaged_folder_of_rows_is_named(project, scored, damage):
         load_mined(folder)
 
 
-def test_the_embedded_teacher_mines_a_small_collection(project):
+def test_the_embedded_teacher_mines_a_small_collection(project, capsys):
     """Nothing made up: the encoder, its teacher and the rows."""
     profile, name = tiny_profile(project / "corpus"), str(project / "corpus")
     rows = mine(profile, name, progress=False)
+    assert "Encoding" not in capsys.readouterr().err
     assert len(rows) == 6
     for row in rows:
         assert row["document_ids"][0] == f"d{row['query_id'][1:]}" and row["labels"][0] == POSITIVE

@@ -1,5 +1,6 @@
 """Teachers: that their scores are what they are said to be, alone and in batches."""
 
+import re
 import shutil
 from types import SimpleNamespace
 from unittest import mock
@@ -57,6 +58,24 @@ def test_scores_are_looked_up_by_id():
     assert teacher.scores("q2", ["c", "b", "a"], []) == pytest.approx({"c": 0.75, "b": 0, "a": 1})
 
 
+def test_ids_are_gone_through_once_for_all_queries():
+    gone_through = []
+
+    class Ids(list):
+        def __iter__(self):
+            gone_through.append(self[0])
+            return super().__iter__()
+
+        def index(self, *_):
+            raise AssertionError("searched from the start")
+
+    scores = np.array([[0.0, 1.0], [1.0, 0.0]])
+    teacher = EmbeddedTeacher(Ids(["q1", "q2"]), Ids(["a", "b"]), scores, scores)
+    for query in ("q1", "q2", "q1"):
+        teacher.scores(query, ["a", "b"], [])
+    assert sorted(gone_through) == ["a", "q1"]
+
+
 def test_constant_scores_do_not_divide_by_zero():
     scores = teacher_of([0.5, 0.5, 0.5], [7.0, 7.0, 7.0]).scores("q", ["a", "b", "c"], ["b"])
     assert scores == {"a": 0.0, "b": 0.0, "c": 0.0}
@@ -107,6 +126,22 @@ def test_the_embedded_teacher_scores_every_query_with_every_document(collection,
     np.testing.assert_allclose(teacher.late, maxsim_scores(*vectors), atol=1e-4)
     best = [teacher.document_ids[i] for i in teacher.late.argmax(axis=1)]
     assert best == ["d2", "d7"]
+
+
+def test_bars_say_what_is_worked_on_and_change_no_number(collection, embedded_model, capsys):
+    quiet = embedded_teacher(collection, embedded_model, "float32", progress=False)
+    assert "%" not in capsys.readouterr().err
+    shown = embedded_teacher(collection, embedded_model, "float32")
+    told = capsys.readouterr().err
+    encoding = [
+        f"{how} {what}"
+        for how in ("Encoding", "Dense encoding")
+        for what in ("queries", "documents")
+    ]
+    for work in (*encoding, "Late interaction"):
+        assert re.search(rf"\b{work}.*100%", told), work
+    assert np.array_equal(shown.dense, quiet.dense)
+    assert np.array_equal(shown.late, quiet.late)
 
 
 # --- the reranker ---------------------------------------------------------------------------------
