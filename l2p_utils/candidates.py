@@ -6,14 +6,12 @@ random ones. What a miner from the hub proposes is kept, so that several jobs sc
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +21,14 @@ from tqdm.auto import tqdm
 
 from l2p_utils.collection import Collection, load_collection
 from l2p_utils.evaluation import subset, versions
-from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, write_json
+from l2p_utils.files import (
+    PROVENANCE,
+    UserError,
+    atomic_path,
+    locked,
+    settings_match,
+    write_json,
+)
 from l2p_utils.hub import find_source
 from l2p_utils.model import quiet_loading
 from l2p_utils.profile import HUB, MiningSettings, Profile, slug
@@ -174,7 +179,7 @@ def find_candidates(
         "mining": profile.mining.model_dump(include=used),
         "seed": profile.seed,
     }
-    with _locked(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock"), "finds candidates"):
         if not settings_match(folder, settings):
             encoder = load_miner(miner.folder)
             found = propose_all(collection, encoder, profile.mining, profile.seed, progress)
@@ -243,30 +248,6 @@ def _cosines(queries: torch.Tensor, documents: torch.Tensor) -> Iterator[np.ndar
     """Each query's cosines with all documents, (documents,) float32."""
     for block in queries.float().split(max(SIMILARITIES // len(documents), 1)):
         yield from (block @ documents.float().T).cpu().numpy()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time into the block; a killed one leaves no lock behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            _lock(file)
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be locked ({error}), but jobs that start at once need a lock. "
-                "Expected runs/ on a file system with flock; a shared one may need it switched on "
-                "(NFS: version 4, or lockd; Lustre: the mount option flock)."
-            ) from error
-        yield
-
-
-def _lock(file: TextIO) -> None:
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # which of them: the system decides
-        tqdm.write(f"Waiting for another process that finds candidates ({Path(file.name).name}).")
-        fcntl.lockf(file, fcntl.LOCK_EX)
 
 
 def _save(

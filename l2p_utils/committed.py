@@ -38,7 +38,8 @@ FROM_SMOKE: dict[str, dict[str, Any]] = {
     "03_evaluation": SMOKE | {"model": "docs-scipy-kmeans-pf1-6-s42"},
     "09_release": SMOKE,
 }
-# What must have been made before them: the baseline, from the warm-up's own mined rows, measured.
+# What is made before them: the baseline, or else 02 would tell of making it in the first execution
+# and not in the next; and its measurements.
 WARM_UP = SMOKE | {"collection": "docs:transformers"}
 BEFORE_SMOKE: list[tuple[str, dict[str, Any]]] = [
     ("01_data_mining", WARM_UP),

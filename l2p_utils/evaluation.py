@@ -304,7 +304,8 @@ def fingerprint(folder: Path) -> str:
     if not files:
         raise UserError(
             f"There are no model weights (*.safetensors) in {folder}; expected a folder that "
-            "notebook 02_training or `make run` made."
+            "notebook 02_training or `make run` made. Run one of them first; any training makes a "
+            "warmed-up baseline too."
         )
     digest = hashlib.sha256()
     for file in files:

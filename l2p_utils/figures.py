@@ -48,6 +48,7 @@ from l2p_utils.results import (
     HUB_SUITES,
     POOL_FACTORS,
     has_rows,
+    kept_ndcg,
     read_paper,
     read_per_query,
     read_rows,
@@ -378,6 +379,69 @@ def _spread(heights: list[float], gap: float) -> list[float]:
                 placed[lower] -= overlap / 2
                 placed[upper] += overlap / 2
     return list(placed)
+
+
+# ---------------------------------------------------------------- one model
+
+
+def draw_kept(rows: pd.DataFrame) -> Sheet:
+    """What one model keeps of its own unpooled NDCG@10: a panel a collection, a curve a method.
+
+    Parameters
+    ----------
+    rows
+        The model's rows of exact search, one variant a method; the unpooled ones among them.
+    """
+    curves, collections = kept_ndcg(rows), sorted(rows["collection"].unique())
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _grid_of(len(collections))
+        handles: dict[str, object] = {}
+        for axis, collection in zip(axes, collections, strict=True):
+            handles |= _kept(axis, curves[curves["collection"] == collection])
+            axis.set_title(collection, fontsize=11.5)
+        values = [*curves["kept"].dropna(), 100.0]
+        axes[0].set_ylim(5 * np.floor((min(values) - 1) / 5), 5 * np.ceil((max(values) + 1) / 5))
+        axes[0].set_xticks(sorted({1, *rows["pool_factor"]}))
+        axes[0].yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
+        title = f"{rows['model'].iloc[0]}: NDCG@10 kept at each pool factor"
+        counts = "–".join(str(n) for n in sorted({rows["queries"].min(), rows["queries"].max()}))
+        note = f"100 %: the same model unpooled. Exact search; {counts} test queries a collection."
+        _foot(figure, title, [note], handles)
+    return figure
+
+
+def _grid_of(count: int) -> tuple[Sheet, list[Axes]]:
+    """A figure of `count` panels on one scale, at most three side by side, and none empty."""
+    columns = min(count, 2 if count == 4 else 3)
+    lines = -(-count // columns)
+    figure = Sheet(figsize=(max(3.3 * columns + 0.4, 6.4), 3.0 * lines), dpi=DPI)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axis in axes[count:]:
+        axis.remove()
+    for axis in axes[:count:columns]:
+        axis.set_ylabel("NDCG@10\n(% of unpooled)")
+    for axis in axes[max(0, count - columns) : count]:  # nothing below them
+        axis.tick_params(labelbottom=True)
+        axis.set_xlabel("Pool factor")
+    return figure, list(axes[:count])
+
+
+def _kept(axis: Axes, curves: pd.DataFrame) -> dict[str, object]:
+    """Draw one collection's curves; returns legend entries by label."""
+    axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
+    handles = {}
+    for method, colour in COLOURS.items():
+        curve = curves[curves["pool_method"] == method].dropna(subset=["kept"])
+        if len(curve):
+            look = {"color": colour, "marker": MARKERS[method]}
+            (handles[method],) = axis.plot(curve["pool_factor"], curve["kept"], **look)
+    if not handles:
+        blank = {"facecolor": "white", "edgecolor": "none"}  # hides the line at 100 behind it
+        place = {"transform": axis.transAxes, "ha": "center", "va": "center"}
+        axis.text(0.5, 0.5, "not run", color="#777777", bbox=blank, **place)
+    sns.despine(ax=axis)
+    return handles
 
 
 # ---------------------------------------------------------------- the paper against ours

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +19,9 @@ import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from tqdm.auto import tqdm
 
 PROVENANCE = "provenance.json"
 # Part of a temporary's name: a process of another machine cannot be asked whether it is alive.
@@ -204,3 +207,41 @@ def settings_match(folder: str | Path, settings: dict[str, Any]) -> bool:
     except UserError:
         return False
     return isinstance(stored, dict) and stored.get("settings") == json.loads(json.dumps(settings))
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, doing: str) -> Iterator[None]:
+    """Let one process at a time into the block; a killed one leaves no lock behind.
+
+    Parameters
+    ----------
+    path
+        The lock's file.
+    doing
+        What is done in the block, for those that wait: "finds candidates".
+
+    Raises
+    ------
+    UserError
+        When the file system has no locks.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            _lock(file, doing)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be locked ({error}), but jobs that start at once need a lock. "
+                "Expected runs/ on a file system with flock; a shared one may need it switched on "
+                "(NFS: version 4, or lockd; Lustre: the mount option flock)."
+            ) from error
+        yield
+
+
+def _lock(file: TextIO, doing: str) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # which of them: the system decides
+        tqdm.write(f"Waiting for another process that {doing} ({Path(file.name).name}).")
+        fcntl.lockf(file, fcntl.LOCK_EX)

@@ -232,7 +232,8 @@ def load_model(path: str | Path, device: str | None = None) -> PooledColBERT:
     if not (path / "modules.json").is_file():
         raise UserError(
             f"{path} is not a saved model (no modules.json in it); expected a folder that "
-            "notebook 02_training or `make run` made."
+            "notebook 02_training or `make run` made. Run one of them first; any training makes a "
+            "warmed-up baseline too."
         )
     try:
         with quiet_loading():

@@ -514,6 +514,30 @@ def relative_ndcg(rows: pd.DataFrame, partial: bool = False) -> pd.DataFrame:
     return rows.assign(**{"relative_ndcg@10": 100 * rows["ndcg@10"].to_numpy() / denominator})
 
 
+def kept_ndcg(rows: pd.DataFrame) -> pd.DataFrame:
+    """What one model keeps when it is pooled: ``kept``, percent of its own unpooled NDCG@10.
+
+    Parameters
+    ----------
+    rows
+        One model's, of one engine.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The pooled rows, and for each method that pools a collection its unpooled row, as the
+        method's point at factor 1. NaN where the unpooled NDCG@10 is 0.
+    """
+    unpooled = rows[rows["pool_method"] == "none"]
+    pooled = rows[rows["pool_method"] != "none"]
+    pairs = pooled[["collection", "pool_method"]].drop_duplicates()
+    starts = unpooled.drop(columns="pool_method").merge(pairs, on="collection")
+    curves = pd.concat([starts[rows.columns], pooled], ignore_index=True)
+    own = curves["collection"].map(unpooled.set_index("collection")["ndcg@10"])
+    curves = curves.assign(kept=100 * curves["ndcg@10"] / own.where(own > 0))
+    return curves.sort_values(["collection", "pool_method", "pool_factor"], ignore_index=True)
+
+
 def without_baseline(rows: pd.DataFrame) -> list[tuple[str, str]]:
     """(collection, engine) pairs in `rows` without an unpooled baseline above 0, sorted."""
     relative = relative_ndcg(rows, partial=True)

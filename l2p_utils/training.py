@@ -11,6 +11,7 @@ Source: S. Josef, *Learn to Pool* (LIR @ ECIR 2026), section on fine-tuning.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -38,13 +39,15 @@ from l2p_utils.files import (
     PROVENANCE,
     UserError,
     atomic_path,
+    locked,
     read_json,
+    recover,
     remove,
     settings_match,
     write_json,
 )
 from l2p_utils.fitting import Fitted, fit
-from l2p_utils.mining import load_mined, mined_folder, untrained_model
+from l2p_utils.mining import load_mined, mine, mined_folder, untrained_model
 from l2p_utils.model import load_model, quiet_loading
 from l2p_utils.pooling import CODE, PoolMethod, stored_variant
 from l2p_utils.profile import (
@@ -112,8 +115,9 @@ def train(
     """Train one of a profile's models, or reuse it when it was made with the same settings.
 
     On the warm-up's collection this makes ``baseline`` from the untrained embedded model; on any
-    other it fine-tunes the baseline. A profile with several `processes` has them started here,
-    unless a launcher has started this one among others already.
+    other it fine-tunes the baseline, which is warmed up first where it is missing. A profile with
+    several `processes` has them started here, unless a launcher has started this one among others
+    already.
 
     Returns
     -------
@@ -123,8 +127,8 @@ def train(
     Raises
     ------
     UserError
-        When the mined rows or the baseline are missing, method and factors do not fit together, the
-        seed cannot be one, or there are fewer GPUs than processes.
+        When the mined rows or a baseline from the hub are missing, method and factors do not fit
+        together, the seed cannot be one, or there are fewer GPUs than processes.
     """
     use_threads(profile.threads)
     factors = list(pool_factors)
@@ -143,6 +147,9 @@ def train(
     target = profile.folder / "models" / name
     with parallel.first_alone():
         mined = load_mined(mined_folder(profile, collection))
+    if not warm_up:
+        _make_baseline(profile, progress)
+    with parallel.first_alone():
         start = _start(profile, warm_up)
     made_with = {
         "model": name,
@@ -164,6 +171,37 @@ def train(
     else:
         _fit_and_save(profile, start, mined, run, settings, target, made_with, progress)
     return target
+
+
+def _make_baseline(profile: Profile, progress: bool) -> None:
+    """Mine the warm-up's collection and warm up, where that gives the baseline and none is there.
+
+    One that is there is taken as it is. Of jobs that start at once, one makes it; the processes of
+    one training make it together.
+    """
+    baseline = profile.folder / "models" / BASELINE
+    if profile.warm_up is None or parallel.from_first(_has_weights(baseline)):
+        return
+    first = parallel.rank() == 0
+    lock = locked(baseline.with_suffix(".lock"), "makes the baseline")
+    with lock if first else contextlib.nullcontext():
+        if parallel.from_first(_has_weights(baseline)):
+            return
+        collection = profile.warm_up.collection
+        if first:
+            print(
+                f"There is no baseline yet: {collection} is mined and the embedded model warmed up "
+                "on it first, once. That takes some minutes (less in the smoke profile).",
+                flush=True,
+            )
+        with parallel.first_alone():
+            mine(profile, collection, progress)
+        train(profile, collection, "none", [1], progress=progress)
+
+
+def _has_weights(folder: Path) -> bool:
+    recover(folder)
+    return any(folder.rglob("*.safetensors"))
 
 
 def _start(profile: Profile, warm_up: bool) -> Path:

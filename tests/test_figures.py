@@ -11,13 +11,15 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
-from synthetic import OFFLINE_MODELS, PAPER, QUICK_MODELS, make_rows, write_synthetic
+from synthetic import COLLECTIONS, OFFLINE_MODELS, PAPER, QUICK_MODELS, make_rows, write_synthetic
 
 from l2p_utils.exhibits import CONTENTS, FIGURES, TABLES, missing, read_source, rows_source
 from l2p_utils.figures import (
+    COLOURS,
     PANELS,
     draw,
     draw_all,
+    draw_kept,
     main,
     table,
     table_markdown,
@@ -115,6 +117,45 @@ def test_several_seeds_are_averaged(rows):
 def test_a_folder_without_numbers_is_refused(tmp_path):
     with pytest.raises(UserError, match="no result rows"):
         read_source(tmp_path)
+
+
+# ---------------------------------------------------------------- one model
+
+
+def of_one_model(rows, collections, factors):
+    chosen = (rows["model"] == "baseline") & (rows["engine"] == "exact")
+    chosen &= rows["collection"].isin(collections) & rows["pool_factor"].isin(factors)
+    return rows[chosen]
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (3, 3), (4, 2), (5, 3)])
+def test_one_models_panels_are_its_collections_and_none_is_empty(rows, count, columns):
+    figure = draw_kept(of_one_model(rows, COLLECTIONS[:count], [1, 2, 4]))
+    assert [axis.get_title() for axis in figure.axes] == sorted(COLLECTIONS[:count])
+    assert len({round(axis.get_position().x0, 2) for axis in figure.axes}) == columns
+    below = [axis.get_xlabel() for axis in figure.axes]
+    assert below == [""] * (count - columns) + ["Pool factor"] * columns
+
+
+def test_one_models_curves_start_at_100_percent_and_tick_what_was_run(rows):
+    figure = draw_kept(of_one_model(rows, COLLECTIONS[:2], [1, 2, 4]))
+    for axis in figure.axes:
+        lines = [line for line in axis.lines if line.get_marker() != "None"]
+        colours = [to_hex(line.get_color()).upper() for line in lines]
+        assert colours == [COLOURS[method] for method in ("hierarchical", "kmeans", "span")]
+        assert all(list(line.get_xdata()) == [1, 2, 4] for line in lines)
+        assert all(line.get_ydata()[0] == pytest.approx(100) for line in lines)
+        assert list(axis.get_xticks()) == [1, 2, 4]
+        low, high = axis.get_ylim()
+        assert all(low < y < high for line in lines for y in line.get_ydata())
+    assert "baseline: NDCG@10 kept" in text_of(figure) and "12 test queries" in text_of(figure)
+
+
+def test_one_models_collection_that_was_not_pooled_says_so(rows):
+    few = of_one_model(rows, COLLECTIONS[:2], [1, 2])
+    pooled = (few["collection"] == "docs:scipy") & (few["pool_method"] != "none")
+    axes = draw_kept(few[~pooled]).axes
+    assert [[text.get_text() for text in axis.texts] for axis in axes] == [["not run"], []]
 
 
 # ---------------------------------------------------------------- figures

@@ -17,6 +17,7 @@ from l2p_utils.results import (
     default_variant,
     find_models,
     has_rows,
+    kept_ndcg,
     merge_results,
     paired_bootstrap,
     parse_label,
@@ -257,6 +258,28 @@ def test_relative_ndcg_without_its_baseline_is_refused(made):
     lacking = rows[~((rows["model"] == "baseline") & (rows["collection"] == "docs:torch"))]
     with pytest.raises(UserError, match="docs:torch.*baseline"):
         relative_ndcg(lacking)
+
+
+def test_what_a_model_keeps_is_percent_of_its_own_unpooled_ndcg(made):
+    rows = made[0][made[0]["engine"] == "exact"]
+    curves = kept_ndcg(rows[rows["model"] == KMEANS])
+    assert len(curves) == 5 * 3 * 6 and set(curves["pool_method"]) == {
+        "span",
+        "kmeans",
+        "hierarchical",
+    }
+    assert np.allclose(curves.loc[curves["pool_factor"] == 1, "kept"], 100)
+    one = curves[(curves["collection"] == "docs:numpy") & (curves["pool_method"] == "span")]
+    assert list(one["pool_factor"]) == [1, 2, 3, 4, 5, 6]
+    own = one["ndcg@10"].iloc[0]
+    assert np.allclose(one["kept"], 100 * one["ndcg@10"] / own)
+
+
+def test_of_an_unpooled_ndcg_of_0_no_part_is_kept(made):
+    rows = made[0][(made[0]["engine"] == "exact") & (made[0]["model"] == KMEANS)]
+    none = (rows["collection"] == "docs:numpy") & (rows["pool_method"] == "none")
+    curves = kept_ndcg(rows.assign(**{"ndcg@10": rows["ndcg@10"].mask(none, 0)}))
+    assert curves["kept"].isna().equals(curves["collection"] == "docs:numpy")
 
 
 def test_a_series_starts_with_the_unpooled_row_and_leaves_gaps_empty(made):

@@ -18,7 +18,7 @@ from test_mining import write_beir
 from tiny_reranker import tiny_reranker
 
 from l2p_utils import candidates as candidates_module
-from l2p_utils import hub, mining, scoring
+from l2p_utils import files, hub, mining, scoring
 from l2p_utils import profile as profiles
 from l2p_utils.candidates import (
     Candidates,
@@ -249,7 +249,7 @@ def test_a_file_system_without_locks_is_named(project, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(candidates_module.fcntl, "lockf", no_locks)
+    monkeypatch.setattr(files.fcntl, "lockf", no_locks)
     with pytest.raises(UserError, match=r"mined/\S+ cannot be locked .*No locks.*flock") as refusal:
         plan_of(make_profile(project), project)
     assert "file system" in str(refusal.value)

@@ -4,6 +4,9 @@ import errno
 import functools
 import json
 import math
+import multiprocessing
+import shutil
+import time
 from unittest import mock
 
 import numpy as np
@@ -16,7 +19,7 @@ from safetensors import SafetensorError
 from tiny import tiny_colbert
 from transformers import TrainerState
 
-from l2p_utils import candidates, distillation, fitting, pooling, training
+from l2p_utils import candidates, distillation, evaluation, fitting, mining, pooling, training
 from l2p_utils import profile as profiles
 from l2p_utils.candidates import carves_dev
 from l2p_utils.collection import Collection
@@ -739,6 +742,87 @@ def test_the_stage_from_mining_to_a_model_that_is_reused(folder_profile, monkeyp
     monkeypatch.setattr(training, "CODE", training.CODE + 1)
     with pytest.raises(AssertionError, match="trained again"):
         training.train(profile, str(folder), "span", [1, 2], progress=False)
+
+
+@pytest.fixture
+def fresh_profile(folder_profile):
+    """As `folder_profile`, with nothing made yet, and with another folder to warm up on."""
+    profile, folder = folder_profile
+    (profile.folder / "models" / "baseline").unlink()
+    (folder / "qrels" / "dev.tsv").rename(folder / "qrels" / "test.tsv")
+    shutil.copytree(folder, folder.with_name("warm"))
+    warm_up = profile.warm_up.model_copy(update={"collection": str(folder.with_name("warm"))})
+    asked = {"collections": [str(folder)], "pool_factors": [1, 2]}
+    evaluation = profile.evaluation.model_copy(update=asked)
+    changes = {"warm_up": warm_up, "evaluation": evaluation, "plaid": []}
+    return profile.model_copy(update=changes), str(folder)
+
+
+def weights_of(folder):
+    return {file.name: file.read_bytes() for file in folder.rglob("*.safetensors")}
+
+
+def test_the_notebooks_in_order_from_nothing(fresh_profile, capsys):
+    profile, name = fresh_profile
+    mining.mine(profile, name, progress=False)
+    made = training.train(profile, name, "span", [1, 2], progress=False)
+    said = [line for line in capsys.readouterr().out.splitlines() if "baseline" in line]
+    assert len(said) == 1 and "no baseline yet" in said[0] and "minutes" in said[0]
+    baseline = profile.folder / "models" / "baseline"
+    rows = evaluation.evaluate_model(profile, "baseline", load_model(baseline), progress=False)
+    assert set(rows["pool_factor"]) == {1, 2} and set(rows["model"]) == {"baseline"}
+    settings = read_json(made / "provenance.json")["settings"]
+    assert settings["start"] == evaluation.fingerprint(baseline)
+    assert training.train(profile, name, "none", [1], progress=False).name == "tiny-pf1-s42"
+    assert "baseline" not in capsys.readouterr().out
+
+
+def test_a_baseline_made_on_the_way_is_the_one_made_by_hand(fresh_profile):
+    profile, name = fresh_profile
+    models = profile.folder / "models"
+    mining.mine(profile, name, progress=False)
+    made = training.train(profile, name, "span", [1, 2], progress=False)
+    on_the_way = [weights_of(models / "baseline"), weights_of(made)]
+    settings = [read_json(folder / "provenance.json")["settings"] for folder in models.glob("*/")]
+    shutil.rmtree(profile.folder)
+    warm_up = profile.warm_up.collection
+    mining.mine(profile, warm_up, progress=False)
+    training.train(profile, warm_up, "none", [1], progress=False)
+    mining.mine(profile, name, progress=False)
+    training.train(profile, name, "span", [1, 2], progress=False)
+    assert [weights_of(models / "baseline"), weights_of(made)] == on_the_way
+    again = [read_json(folder / "provenance.json")["settings"] for folder in models.glob("*/")]
+    assert sorted(map(str, again)) == sorted(map(str, settings))
+
+
+def _make_baseline(profile, log, results):
+    """A job of `test_jobs_that_start_at_once_…`: its patches are its own."""
+
+    def mine(*_):
+        with log.open("a") as file:
+            file.write("made\n")
+        time.sleep(0.5)  # the others come meanwhile
+
+    def train(*_, **__):
+        (profile.folder / "models" / "baseline").mkdir(parents=True)
+        (profile.folder / "models" / "baseline" / "model.safetensors").touch()
+
+    training.mine, training.train = mine, train
+    training._make_baseline(profile, progress=False)
+    results.put(training._has_weights(profile.folder / "models" / "baseline"))
+
+
+def test_jobs_that_start_at_once_make_one_baseline(tiny_profile, tmp_path):
+    context = multiprocessing.get_context("fork")
+    results, log = context.Queue(), tmp_path / "log"
+    given = (tiny_profile, log, results)
+    jobs = [context.Process(target=_make_baseline, args=given, daemon=True) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    assert [results.get(timeout=60) for _ in jobs] == [True] * 3
+    for job in jobs:
+        job.join(60)
+    assert log.read_text() == "made\n"
 
 
 @pytest.mark.parametrize(
