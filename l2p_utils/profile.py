@@ -256,6 +256,7 @@ class Profile(_Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Profile:
+        refuse_shared_names([*self.training_collections, *self.measured_collections])
         names = self.evaluated_names
         if len(set(names)) < len(names):
             raise ValueError(f"runs: the same model twice among {names}")
@@ -320,11 +321,16 @@ class Profile(_Settings):
         return [*names, *(name for name in self.prepared_names if name not in names[:1])]
 
     @property
+    def measured_collections(self) -> list[str]:
+        """Collections that models are measured on, by exact search or PLAID, each once."""
+        plaid = [name for job in self.plaid for name in job.collections]
+        return list(dict.fromkeys([*self.evaluation.collections, *plaid]))
+
+    @property
     def hub_collections(self) -> list[str]:
         """Collections of this profile that come from the hub."""
-        plaid = [name for job in self.plaid for name in job.collections]
         dev = [self.dev_collections.get(name) for name in self.training_collections]
-        names = [*self.training_collections, *dev, *self.evaluation.collections, *plaid]
+        names = [*self.training_collections, *dev, *self.measured_collections]
         return list(dict.fromkeys(name for name in names if name and name.startswith(HUB)))
 
     @property
@@ -472,6 +478,25 @@ def refuse_repeats(values: Sequence[Any]) -> Sequence[Any]:
     if twice:
         raise UserError(f"listed twice: {', '.join(twice)}; expected each once")
     return values
+
+
+def refuse_shared_names(collections: Sequence[str]) -> None:
+    """Refuse different collections with one `slug`: each would replace the other's files.
+
+    Raises
+    ------
+    UserError
+        Naming both.
+    """
+    owners: dict[str, str] = {}
+    for collection in collections:
+        owner = owners.setdefault(slug(collection), collection)
+        if owner != collection:
+            raise UserError(
+                f"collections: {owner!r} and {collection!r} have the same name in file names, "
+                f"{slug(collection)!r}; expected a name of its own for each: rename a folder, or, "
+                "where both are one collection, write it the same way everywhere"
+            )
 
 
 def check_seed(value: Any) -> None:

@@ -178,6 +178,34 @@ def test_training_on_the_warm_up_collection_is_refused(write):
     assert "runs: 'docs:transformers' is kept for the warm-up" in message
 
 
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("evaluation.collections", ("/a/x", "/b/X")),
+        ("evaluation.collections", ("docs:scipy", "/a/docs-scipy")),
+        ("evaluation.collections", ("beir:scifact@main", "beir:scifact@v2")),
+        ("evaluation.collections", ("/a/x", "/a/x/")),
+        ("plaid.0.collections", ("/a/x", "/b/x")),
+    ],
+)
+def test_two_collections_that_would_share_their_files_are_refused(write, key, names):
+    message = refusal(write({key: list(names)}))
+    assert all(repr(name) in message for name in names)
+    assert "same name in file names" in message and "rename a folder" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"runs.0.collection": "/a/x", "runs.1.collection": "/b/x"},
+        {"runs.0.collection": "/a/x", "evaluation.collections": ["/b/x"]},
+        {"runs.0.collection": "/a/docs-transformers"},
+    ],
+)
+def test_collections_that_share_a_name_are_refused_wherever_they_stand(write, changes):
+    assert "same name in file names" in refusal(write({**changes, "plaid": []}))
+
+
 @pytest.mark.parametrize(("method", "factors"), [("none", "1-6"), ("none", 2), ("kmeans", 1)])
 def test_method_and_factors_that_contradict_each_other_are_refused(write, method, factors):
     message = refusal(write({"runs.1.pool_method": method, "runs.1.pool_factors": factors}))
