@@ -1,6 +1,8 @@
 """Profiles: the ones that ship load; what is misspelt or impossible is refused by its key."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -13,6 +15,7 @@ from l2p_utils.profile import (
     ROOT,
     ModelSettings,
     Profile,
+    describe_keys,
     factors_name,
     load_profile,
     model_name,
@@ -359,3 +362,28 @@ def test_a_revision_is_no_part_of_a_released_models_name():
 )
 def test_an_empty_revision_is_refused(write, change):
     assert "its revision is empty; expected owner/name@<revision>" in refusal(write(change))
+
+
+def test_no_key_lacks_a_description():
+    heads, texts = list(describe_keys())[::2], list(describe_keys())[1::2]
+    assert [head for head, text in zip(heads, texts, strict=True) if text.strip() == "None"] == []
+
+
+def test_every_key_has_a_short_line_with_its_type_and_its_default_as_yaml():
+    assert max(map(len, describe_keys())) <= 100
+    heads = [line.split() for line in list(describe_keys())[::2]]
+    keys = {key: rest for key, *rest in heads}
+    assert len(keys) == len(heads) > 80
+    assert {"seed", "model.base", "warm_up.collection", "plaid[].model"} < keys.keys()
+    assert keys["training.learning_rate"] == ["float", ">", "0", "5.0e-05"]
+    assert keys["runs[].collection"] == ["str", "required"]
+    assert keys["runs[].seed"] == ["int", "|", "null", "≥", "0,", "≤", "4294967295", "null"]
+    assert keys["model.query_lengths"] == ["dict[str,", "int]", "{}"]
+
+
+def test_the_keys_are_printed():
+    printed = subprocess.run(
+        [sys.executable, "-m", "l2p_utils.profile"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (printed.stderr, printed.returncode) == ("", 0)
+    assert printed.stdout.splitlines() == list(describe_keys())
