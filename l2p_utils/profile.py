@@ -1,14 +1,16 @@
 """What a run consists of: a YAML file, checked by a schema before anything starts.
 
 Takes a profile's name (one of those that ship) or the path of a YAML file; gives a `Profile`.
+``python -m l2p_utils.profile`` prints every key with its type, its default and what it does.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -20,6 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from l2p_utils.files import UserError
 
@@ -37,7 +40,12 @@ SEED = {"ge": 0, "le": 2**32 - 1}  # what NumPy takes
 class _Settings(BaseModel):
     # strict: neither True nor "3" is a count of 1 or 3
     model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), strict=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,  # a string after a key describes it
     )
 
 
@@ -68,21 +76,29 @@ class ModelSettings(_Settings):
     """
 
     base: Source = "embedded"
+    """`embedded`, a hub id or a folder."""
     revision: str | None = None
+    """Commit, branch or tag of a base from the hub; null: the newest."""
     query_length: int = Field(32, ge=4, le=8192)
+    """Queries are cut here; in word pieces, prefix token included."""
     document_length: int = Field(128, ge=8, le=8192)
+    """Documents are cut here; in word pieces, prefix token included."""
     query_lengths: dict[str, Annotated[int, Field(ge=4, le=8192)]] = {}
+    """What differs from `query_length`, by collection; not for the embedded base."""
     other_document_lengths: list[Annotated[int, Field(ge=8, le=8192)]] = []
+    """Measure a baseline from the hub with documents cut here as well."""
     dim: int | None = Field(None, ge=1)
+    """The output dimension that the base must have; null: any."""
     query_prefix: str | None = None
+    """The prefix of queries that the base must have; null: any."""
     document_prefix: str | None = None
-    do_query_expansion: bool | None = Field(
-        None, description="whether a checkpoint pads its queries with [MASK]; null: as it is"
-    )
-    skiplist: Literal["punctuation", "none"] | None = Field(
-        None, description="which tokens a checkpoint leaves out of documents; null: as it is"
-    )
+    """The prefix of documents that the base must have; null: any."""
+    do_query_expansion: bool | None = None
+    """Whether a checkpoint pads its queries with [MASK]; null: as it is."""
+    skiplist: Literal["punctuation", "none"] | None = None
+    """Which tokens a checkpoint leaves out of documents; null: as it is."""
     projection_texts: int = Field(400, ge=10)
+    """Texts whose token vectors give the embedded encoder's projection."""
 
     @property
     def embedded(self) -> bool:
@@ -99,16 +115,27 @@ class MiningSettings(_Settings):
     """The paper's candidate rules; `max_queries`, `max_documents` take a part of the collection."""
 
     hard_candidates: int = Field(100, ge=1)
+    """The documents nearest to a query that may become negatives."""
     random_candidates: int = Field(30, ge=0)
+    """Documents drawn at random that may become negatives."""
     hard: int = Field(5, ge=0)
+    """Negatives of a row: the best-scored hard candidates."""
     medium: int = Field(5, ge=0)
+    """Negatives of a row: drawn from the other hard candidates."""
     random: int = Field(5, ge=0)
+    """Negatives of a row: drawn from the random candidates."""
     threshold: float = Field(0.95, gt=0)
+    """Drop negatives scored above this share of the anchor's score."""
     anchor: Literal["top_positive", "median_positive"] = "top_positive"
+    """The positive that `threshold` goes by: the best-scored one, or the median."""
     teacher_scale: Literal["raw", "sigmoid"] = "raw"
+    """Store the teacher's scores as they are, or between 0 and 1."""
     text_only: bool = False
+    """Leave titles out: for training queries that are the documents' titles."""
     max_queries: int | None = Field(None, ge=1)
+    """Mine only so many training queries; null: all."""
     max_documents: int | None = Field(None, ge=1)
+    """Mine only among so many documents, all relevant ones included; null: all."""
 
     @property
     def n_ways(self) -> int:
@@ -134,13 +161,21 @@ class Scoring(_Settings):
     """
 
     miner: Source = "embedded"
+    """Who proposes candidates: `embedded`, a hub id or a folder."""
     miner_revision: str | None = None
+    """Commit, branch or tag of a miner from the hub; null: the newest."""
     teacher: Source = "embedded"
+    """Who scores candidates: `embedded`, a hub id or a folder."""
     teacher_revision: str | None = None
+    """Commit, branch or tag of a teacher from the hub; null: the newest."""
     max_length: int = Field(1024, ge=16)
+    """A reranker's input, query and document together, is cut here; in tokens."""
     batch_size: int = Field(32, ge=1)
+    """Pairs of query and document that a reranker scores at once."""
     checkpoint_queries: int = Field(16, ge=1)
+    """Queries scored between two savings: so much a kill can cost."""
     shards: int = Field(1, ge=1)
+    """Jobs that the scoring of one collection is spread over."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Scoring:
@@ -158,29 +193,43 @@ class TrainingSettings(_Settings):
     """One fine-tuning; batch_size counts queries (rows)."""
 
     epochs: int = Field(1, ge=1)
+    """Passes over the rows; the best on the dev queries is kept."""
     batch_size: int = Field(8, ge=1)
+    """Queries (rows) of a step, in all processes together."""
     learning_rate: float = Field(5e-5, gt=0)
+    """At its highest; it rises during the warm-up, then falls linearly to 0."""
     warm_up_ratio: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
     frozen_layers: int = Field(0, ge=0)
+    """Keep the embeddings and so many of the lowest layers; 0: train all."""
     max_rows: int | None = Field(None, ge=1)
+    """Train on so many rows, spread evenly over the mined ones; null: all."""
     dev_queries: int = Field(100, ge=1)
+    """Queries of the dev split that pick the epoch."""
     dev_documents: int = Field(500, ge=1)
+    """Documents that they are searched in, all relevant ones included."""
     checkpoint_steps: int = Field(50, ge=1)
+    """Steps between two checkpoints: so much a kill can cost."""
 
 
 class WarmUp(TrainingSettings):
     """The unpooled training that makes the embedded encoder a late-interaction model."""
 
     collection: str = "docs:transformers"
+    """What it trains on; no run may train on it."""
 
 
 class Run(_Settings):
     """One trained model."""
 
     collection: str
+    """What the model trains on: `docs:scipy`, `beir:scifact`, a folder's path."""
     pool_method: Method
+    """How documents are pooled in training; `none` has only the factor 1."""
     pool_factors: list[int] = [1]
+    """Each batch draws one: a number (2), a range ("1-6") or a list ([1, 2, 4])."""
     seed: int | None = Field(None, **SEED)
+    """Of this training; null: the profile's."""
 
     @field_validator("pool_factors", mode="before")
     @classmethod
@@ -197,12 +246,19 @@ class EvaluationSettings(_Settings):
     """What every model is measured on, by exact search."""
 
     collections: list[str] = Field(min_length=1)
+    """Their test queries are searched: `docs:scipy`, `nano:scifact`, a folder's path."""
     pool_methods: list[PooledMethod] = ["span", "kmeans", "hierarchical"]
+    """How documents are pooled."""
     pool_factors: list[int] = [1, 2, 3, 4, 5, 6]
-    baseline_variants: list[Variant] = []  # of hierarchical, beside the profile's
-    precision: Literal["auto", "float32", "bfloat16", "float16"] | None = None  # None: profile's
+    """Measured one by one: a number (2), a range ("1-6") or a list ([1, 2, 4])."""
+    baseline_variants: list[Variant] = []
+    """Variants of hierarchical that the baseline has beside the profile's."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Of the encoder in evaluation; null: the profile's. On a CPU float16 is float32."""
     max_queries: int | None = Field(None, ge=1)
+    """Search only so many test queries; null: all."""
     max_documents: int | None = Field(None, ge=1)
+    """Search a part, all relevant documents in it: scores too high; null: all."""
 
     @field_validator("pool_factors", mode="before")
     @classmethod
@@ -222,40 +278,64 @@ class PlaidJob(_Settings):
     """
 
     model: str
+    """A model's name: `baseline`, or as in `runs/<profile>/models`."""
     collections: list[str] = Field(min_length=1)
+    """Whose documents go into indexes."""
     pool_methods: list[PooledMethod] = Field(min_length=1)
+    """How documents are pooled; with each factor of `evaluation.pool_factors`."""
     max_queries: int | None = Field(None, ge=1)
+    """Search only so many test queries, the same for all jobs on them; null: all."""
 
 
 class Profile(_Settings):
-    """Everything that a run needs to know; see the YAML files for what each key does."""
+    """Everything that a run needs to know; `python -m l2p_utils.profile` prints it key by key."""
 
-    name: str = Field(pattern=r"^\w[\w.-]*$")  # a folder under runs/
+    name: str = Field(pattern=r"^\w[\w.-]*$")
+    """A folder under runs/. A file may leave it out: then it is the file's own name."""
     description: str
+    """What the profile is for, in a line."""
     seed: int = Field(42, **SEED)
+    """Of everything that is drawn at random."""
     threads: int = Field(1, ge=1)
+    """Processor threads of each job."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # what the two clusterings are in training and in evaluation; the paper has scikit-learn's
-    # k-means and Ward on the square matrix of cosine distances (`paper`)
+    """Of the encoder; auto: bfloat16 where the processor computes in it, else float32."""
     use_sklearn: bool = False
+    """k-means as the paper has it (scikit-learn's); false: ours, faster and tighter."""
     hierarchical: Variant = "pylate"
+    """What Ward is given, in training and evaluation; `paper` is the paper's."""
     model: ModelSettings
+    """The encoder that all runs start from."""
     training_data: Literal["mined", "released"] = "mined"
-    released_rows: dict[str, Released] = {}  # collection: hub data set with its published rows
+    """Mine rows, or take those that the authors published."""
+    released_rows: dict[str, Released] = {}
+    """By collection, the hub data set with its published rows (@revision)."""
     mining: MiningSettings
+    """How a training query gets its documents."""
     scoring: Scoring = Scoring()
-    warm_up: WarmUp | None = None  # of the embedded model
+    """Who proposes candidates and who scores them."""
+    warm_up: WarmUp | None = None
+    """Makes the embedded encoder the baseline; {} where it is the base, else null."""
     training: TrainingSettings
-    gpu: bool = False  # whether jobs that compute ask for a GPU; a local run shares `gpu=N`
-    processes: int = Field(1, ge=1)  # of one training, data-parallel; batch_size is of them all
-    dev_collections: dict[str, str] = {}  # collection: the one whose test split picks the epoch
+    """How each of `runs` is trained."""
+    gpu: bool = False
+    """Whether jobs that compute ask for a GPU; a local run shares `gpu=N`."""
+    processes: int = Field(1, ge=1)
+    """Of one training, data-parallel; `training.batch_size` is of them all."""
+    dev_collections: dict[str, str] = {}
+    """By training collection, another whose test split picks the epoch."""
     runs: list[Run]
-    released_models: list[ReleasedSource] = []  # hub ids of trained models, measured as they are
+    """The models to train."""
+    released_models: list[ReleasedSource] = []
+    """Trained models from the hub, measured as they are (@revision)."""
     evaluation: EvaluationSettings
+    """What every model is measured on, by exact search."""
     plaid: list[PlaidJob] = []
+    """What is measured through PLAID as well."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Profile:
+        refuse_shared_names([*self.training_collections, *self.measured_collections])
         names = self.evaluated_names
         if len(set(names)) < len(names):
             raise ValueError(f"runs: the same model twice among {names}")
@@ -320,11 +400,16 @@ class Profile(_Settings):
         return [*names, *(name for name in self.prepared_names if name not in names[:1])]
 
     @property
+    def measured_collections(self) -> list[str]:
+        """Collections that models are measured on, by exact search or PLAID, each once."""
+        plaid = [name for job in self.plaid for name in job.collections]
+        return list(dict.fromkeys([*self.evaluation.collections, *plaid]))
+
+    @property
     def hub_collections(self) -> list[str]:
         """Collections of this profile that come from the hub."""
-        plaid = [name for job in self.plaid for name in job.collections]
         dev = [self.dev_collections.get(name) for name in self.training_collections]
-        names = [*self.training_collections, *dev, *self.evaluation.collections, *plaid]
+        names = [*self.training_collections, *dev, *self.measured_collections]
         return list(dict.fromkeys(name for name in names if name and name.startswith(HUB)))
 
     @property
@@ -474,6 +559,25 @@ def refuse_repeats(values: Sequence[Any]) -> Sequence[Any]:
     return values
 
 
+def refuse_shared_names(collections: Sequence[str]) -> None:
+    """Refuse different collections with one `slug`: each would replace the other's files.
+
+    Raises
+    ------
+    UserError
+        Naming both.
+    """
+    owners: dict[str, str] = {}
+    for collection in collections:
+        owner = owners.setdefault(slug(collection), collection)
+        if owner != collection:
+            raise UserError(
+                f"collections: {owner!r} and {collection!r} have the same name in file names, "
+                f"{slug(collection)!r}; expected a name of its own for each: rename a folder, or, "
+                "where both are one collection, write it the same way everywhere"
+            )
+
+
 def check_seed(value: Any) -> None:
     """Refuse what cannot be a seed.
 
@@ -542,3 +646,63 @@ def _explain(path: Path, error: ValidationError) -> str:
         else:
             lines.append(f"  {key}: {problem['msg']} (given: {str(problem['input'])[:80]!r})")
     return "\n".join(lines)
+
+
+def describe_keys(settings: type[BaseModel] = Profile, inside: str = "") -> Iterator[str]:
+    """Every key of a profile as two lines: key, type and default; what it does.
+
+    Keys of `runs` and `plaid`, which are lists, have `[]` before their own name.
+    """
+    for name, field in settings.model_fields.items():
+        key = f"{inside}{name}"
+        yield f"{key:<28} {_type_name(field.annotation) + _limits(field):<42} {_default(field)}"
+        yield f"    {field.description}"
+        for part in _parts(field.annotation):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                many = "[]" if get_origin(field.annotation) is list else ""
+                yield from describe_keys(part, f"{key}{many}.")
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    """What a type is made of: of `WarmUp | None` and `list[Run]` what stands in them."""
+    return get_args(kind) or (kind,)
+
+
+def _type_name(kind: Any) -> str:
+    """A type as a reader of YAML knows it."""
+    parts = _parts(kind)
+    if get_origin(kind) is Literal:
+        return " | ".join(parts)
+    if get_origin(kind) is UnionType or get_origin(kind) is Union:
+        return " | ".join(map(_type_name, parts))
+    if get_origin(kind) is Annotated:
+        return _type_name(parts[0])
+    if get_origin(kind):
+        return f"{get_origin(kind).__name__}[{', '.join(map(_type_name, parts))}]"
+    if kind is NoneType:
+        return "null"
+    return "keys" if issubclass(kind, BaseModel) else kind.__name__
+
+
+def _limits(field: FieldInfo) -> str:
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    found = [
+        f"{sign} {getattr(limit, name)}"
+        for limit in field.metadata
+        for name, sign in signs.items()
+        if hasattr(limit, name)
+    ]
+    return " " + ", ".join(found) if found else ""
+
+
+def _default(field: FieldInfo) -> str:
+    """As YAML has it: what is printed can be copied into a profile."""
+    if field.is_required():
+        return "required"
+    if isinstance(field.default, BaseModel):
+        return "{}"
+    return yaml.safe_dump(field.default, default_flow_style=True).split("\n...")[0].strip()
+
+
+if __name__ == "__main__":
+    print("\n".join(describe_keys()))

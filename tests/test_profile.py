@@ -1,6 +1,8 @@
 """Profiles: the ones that ship load; what is misspelt or impossible is refused by its key."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -13,6 +15,7 @@ from l2p_utils.profile import (
     ROOT,
     ModelSettings,
     Profile,
+    describe_keys,
     factors_name,
     load_profile,
     model_name,
@@ -178,6 +181,34 @@ def test_training_on_the_warm_up_collection_is_refused(write):
     assert "runs: 'docs:transformers' is kept for the warm-up" in message
 
 
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("evaluation.collections", ("/a/x", "/b/X")),
+        ("evaluation.collections", ("docs:scipy", "/a/docs-scipy")),
+        ("evaluation.collections", ("beir:scifact@main", "beir:scifact@v2")),
+        ("evaluation.collections", ("/a/x", "/a/x/")),
+        ("plaid.0.collections", ("/a/x", "/b/x")),
+    ],
+)
+def test_two_collections_that_would_share_their_files_are_refused(write, key, names):
+    message = refusal(write({key: list(names)}))
+    assert all(repr(name) in message for name in names)
+    assert "same name in file names" in message and "rename a folder" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"runs.0.collection": "/a/x", "runs.1.collection": "/b/x"},
+        {"runs.0.collection": "/a/x", "evaluation.collections": ["/b/x"]},
+        {"runs.0.collection": "/a/docs-transformers"},
+    ],
+)
+def test_collections_that_share_a_name_are_refused_wherever_they_stand(write, changes):
+    assert "same name in file names" in refusal(write({**changes, "plaid": []}))
+
+
 @pytest.mark.parametrize(("method", "factors"), [("none", "1-6"), ("none", 2), ("kmeans", 1)])
 def test_method_and_factors_that_contradict_each_other_are_refused(write, method, factors):
     message = refusal(write({"runs.1.pool_method": method, "runs.1.pool_factors": factors}))
@@ -331,3 +362,28 @@ def test_a_revision_is_no_part_of_a_released_models_name():
 )
 def test_an_empty_revision_is_refused(write, change):
     assert "its revision is empty; expected owner/name@<revision>" in refusal(write(change))
+
+
+def test_no_key_lacks_a_description():
+    heads, texts = list(describe_keys())[::2], list(describe_keys())[1::2]
+    assert [head for head, text in zip(heads, texts, strict=True) if text.strip() == "None"] == []
+
+
+def test_every_key_has_a_short_line_with_its_type_and_its_default_as_yaml():
+    assert max(map(len, describe_keys())) <= 100
+    heads = [line.split() for line in list(describe_keys())[::2]]
+    keys = {key: rest for key, *rest in heads}
+    assert len(keys) == len(heads) > 80
+    assert {"seed", "model.base", "warm_up.collection", "plaid[].model"} < keys.keys()
+    assert keys["training.learning_rate"] == ["float", ">", "0", "5.0e-05"]
+    assert keys["runs[].collection"] == ["str", "required"]
+    assert keys["runs[].seed"] == ["int", "|", "null", "≥", "0,", "≤", "4294967295", "null"]
+    assert keys["model.query_lengths"] == ["dict[str,", "int]", "{}"]
+
+
+def test_the_keys_are_printed():
+    printed = subprocess.run(
+        [sys.executable, "-m", "l2p_utils.profile"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (printed.stderr, printed.returncode) == ("", 0)
+    assert printed.stdout.splitlines() == list(describe_keys())

@@ -1,10 +1,15 @@
 """The README against what it speaks of: the claims table, the files, the make targets."""
 
+import json
 import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
+
+from l2p_utils.collection import load_collection
+from l2p_utils.profile import load_profile
+from tests.test_snakefile import plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -110,3 +115,39 @@ def test_every_make_target_that_is_named_exists():
     named = set(re.findall(r"`(?:PROFILE=\w+ )?make (\w+)", README))
     assert named >= {"run", "test", "lab", "figures", "notebooks", "clean", "plan"}
     assert [name for name in named if not re.search(rf"^{name}:", makefile, re.M)] == []
+
+
+@pytest.fixture
+def reports(tmp_path):
+    """A folder in BEIR's layout: each document's number is its query's, half of them to train."""
+    folder = tmp_path / "my documents" / "Reports"
+    (folder / "qrels").mkdir(parents=True)
+    for name in ("corpus", "queries"):
+        lines = [json.dumps({"_id": str(i), "text": f"text {i}"}) for i in range(40)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    for split, ids in {"train": range(20), "test": range(20, 40)}.items():
+        lines = ["query-id\tcorpus-id\tscore", *(f"{i}\t{i}\t1" for i in ids)]
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines))
+    return folder
+
+
+def test_the_profile_for_ones_own_documents_needs_only_the_folders_path(tmp_path, reports):
+    text = re.search(r"```yaml\n(description:.*?)```", README, re.S).group(1)
+    assert text.count("/absolute/path/to/folder") == 1
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("/absolute/path/to/folder", str(reports)))
+
+    profile = load_profile(path)
+    models = ["baseline", "reports-pf1-s42", "reports-kmeans-pf1-6-s42"]
+    assert profile.evaluated_names == models
+    assert profile.evaluation.collections == [str(reports)]
+    assert (profile.evaluation.max_documents, profile.evaluation.max_queries) == (None, None)
+    assert not profile.needs_hub
+    for split in ("train", "dev", "test"):
+        assert load_collection(profile.runs[0].collection, split).queries
+
+    jobs = plan(tmp_path, profile=path)
+    assert jobs["01_data_mining--reports"][1] == {"profile": str(path), "collection": str(reports)}
+    for name in models:
+        assert {f"02_training--{name}", f"03_evaluation--{name}"} < jobs.keys()
+    assert len(jobs) == 2 + 2 * 3 + 6
