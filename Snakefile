@@ -7,7 +7,8 @@
 # what was made with the same settings and so make a rerun short.
 #
 # Each job says what it needs: threads, gpu, mem_mb, runtime (minutes). `--resources gpu=N` shares N
-# GPUs among the jobs of one machine, each with its own, `mem_mb=N` its memory; cluster/ has a profile for Slurm.
+# GPUs among the jobs of one machine, each with its own, `mem_mb=N` its memory; cluster/ has a profile
+# for Slurm.
 import fcntl
 import os
 import sys

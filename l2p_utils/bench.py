@@ -196,7 +196,7 @@ def bench_scaling(vectors: Vectors, repetitions: int = 3) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def bench_search(encoded: Encoded, queries: int = 60, repetitions: int = 3) -> pd.DataFrame:
+def bench_search(encoded: Encoded, queries: int = 60, repetitions: int = 9) -> pd.DataFrame:
     """Ours and PyLate's two ways on the same unpooled embeddings: seconds, share of equal tops."""
     asked, documents = encoded.queries[:queries], encoded.documents
     ids = encoded.document_ids

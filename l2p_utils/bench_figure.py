@@ -22,20 +22,23 @@ def draw_bench(
     pooling: pd.DataFrame, scaling: pd.DataFrame, machine: Mapping[str, object]
 ) -> Figure:
     """Above: documents a second at PF4 and with all factors, a panel a length. Below: growth."""
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12.5, 9.2), layout="constrained")
+        figure = Figure(figsize=(13, 9.4), layout="constrained")
         panels = figure.subplots(2, 2)
         for axes, (length, part) in zip(
             panels[0], pooling.groupby("document_length"), strict=False
         ):
             _draw_speeds(axes, part)
             documents = part["documents"].iloc[0]
-            axes.set_title(f"{documents} documents of up to {length} word pieces")
+            axes.set_title(f"Speed: {documents} documents of up to {length} word pieces")
         for axes, (axis, part) in zip(panels[1], scaling.groupby("axis", sort=False), strict=False):
             _draw_growth(axes, part, axis)
+        lines, labels = panels[1][0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside lower center", ncols=len(lines), fontsize=9)
         figure.suptitle(
-            f"Token pooling beside other libraries: {machine['threads']} thread(s), "
-            f"{machine['processor']}; medians",
+            f"Token pooling beside other libraries: {threads}, {machine['processor']}; medians\n"
+            "above: full mark PF4, hollow mark all of PF 2–6; below: PF4",
             fontsize=12,
         )
     return figure
@@ -58,7 +61,7 @@ def _draw_speeds(axes, part: pd.DataFrame) -> None:
     axes.set_yticks(range(len(speeds)), [f"{method} · {engine}" for method, engine in speeds.index])
     axes.set_xscale("log")
     axes.set_xlim(right=speeds["4"].max() * 4)
-    axes.set_xlabel("documents a second: full mark PF4, hollow mark PF 2–6 together (log scale)")
+    axes.set_xlabel("documents a second (log scale)")
 
 
 def _draw_growth(axes, growth: pd.DataFrame, axis: str) -> None:
@@ -76,14 +79,13 @@ def _draw_growth(axes, growth: pd.DataFrame, axis: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, sizes)
-    axes.set_ylabel("milliseconds a document, PF4 (log scale)")
+    axes.set_ylabel("milliseconds a document (log scale)")
     if axis == "tokens":
-        axes.set_xlabel("tokens in a document")
-        axes.set_title("How time grows with a document's length (16 documents)")
-        axes.legend(fontsize=9)
+        axes.set_xlabel("tokens in each of 16 documents")
+        axes.set_title("Growth with a document's length")
     else:
-        axes.set_xlabel("documents")
-        axes.set_title("Time a document, by the number of documents (96 tokens each)")
+        axes.set_xlabel("documents of 96 tokens")
+        axes.set_title("Growth with the number of documents")
 
 
 def save_bench(

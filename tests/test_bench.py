@@ -1,6 +1,7 @@
 """The bench: contestants pool alike, medians and verdicts are right, tables tell what came out."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -304,3 +305,10 @@ def test_growth_and_the_stages_of_an_evaluation_are_measured(model, encoded):
     assert len(growth) == 8 * 6 and (growth["seconds_per_document"] > 0).all()
     stages = bench_sweep(model, encoded, TEXTS)
     assert list(stages["stage"]) == ["encode", "all settings"] and (stages["seconds"] > 0).all()
+
+
+def test_the_stored_table_comes_of_the_stored_measurements():
+    folder = Path(__file__).parents[1] / "figures" / "bench"
+    parts = {file.stem: pd.read_csv(file) for file in folder.glob("*.csv")}
+    parts["pooling"] = parts["pooling"].astype({"pool_factor": str})
+    assert bench.tables(parts, targets(parts)) == (folder / "table.md").read_text("utf-8")

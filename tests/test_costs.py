@@ -124,8 +124,8 @@ def test_the_rates_are_those_of_the_bench():
         "hierarchical pylate": ("hierarchical", "ours"),
     }
     for name, (method, engine) in names.items():
-        row = re.search(rf"^\| {method} \| {engine} \| 300 \| [\d,]+ \| ([\d,]+) \|", bench, re.M)
-        assert POOLED[name] == float(row[1].replace(",", "")), name
+        row = re.search(rf"^\| {method} \| {engine} \| 300 \|(.*)", bench, re.M)[1].split("|")
+        assert POOLED[name] == float(row[2].replace(",", "")), name  # PF2, PF3, PF4
 
 
 def test_the_host_memory_is_what_the_snakefile_asks_for(paper):
