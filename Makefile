@@ -42,8 +42,9 @@ lab: setup  ## open the notebooks in JupyterLab
 	@$(PY) -m jupyter lab --ServerApp.root_dir="$(CURDIR)/notebooks" \
 		--AsyncMappingKernelManager.root_dir="$(CURDIR)"
 
-figures: setup  ## redraw figures/ from data/
+figures: setup  ## redraw figures/ from data/ and the bench's measurements
 	@$(PY) -m l2p_utils.figures
+	@$(PY) -m l2p_utils.bench_report figures/bench
 
 notebooks: setup  ## execute the committed notebooks again from data/
 	@$(PY) -m l2p_utils.committed

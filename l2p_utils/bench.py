@@ -2,7 +2,7 @@
 
 Takes nothing but the installed packages: real token vectors come from the embedded encoder, before
 any training, on the embedded collections. All contestants work on the same vectors with the same
-number of threads, in turns; medians. Writes tables (CSV, Markdown) and a figure to runs/bench/.
+number of threads, in turns; medians. Writes them to runs/bench/ (CSV), and a report of them.
 ``python -m l2p_utils.bench [--threads N] [--collections FOLDER …]``; `make bench COLLECTIONS="…"`.
 """
 
@@ -15,7 +15,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from pylate import rank
 from pylate.scores import colbert_scores
 from threadpoolctl import threadpool_limits
 
-from l2p_utils.bench_figure import save_bench
 from l2p_utils.bench_peers import Pooler, Vectors, poolers
+from l2p_utils.bench_report import FACTORS, REFERENCE, write_report
 from l2p_utils.collection import load_collection
 from l2p_utils.distillation import PooledDistillation
 from l2p_utils.evaluation import (
@@ -46,29 +45,10 @@ from l2p_utils.mining import untrained_model
 from l2p_utils.model import PooledColBERT
 from l2p_utils.pooling import pool_sweep
 from l2p_utils.profile import EMBEDDED, load_profile
-from l2p_utils.results import paired_bootstrap
 from l2p_utils.search import exact_search
 
-FACTORS = [2, 3, 4, 5, 6]
 METHODS = ["span", "kmeans", "hierarchical"]
-REFERENCE = {"span": "loop over groups", "kmeans": "scikit-learn", "hierarchical": "PyLate"}
 COLLECTIONS = ["docs:scipy", "docs:torch", "docs:numpy", "docs:pandas", "docs:sklearn"]
-PAPER_BATCH = 16 * 16  # documents in one of the paper's training batches
-
-
-@dataclass(frozen=True)
-class Target:
-    """What was aimed at, and what came out; met where `value` is on the right side of `limit`."""
-
-    name: str
-    value: float
-    sign: str  # "≥" or "≤"
-    limit: float
-
-    @property
-    def met(self) -> bool:
-        """Whether the target was met."""
-        return self.value >= self.limit if self.sign == "≥" else self.value <= self.limit
 
 
 def in_turns(
@@ -355,200 +335,6 @@ def bench_quality(
     return pd.DataFrame(rows)
 
 
-def quality_difference(quality: pd.DataFrame) -> tuple[float, float, float]:
-    """Mean difference in NDCG@10 points, ours minus scikit-learn's, and its 95 % interval.
-
-    A query's values at all factors are averaged first: they are not independent.
-    """
-    means = quality.groupby(["collection", "query_id"])[["ours", "scikit-learn"]].mean()
-    found = paired_bootstrap(means["ours"].to_numpy(), means["scikit-learn"].to_numpy())
-    return tuple(100 * value for value in found)
-
-
-def targets(parts: Mapping[str, pd.DataFrame]) -> list[Target]:
-    """The targets with what was measured."""
-    pooling = parts["pooling"].set_index(["document_length", "method", "engine", "pool_factor"])
-    speed, tightness = pooling["documents_per_second"], pooling["spread"]
-    found = []
-    for length in parts["pooling"]["document_length"].unique():
-
-        def faster(method: str, factor: str, length=length) -> float:
-            place = (length, method)
-            theirs = speed[*place, REFERENCE[method], factor]
-            return speed[*place, "ours", factor] / theirs
-
-        def separate(method: str, length=length) -> float:
-            one = sum(pooling["seconds"][length, method, "ours", str(f)] for f in FACTORS)
-            return one / pooling["seconds"][length, method, "ours", "2-6"]
-
-        at = f"{length} word pieces"
-        worst = max(
-            tightness[length, "kmeans", "ours", str(f)]
-            / tightness[length, "kmeans", "scikit-learn", str(f)]
-            for f in FACTORS
-        )
-        found += [
-            Target(f"kmeans PF 2–6, times scikit-learn, {at}", faster("kmeans", "2-6"), "≥", 6),
-            Target(f"kmeans inertia / scikit-learn's, worst factor, {at}", worst, "≤", 1.005),
-            Target(
-                f"hierarchical, times PyLate at one factor (least), {at}",
-                min(faster("hierarchical", str(f)) for f in FACTORS),
-                "≥",
-                2,
-            ),
-            Target(
-                f"span, times a loop over groups (least), {at}",
-                min(faster("span", str(f)) for f in FACTORS),
-                "≥",
-                10,
-            ),
-            Target(f"kmeans, five poolings / one sweep, {at}", separate("kmeans"), "≥", 3),
-            Target(
-                f"hierarchical, five poolings / one sweep, {at}", separate("hierarchical"), "≥", 3
-            ),
-        ]
-    search = parts["search"].set_index("engine")
-    stages = parts["sweep"].set_index("stage")["seconds"]
-    found += [
-        Target("exact search, times PyLate's rank",
-               search["seconds"]["PyLate rank.rerank"] / search["seconds"]["ours"], "≥", 3),
-        Target("exact search, times PyLate's bare scoring",
-               search["seconds"]["PyLate colbert_scores"] / search["seconds"]["ours"], "≥", 3),
-        Target("exact search, share of equal top 10 (least)", search["same_top_10"].min(), "≥", 1),
-        Target("all 16 settings / encoding once", stages["all settings"] / stages["encode"],
-               "≤", 1),
-    ]  # fmt: skip
-    limits = {"span": 1.10, "kmeans": 1.15, "hierarchical": 1.20}
-    for _, row in parts["training"][parts["training"]["method"] != "none"].iterrows():
-        name = f"training step with {row['method']} / unpooled, {row['document_length']} tokens"
-        found.append(Target(name, row["ratio"], "≤", limits[row["method"]]))
-    quality = parts["quality"]
-    per_factor = quality.groupby(["collection", "pool_factor"])[
-        ["spread_ours", "spread_scikit-learn"]
-    ].first()
-    ratios = per_factor["spread_ours"] / per_factor["spread_scikit-learn"]
-    factors = ratios.groupby("pool_factor").mean()
-    low = quality_difference(quality)[0]
-    found += [
-        Target("kmeans inertia / scikit-learn's over collections, worst factor", factors.max(),
-               "≤", 1.005),
-        Target("NDCG@10 points of kmeans less scikit-learn's: not lower than", low, "≥", -0.3),
-        Target("NDCG@10 points of kmeans less scikit-learn's: not higher than", low, "≤", 0.3),
-    ]  # fmt: skip
-    return found
-
-
-def tables(parts: Mapping[str, pd.DataFrame], aims: Sequence[Target]) -> str:
-    """The measurements in Markdown: contestants, NDCG, search, training steps, targets."""
-    pooling = parts["pooling"].copy()
-    ours = pooling[pooling["engine"] == "ours"].set_index(
-        ["document_length", "method", "pool_factor"]
-    )["seconds"]
-    keys = zip(pooling["document_length"], pooling["method"], pooling["pool_factor"], strict=True)
-    pooling["times"] = pooling["seconds"] / [ours[key] for key in keys]
-    lines = [
-        "| method | engine | word pieces | documents/s PF2 | PF3 | PF4 | PF5 | PF6 | all five "
-        "| ours faster at PF4 | at all five | spread PF2 | PF4 | PF6 | MiB |",
-        "| --- | --- |" + " ---: |" * 13,
-    ]
-    for (length, method, engine), part in pooling.groupby(
-        ["document_length", "method", "engine"], sort=False
-    ):
-        row = part.set_index("pool_factor")
-        speeds = [f"{row['documents_per_second'][f]:,.0f}" for f in [*map(str, FACTORS), "2-6"]]
-        by = ["" if engine == "ours" else f"{row['times'][f]:.1f} ×" for f in ("4", "2-6")]
-        tight = [f"{row['spread'][f]:.2f}" for f in ("2", "4", "6")]
-        memory = f"{row['peak_mib'].max():.0f}"
-        cells = [method, engine, str(length), *speeds, *by, *tight, memory]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *_ndcg_lines(parts["ndcg"]), "", *_search_lines(parts["search"], parts["sweep"])]
-    lines += [
-        "",
-        "| training step with | tokens | seconds | times unpooled | of it pooling "
-        "| pooling, ms a document | a batch of 256, ms |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for _, row in parts["training"].iterrows():
-        each = row["pooling_ms_per_document"]
-        lines.append(
-            f"| {row['method']} | {row['document_length']} | {row['seconds']:.2f} "
-            f"| {row['ratio']:.2f} | {row['pooling_share']:.1%} | {each:.2f} "
-            f"| {each * PAPER_BATCH:.0f} |"
-        )
-    lines += ["", *_quality_lines(parts["quality"])]
-    lines += ["", "| target | aim | measured | |", "| --- | ---: | ---: | --- |"]
-    for aim in aims:
-        verdict = "met" if aim.met else "**not met**"
-        lines.append(f"| {aim.name} | {aim.sign} {aim.limit:g} | {aim.value:.3g} | {verdict} |")
-    return "\n".join(lines) + "\n"
-
-
-def _ndcg_lines(ndcg: pd.DataFrame) -> list[str]:
-    lines = [
-        "| NDCG@10, docs:scipy | engine | " + " | ".join(f"PF{f}" for f in FACTORS) + " |",
-        "| --- | --- |" + " ---: |" * len(FACTORS),
-    ]
-    for (method, engine), part in ndcg.groupby(["method", "engine"], sort=False):
-        cells = [f"{value:.3f}" for value in part.set_index("pool_factor")["ndcg@10"][FACTORS]]
-        lines.append(f"| {method} | {engine} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def _search_lines(search: pd.DataFrame, sweep: pd.DataFrame) -> list[str]:
-    """Searches, and an evaluation's two stages, with their seconds."""
-    lines = [
-        "| exact search, unpooled | queries | documents | seconds | ours is faster by "
-        "| same top 10 | MiB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    ours = search.set_index("engine")["seconds"]["ours"]
-    for _, row in search.iterrows():
-        by = "" if row["engine"] == "ours" else f"{row['seconds'] / ours:.1f} ×"
-        lines.append(
-            f"| {row['engine']} | {row['queries']} | {row['documents']:,} | {row['seconds']:.3f} "
-            f"| {by} | {row['same_top_10']:.0%} | {row['peak_mib']:.0f} |"
-        )
-    lines += ["", "| 500 documents and their queries | seconds |", "| --- | ---: |"]
-    lines += [f"| {row['stage']} | {row['seconds']:.1f} |" for _, row in sweep.iterrows()]
-    return lines
-
-
-def _quality_lines(quality: pd.DataFrame) -> list[str]:
-    """A line a collection: difference in NDCG@10 points and ratio of spreads, by factor."""
-    factors = sorted(quality["pool_factor"].unique())
-    heads = [f"PF{factor}" for factor in factors]
-    lines = [
-        "| k-means, ours less scikit-learn's, NDCG@10 points | " + " | ".join(heads) + " | mean "
-        "| 95 % | spread, ours / theirs |",
-        "| --- |" + " ---: |" * (len(factors) + 3),
-    ]
-    groups = [*quality.groupby("collection", sort=False), ("all", quality)]
-    for name, part in groups:
-        points = 100 * (part["ours"] - part["scikit-learn"]).groupby(part["pool_factor"]).mean()
-        mean, low, high = quality_difference(part)
-        spreads = part.drop_duplicates(["collection", "pool_factor"])
-        ratio = (spreads["spread_ours"] / spreads["spread_scikit-learn"]).mean()
-        cells = [f"{points[factor]:+.1f}" for factor in factors]
-        cells += [f"{mean:+.2f}", f"[{low:+.2f}, {high:+.2f}]", f"{ratio:.3f}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def projection(training: pd.DataFrame) -> str:
-    """What pooling's time here would be of a GPU's step, for steps of several lengths."""
-    longest = training[training["document_length"] == training["document_length"].max()]
-    lines = [
-        f"Projection: pooling {PAPER_BATCH} documents (the paper's batch) in this time on the "
-        "host, beside a GPU that waits for it, would be of a step of 0.25 / 0.5 / 1 s (assumed; "
-        "the paper gives ratios only: span 3×, hierarchical 7–9×, k-means 10–13× unpooled):"
-    ]
-    for _, row in longest[longest["method"] != "none"].iterrows():
-        seconds = row["pooling_ms_per_document"] * PAPER_BATCH / 1e3
-        shares = " / ".join(f"{seconds / (seconds + step):.0%}" for step in (0.25, 0.5, 1.0))
-        lines.append(f"  {row['method']:<13} {1e3 * seconds:6.0f} ms: {shares}")
-    return "\n".join(lines)
-
-
 @contextlib.contextmanager
 def limited(threads: int) -> Iterator[None]:
     """torch, BLAS and OpenMP on `threads` threads."""
@@ -618,23 +404,12 @@ def run(threads: int = 1, collections: Sequence[str] = ()) -> Path:
         parts["ndcg"] = bench_ndcg(encode_collection(model, few, progress=False))
         note("quality: k-means, ours and scikit-learn's")
         parts["quality"] = bench_quality(model, [*COLLECTIONS, *collections], note)
-    aims = targets(parts)
     for name, part in parts.items():
         with atomic_path(folder / f"{name}.csv") as temporary:
             part.to_csv(temporary, index=False)
-    text = tables(parts, aims)
-    with atomic_path(folder / "table.md") as temporary:
-        temporary.write_text(text, "utf-8")
     machine = {"processor": processor(), "threads": threads, "versions": versions()}
-    save_bench(parts["pooling"], parts["scaling"], folder, machine)
     write_json(folder / "machine.json", machine)
-    difference, low, high = quality_difference(parts["quality"])
-    print(text)
-    print(projection(parts["training"]))
-    print(
-        f"NDCG@10, our k-means less scikit-learn's, PF 2–6: {difference:+.2f} points "
-        f"[{low:+.2f}, {high:+.2f}]"
-    )
+    print(write_report(folder))
     print(f"{processor()}, {threads} thread(s); took {duration(time.perf_counter() - start)}")
     print(f"Tables and figure: {folder}")
     return folder

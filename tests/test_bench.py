@@ -1,7 +1,7 @@
 """The bench: contestants pool alike, medians and verdicts are right, tables tell what came out."""
 
 import math
-from pathlib import Path
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -10,9 +10,7 @@ import torch
 
 from l2p_utils import bench
 from l2p_utils.bench import (
-    FACTORS,
     METHODS,
-    Target,
     bench_ndcg,
     bench_pooling,
     bench_quality,
@@ -23,14 +21,26 @@ from l2p_utils.bench import (
     in_turns,
     peak_memory,
     spread,
-    targets,
 )
 from l2p_utils.bench_figure import draw_bench, save_bench
 from l2p_utils.bench_peers import poolers
+from l2p_utils.bench_report import (
+    FACTORS,
+    PARTS,
+    Target,
+    projection,
+    read_parts,
+    tables,
+    targets,
+    write_report,
+)
+from l2p_utils.bench_report import main as report
 from l2p_utils.collection import Collection
 from l2p_utils.evaluation import encode_collection, evaluate_collection
+from l2p_utils.files import UserError
 from l2p_utils.model import load_model
 from l2p_utils.pooling import pooled_count
+from l2p_utils.profile import ROOT
 from tests.tiny import tiny_colbert
 
 
@@ -181,7 +191,7 @@ def test_targets_of_speed_by_hand(parts):
 
 
 def test_tables_and_projection_say_what_was_measured(parts):
-    text = bench.tables(parts, targets(parts))
+    text = tables(parts, targets(parts))
     assert "| kmeans | scikit-learn | 96 |" in text
     assert "| kmeans | ours | 0.500 |" in text
     assert "| PyLate rank.rerank | 60 | 1,000 | 9.000 | 9.0 × | 100% | 8 |" in text
@@ -189,7 +199,7 @@ def test_tables_and_projection_say_what_was_measured(parts):
     assert "| all 16 settings / encoding once | ≤ 1 | 0.75 | met |" in text
     assert "**not met**" in text
     # 256 documents at .5 ms: 128 ms beside a step of 250, 500, 1,000 ms
-    assert "128 ms: 34% / 20% / 11%" in bench.projection(parts["training"])
+    assert "128 ms: 34% / 20% / 11%" in projection(parts["training"])
 
 
 def test_the_figure_is_written(pooling, tmp_path):
@@ -307,8 +317,51 @@ def test_growth_and_the_stages_of_an_evaluation_are_measured(model, encoded):
     assert list(stages["stage"]) == ["encode", "all settings"] and (stages["seconds"] > 0).all()
 
 
-def test_the_stored_table_comes_of_the_stored_measurements():
-    folder = Path(__file__).parents[1] / "figures" / "bench"
-    parts = {file.stem: pd.read_csv(file) for file in folder.glob("*.csv")}
-    parts["pooling"] = parts["pooling"].astype({"pool_factor": str})
-    assert bench.tables(parts, targets(parts)) == (folder / "table.md").read_text("utf-8")
+STORED = ROOT / "figures" / "bench"
+
+
+def test_the_stored_report_comes_of_the_stored_measurements(tmp_path):
+    shutil.copytree(STORED, tmp_path, dirs_exist_ok=True)
+    for name in ("table.md", "bench.png", "bench.svg"):
+        (tmp_path / name).unlink()
+    report([str(tmp_path)])
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+    for name in ("table.md", "bench.svg"):
+        assert (tmp_path / name).read_text("utf-8") == (STORED / name).read_text("utf-8"), name
+
+
+def test_nothing_in_the_figure_is_cut_off_or_written_over():
+    parts = read_parts(STORED)
+    machine = {"threads": 1, "processor": "AMD EPYC 7B13 64-Core Processor"}
+    figure = draw_bench(parts["pooling"], parts["scaling"], machine)
+    figure.draw_without_rendering()
+    inches = figure.get_tightbbox()
+    assert inches.x0 >= 0 and inches.y0 >= 0
+    assert inches.x1 <= figure.get_figwidth() and inches.y1 <= figure.get_figheight()
+    for left, right in zip(figure.axes[::2], figure.axes[1::2], strict=True):
+        assert not left.xaxis.label.get_window_extent().overlaps(
+            right.xaxis.label.get_window_extent()
+        )
+
+
+def test_a_folder_without_measurements_is_no_bench(tmp_path):
+    (tmp_path / "pooling.csv").write_text("")
+    with pytest.raises(UserError, match=r"lacks scaling.csv, .*make bench"):
+        write_report(tmp_path)
+    with pytest.raises(SystemExit, match="lacks"):
+        report([str(tmp_path)])
+    assert not (tmp_path / "table.md").exists()
+
+
+def test_what_was_measured_is_kept_when_its_report_fails(monkeypatch, tmp_path, model, collection):
+    made = pd.DataFrame({"a": [1]})
+    for name in PARTS:
+        monkeypatch.setattr(bench, f"bench_{name}", lambda *_, **__: made)
+    profile = bench.load_profile("quick")
+    monkeypatch.setattr(type(profile), "folder", tmp_path)
+    monkeypatch.setattr(bench, "untrained_model", lambda profile: model)
+    monkeypatch.setattr(bench, "load_collection", lambda name: collection)
+    with pytest.raises(KeyError):  # made-up measurements have no such columns
+        bench.run()
+    assert {file.stem for file in tmp_path.glob("*.csv")} == set(PARTS)
+    assert (tmp_path / "machine.json").is_file()
