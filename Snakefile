@@ -31,14 +31,14 @@ DONE = f"{FOLDER}/notebooks"  # executed notebooks
 
 MINED = {slug(name): name for name in PROFILE.training_collections}
 RUNS = {PROFILE.run_name(run): run for run in PROFILE.runs}
-TRAINED = [*([BASELINE] if PROFILE.warm_up else []), *RUNS]
+TRAINED = [*([BASELINE] if PROFILE.adaptation else []), *RUNS]
 PREPARED = PROFILE.prepared_names
 EVALUATED = PROFILE.evaluated_names
 FETCHED = [f"{FOLDER}/fetched.json"] if PROFILE.needs_hub else []
-RERANKED = PROFILE.training_data == "mined" and PROFILE.scoring.teacher != "embedded"
-SMALL_MB = 3_800  # the most that a job of an embedded profile took, see the README
+RERANKED = PROFILE.training_data == "mined" and PROFILE.scoring.teacher != "bundled"
+SMALL_MB = 3_800  # the most that a job of an bundled profile took, see the README
 SHARDS = range(PROFILE.scoring.shards if RERANKED else 0)
-WARM_UP = slug(PROFILE.warm_up.collection) if PROFILE.warm_up else None
+ADAPTATION = slug(PROFILE.adaptation.collection) if PROFILE.adaptation else None
 READING = [
     "04_inference_pooling", "05_pooling_aware", "06_cross_dataset", "07_beir_validation", "08_claims"
 ]
@@ -76,7 +76,7 @@ def executed(name):
 
 
 def needs(gpu, mem_mb, minutes):
-    """A job's resources, as a profile with hub models needs them; embedded ones take `SMALL_MB`."""
+    """A job's resources, as a profile with hub models needs them; bundled ones take `SMALL_MB`."""
     memory = mem_mb if FETCHED else min(mem_mb, SMALL_MB)
     return {"gpu": gpu if PROFILE.gpu else 0, "mem_mb": memory, "runtime": minutes}
 
@@ -209,24 +209,24 @@ rule mine:
     threads: PROFILE.threads
     resources:
         **needs(0, 16_000, 60),
-    priority: lambda wildcards: 100 if wildcards.collection == WARM_UP else 80
+    priority: lambda wildcards: 100 if wildcards.collection == ADAPTATION else 80
     shell:
         EXECUTE
 
 
-if PROFILE.warm_up:
+if PROFILE.adaptation:
 
-    rule warm_up:
+    rule adaptation:
         input:
             lambda wildcards: trained_again(BASELINE),
-            f"{DONE}/01_data_mining--{WARM_UP}.ipynb",
+            f"{DONE}/01_data_mining--{ADAPTATION}.ipynb",
             profile=PROFILE_FILE,
             notebook=f"{NOTEBOOKS}/02_training.ipynb",
         output:
             **executed(f"02_training--{BASELINE}"),
         params:
             values=values(
-                collection=PROFILE.warm_up.collection,
+                collection=PROFILE.adaptation.collection,
                 pool_method="none",
                 pool_factors=1,
                 seed=PROFILE.seed,

@@ -1,7 +1,7 @@
 """Side-by-side measurements of pooling, search and training steps (`make bench`).
 
-Takes nothing but the installed packages: real token vectors come from the embedded encoder, before
-any training, on the embedded collections. All contestants work on the same vectors with the same
+Takes nothing but the installed packages: real token vectors come from the bundled encoder, before
+any training, on the bundled collections. All contestants work on the same vectors with the same
 number of threads, in turns; medians. Writes them to runs/bench/ (CSV), and a report of them.
 ``python -m l2p_utils.bench [--threads N] [--collections FOLDER …]``; `make bench COLLECTIONS="…"`.
 """
@@ -27,25 +27,16 @@ from threadpoolctl import threadpool_limits
 
 from l2p_utils.bench_peers import Pooler, Vectors, poolers
 from l2p_utils.bench_report import FACTORS, REFERENCE, write_report
-from l2p_utils.collection import load_collection
+from l2p_utils.collection import load_collection, subset
 from l2p_utils.distillation import PooledDistillation
-from l2p_utils.evaluation import (
-    Encoded,
-    autocast,
-    encode,
-    encode_collection,
-    evaluate_collection,
-    measure,
-    subset,
-    versions,
-)
+from l2p_utils.evaluation import Encoded, encode_collection, evaluate_collection, measure
 from l2p_utils.execute import duration
-from l2p_utils.files import atomic_path, write_json
-from l2p_utils.mining import untrained_model
-from l2p_utils.model import PooledColBERT
+from l2p_utils.files import atomic_path, versions, write_json
+from l2p_utils.model import PooledColBERT, autocast, encode
 from l2p_utils.pooling import pool_sweep
-from l2p_utils.profile import EMBEDDED, load_profile
+from l2p_utils.profile import BUNDLED, load_profile
 from l2p_utils.search import exact_search
+from l2p_utils.teacher import untrained_model
 
 METHODS = ["span", "kmeans", "hierarchical"]
 COLLECTIONS = ["docs:scipy", "docs:torch", "docs:numpy", "docs:pandas", "docs:sklearn"]
@@ -320,7 +311,7 @@ def bench_quality(
         for factor, part in joined.groupby("pool_factor"):
             rows += [
                 {
-                    "collection": name if name.startswith(EMBEDDED) else Path(name).name,
+                    "collection": name if name.startswith(BUNDLED) else Path(name).name,
                     "pool_factor": factor,
                     "query_id": query,
                     "ours": a,
@@ -355,7 +346,7 @@ def run(threads: int = 1, collections: Sequence[str] = ()) -> Path:
     threads
         Of every contestant.
     collections
-        Further collections for the comparison of quality, besides the embedded five.
+        Further collections for the comparison of quality, besides the bundled five.
 
     Returns
     -------

@@ -19,19 +19,19 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from l2p_utils.collection import Collection, load_collection
-from l2p_utils.evaluation import subset, versions
+from l2p_utils.collection import Collection
 from l2p_utils.files import (
     PROVENANCE,
     UserError,
     atomic_path,
     locked,
     settings_match,
+    versions,
     write_json,
 )
 from l2p_utils.hub import find_source
 from l2p_utils.model import quiet_loading
-from l2p_utils.profile import HUB, MiningSettings, Profile, slug
+from l2p_utils.profile import MiningSettings, Profile, slug
 from l2p_utils.teacher import LOADING_ERRORS
 
 SIMILARITIES = 4_000_000  # held at a time: 16 MB
@@ -54,31 +54,6 @@ class Candidates:
 
 
 # --- training split -------------------------------------------------------------------------------
-
-
-def training_split(
-    name: str, settings: MiningSettings, carve_dev: bool | None = None
-) -> Collection:
-    """A collection's training split, limited to `max_queries` and `max_documents` (by id hash)."""
-    collection = load_collection(
-        name, split="train", text_only=settings.text_only, carve_dev=carve_dev
-    )
-    return subset(collection, settings.max_queries, settings.max_documents)
-
-
-def carves_dev(profile: Profile, name: str) -> bool | None:
-    """`carve_dev` of `load_collection`: whether training queries are kept back to pick the epoch.
-
-    None are where another collection picks it; else some, of a hub collection too.
-    """
-    if name in profile.dev_collections:
-        return False
-    return True if name.startswith(HUB) else None
-
-
-def profile_split(profile: Profile, name: str) -> Collection:
-    """The training split of a collection as a profile mines it and trains on it."""
-    return training_split(name, profile.mining, carves_dev(profile, name))
 
 
 def positives_of(collection: Collection, query_id: str) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from l2p_utils.model import PooledColBERT
-from l2p_utils.profile import BASELINE, EMBEDDED, HUB, Profile, Run, factors_name, slug
+from l2p_utils.profile import BASELINE, BUNDLED, HUB, Profile, Run, factors_name, slug
 from l2p_utils.results import default_variant, series
 
 NOT_MEASURED = "not measured"
@@ -62,7 +62,7 @@ class DatasetFacts:
 
 def shown(collection: str) -> str:
     """A collection's name as others may read it: of a folder its own name, not its path."""
-    return collection if collection.startswith((EMBEDDED, *HUB)) else slug(collection)
+    return collection if collection.startswith((BUNDLED, *HUB)) else slug(collection)
 
 
 def sources(made: dict[str, Any]) -> dict[str, str]:
@@ -122,7 +122,7 @@ def _model_details(facts: ModelFacts) -> str:
     model, training = facts.model, facts.made["settings"].get("training", {})
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     link = f"[{facts.base}](https://huggingface.co/{facts.base})" if "/" in facts.base else None
-    start = "warmed up unpooled on " + facts.profile.warm_up.collection if facts.profile.warm_up \
+    start = "warmed up unpooled on " + facts.profile.adaptation.collection if facts.profile.adaptation \
         else f"revision {_recorded(facts.base_revision)}"  # fmt: skip
     epoch = facts.made.get("epoch", {})
     best = {key: value for key, value in epoch.items() if key.startswith("dev_")}
@@ -136,7 +136,7 @@ def _model_details(facts: ModelFacts) -> str:
         ("pooling in training", _pooling(facts)),
         ("loss", "KL divergence to the teacher's scores, MaxSim scores min-max normalised"),
         ("schedule", ", ".join(f"{key} {training[key]}" for key in
-         ("epochs", "batch_size", "learning_rate", "warm_up_ratio", "frozen_layers")
+         ("epochs", "batch_size", "learning_rate", "warmup_ratio", "frozen_layers")
          if key in training) or "not recorded"),
         ("kept", f"epoch {_recorded(epoch.get('epoch'))}, the best on {_dev_queries(facts)}, "
          f"unpooled ({dev})"),

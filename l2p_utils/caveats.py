@@ -1,7 +1,7 @@
 """What a run's numbers are about, and what they cannot tell: sentences that depend on its rows.
 
 Takes result rows; gives Markdown for the notebooks that read them. Rows of the paper's own data
-sets, of the embedded collections and of somebody's own documents need other words.
+sets, of the bundled collections and of somebody's own documents need other words.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from l2p_utils.files import UserError
-from l2p_utils.profile import EMBEDDED
+from l2p_utils.profile import BUNDLED
 from l2p_utils.results import BASELINE, RELEASED, roles_of
 
 #: Points by which two models differ on a single query (standard deviation; data/offline: 15 to 19).
@@ -20,10 +20,10 @@ SPREAD = 20.0
 
 
 def kind_of(rows: pd.DataFrame) -> str:
-    """Whose collections these are: ``paper``, ``embedded`` or ``other``."""
+    """Whose collections these are: ``paper``, ``bundled`` or ``other``."""
     if roles_of(rows).own:
         return "paper"
-    return "embedded" if rows["collection"].str.startswith(EMBEDDED).any() else "other"
+    return "bundled" if rows["collection"].str.startswith(BUNDLED).any() else "other"
 
 
 def collections_note(rows: pd.DataFrame) -> str:
@@ -31,12 +31,12 @@ def collections_note(rows: pd.DataFrame) -> str:
     return {
         "paper": "The run's collections are the paper's own: NanoBEIR for exact search, BEIR for "
         "PLAID. Numbers can be compared one by one; notebook 08 does, with a tolerance.",
-        "embedded": "The run's collections are embedded ones, made from the documentation of "
+        "bundled": "The run's collections are bundled ones, made from the documentation of "
         "Python packages: the query is a docstring's first line, the relevant document is the "
         "rest. Each *plays the part* of one of the paper's data sets. They share nothing with it "
         "but the place in the experiment, so compare the shape of curves and the order of methods, "
         "not numbers collection by collection.",
-        "other": "The run's collections are neither the paper's nor the embedded ones that play "
+        "other": "The run's collections are neither the paper's nor the bundled ones that play "
         "the part of them: the paper's figures and tables have no line for them and say *not run*. "
         "`runs/<profile>/results` holds their numbers.",
     }[kind_of(rows)]
@@ -101,7 +101,7 @@ def _model_size(rows: pd.DataFrame) -> str:
 
 
 def _queries(rows: pd.DataFrame) -> str:
-    if kind_of(rows) != "embedded":
+    if kind_of(rows) != "bundled":
         return ""
     return (
         "**Real users' questions.** A docstring's first line is written by the one who wrote the "
@@ -172,7 +172,7 @@ def _control(rows: pd.DataFrame) -> str:
 
 
 def _distance(rows: pd.DataFrame) -> str:
-    if kind_of(rows) != "embedded":
+    if kind_of(rows) != "bundled":
         return ""
     return (
         "**How far apart the collections are.** All five are documentation of Python packages. A "
@@ -209,7 +209,7 @@ def _own_data(rows: pd.DataFrame) -> str:
     if kind_of(rows) == "paper":
         return (
             "**More than the paper's data can.** These are its five collections and its model; "
-            "the embedded collections of the `offline` profile are the test of whether findings "
+            "the bundled collections of the `offline` profile are the test of whether findings "
             "carry over."
         )
     return (

@@ -17,11 +17,11 @@ from types import ModuleType
 from typing import Any
 
 from l2p_utils.files import UserError
-from l2p_utils.profile import HUB
+from l2p_utils.profile import HUB, MiningSettings, Profile
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = "docs:"
+BUNDLED = "docs:"
 #: A folder without ``qrels/dev.tsv`` gives so much of its training queries to its dev split.
 DEV_SHARE, MAX_DEV_QUERIES = 0.10, 100
 Qrels = dict[str, dict[str, int]]
@@ -77,7 +77,7 @@ def load_collection(
     Parameters
     ----------
     name : str or path
-        ``docs:<package>``, an embedded collection (see `l2p_utils.docstrings`); ``nano:<set>`` or
+        ``docs:<package>``, a bundled collection (see `l2p_utils.docstrings`); ``nano:<set>`` or
         ``beir:<set>``, perhaps with ``@<revision>``, a collection from the hub (see
         `l2p_utils.hub_collections`: fetched once, then read from the cache); or a folder in
         BEIR's layout: ``corpus.jsonl`` (``_id``, ``text``, perhaps ``title``), ``queries.jsonl``
@@ -87,15 +87,15 @@ def load_collection(
         only.
     text_only : bool
         False joins title and text. True takes ``text`` alone: for mining and training where the
-        training queries are the documents' titles. Embedded documents have no title.
+        training queries are the documents' titles. Bundled documents have no title.
     cache : path, optional
-        Where embedded and hub collections are cached, see `l2p_utils.docstrings.cache_folder`.
+        Where bundled and hub collections are cached, see `l2p_utils.docstrings.cache_folder`.
     carve_dev : bool, optional
         What happens where there are training judgments and none for "dev". True: "dev" is a tenth
         of the training queries, at most 100, picked by hash of their ids, and "train" is without
         them. False: "train" is whole, "dev" an error. None: True for folders; False for hub
         collections, since the paper trains on all of BEIR's training queries. Who trains on "train"
-        and picks the epoch on "dev" must give the same value for both. Embedded collections have
+        and picks the epoch on "dev" must give the same value for both. Bundled collections have
         fixed splits.
 
     Returns
@@ -109,8 +109,8 @@ def load_collection(
         For a name or split that does not exist, and for anything wrong in the files: says which
         file and line, what was found and what was expected.
     """
-    if str(name).startswith(EMBEDDED):
-        return _load_embedded(str(name), split, cache)
+    if str(name).startswith(BUNDLED):
+        return _load_bundled(str(name), split, cache)
     if str(name).startswith(HUB):
         carve = bool(carve_dev)
         label, folder = _hub_collections().find_split(str(name), split, cache, carve)
@@ -135,7 +135,7 @@ def load_collection(
 
 
 def _docstrings() -> ModuleType:
-    """The module of the embedded collections; it comes after this one in the order of imports."""
+    """The module of the bundled collections; it comes after this one in the order of imports."""
     from l2p_utils import docstrings
 
     return docstrings
@@ -148,8 +148,8 @@ def _hub_collections() -> ModuleType:
     return hub_collections
 
 
-def _load_embedded(name: str, split: str, cache: str | Path | None) -> Collection:
-    entries = _docstrings().load_docstrings(name.removeprefix(EMBEDDED), cache)
+def _load_bundled(name: str, split: str, cache: str | Path | None) -> Collection:
+    entries = _docstrings().load_docstrings(name.removeprefix(BUNDLED), cache)
     splits = ("train", "dev", "test")
     if split not in splits:
         raise UserError(f"{name} has no split {split!r}. It has: {', '.join(splits)}.")
@@ -166,10 +166,10 @@ def _check_folder(name: str | Path) -> Path:
     wanted = "a folder with corpus.jsonl, queries.jsonl and qrels/<split>.tsv"
     if not str(name).strip() or not folder.is_dir():
         found = "is a file" if folder.is_file() else "is no folder that is there"
-        known = ", ".join(EMBEDDED + package for package in _docstrings().PACKAGES)
+        known = ", ".join(BUNDLED + package for package in _docstrings().PACKAGES)
         raise UserError(
             f"There is no collection {str(name)!r}: it {found}. "
-            f"Give an embedded collection ({known}), one from the hub (nano:scifact, beir:scifact, "
+            f"Give a bundled collection ({known}), one from the hub (nano:scifact, beir:scifact, "
             f"…) or {wanted}."
         )
     missing = [part for part in ("corpus.jsonl", "queries.jsonl") if not (folder / part).is_file()]
@@ -349,3 +349,55 @@ def _without_documents(qrels: Qrels, dropped: set[str]) -> Qrels:
         for query, judged in qrels.items()
     }
     return {query: judged for query, judged in kept.items() if judged}
+
+
+def subset(
+    collection: Collection, max_queries: int | None, max_documents: int | None
+) -> Collection:
+    """Part of a collection: the queries and documents with the smallest id hashes.
+
+    Every judged-relevant document of a kept query is kept, also beyond `max_documents`.
+    """
+    queries = sorted(collection.queries, key=_hash)[:max_queries]
+    qrels = {query: collection.qrels[query] for query in queries}
+    relevant = {d for judged in qrels.values() for d, score in judged.items() if score > 0}
+    others = [d for d in sorted(collection.corpus, key=_hash) if d not in relevant]
+    room = len(others) if max_documents is None else max(max_documents - len(relevant), 0)
+    kept = relevant | set(others[:room])
+    return Collection(
+        collection.name,
+        {d: text for d, text in collection.corpus.items() if d in kept},
+        {query: collection.queries[query] for query in collection.queries if query in qrels},
+        {q: {d: s for d, s in judged.items() if d in kept} for q, judged in qrels.items()},
+        collection.split,
+        collection.dropped,
+    )
+
+
+def _hash(identifier: str) -> str:
+    return hashlib.sha256(identifier.encode()).hexdigest()
+
+
+def training_split(
+    name: str, settings: MiningSettings, carve_dev: bool | None = None
+) -> Collection:
+    """A collection's training split, limited to `max_queries` and `max_documents` (by id hash)."""
+    collection = load_collection(
+        name, split="train", text_only=settings.text_only, carve_dev=carve_dev
+    )
+    return subset(collection, settings.max_queries, settings.max_documents)
+
+
+def carves_dev(profile: Profile, name: str) -> bool | None:
+    """`carve_dev` of `load_collection`: whether training queries are kept back to pick the epoch.
+
+    None are where another collection picks it; else some, of a hub collection too.
+    """
+    if name in profile.dev_collections:
+        return False
+    return True if name.startswith(HUB) else None
+
+
+def profile_split(profile: Profile, name: str) -> Collection:
+    """The training split of a collection as a profile mines it and trains on it."""
+    return training_split(name, profile.mining, carves_dev(profile, name))

@@ -21,8 +21,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from l2p_utils.execute import ANSI, NotebookError, execute
-from l2p_utils.files import UserError, atomic_path
-from l2p_utils.profile import ROOT
+from l2p_utils.files import ROOT, UserError, atomic_path
 
 NOTEBOOKS = ROOT / "notebooks"
 # Executed from data/ with their own parameters, in seconds and without a model.
@@ -40,10 +39,10 @@ FROM_SMOKE: dict[str, dict[str, Any]] = {
 }
 # What is made before them: the baseline, or else 02 would tell of making it in the first execution
 # and not in the next; and its measurements.
-WARM_UP = SMOKE | {"collection": "docs:transformers"}
+ADAPTATION = SMOKE | {"collection": "docs:transformers"}
 BEFORE_SMOKE: list[tuple[str, dict[str, Any]]] = [
-    ("01_data_mining", WARM_UP),
-    ("02_training", WARM_UP | {"pool_method": "none", "pool_factors": 1}),
+    ("01_data_mining", ADAPTATION),
+    ("02_training", ADAPTATION | {"pool_method": "none", "pool_factors": 1}),
     ("03_evaluation", SMOKE | {"model": "baseline"}),
 ]
 INSERTED = {"injected-parameters", "papermill-error-cell-tag"}  # cells that papermill adds

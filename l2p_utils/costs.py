@@ -140,9 +140,9 @@ def estimate(profile: Profile, machine: Machine) -> list[Line]:
     Raises
     ------
     UserError
-        For a profile whose model is embedded, or a collection whose size is not known here.
+        For a profile whose model is bundled, or a collection whose size is not known here.
     """
-    if profile.model.embedded:
+    if profile.model.bundled:
         raise UserError(
             f"The profile {profile.name!r} needs no GPU; expected one with hub models, like paper."
         )

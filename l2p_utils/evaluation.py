@@ -6,14 +6,10 @@ kept as soon as it is there, so that a killed evaluation goes on where it was.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,9 +17,9 @@ import torch
 from ranx import Qrels, Run, evaluate
 from tqdm.auto import tqdm
 
-from l2p_utils.collection import Collection, load_collection
-from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, write_json
-from l2p_utils.model import PooledColBERT
+from l2p_utils.collection import Collection, load_collection, subset
+from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, versions, write_json
+from l2p_utils.model import PooledColBERT, encode, fingerprint, forward_precision, use_threads
 from l2p_utils.pooling import CODE, DEFAULT_VARIANT, pool_sweep, stored_variant
 from l2p_utils.profile import BASELINE, HUB, Profile, factors_name, plain_name, slug
 from l2p_utils.results import write_rows
@@ -57,61 +53,6 @@ class Setting:
     pool_factor: int
 
 
-def use_threads(threads: int) -> None:
-    """Limit torch to `threads` threads: jobs run side by side, and sums depend on the number."""
-    torch.set_num_threads(threads)
-
-
-def forward_precision(precision: str, device: torch.device) -> str:
-    """What `auto` means here: bfloat16 where the processor computes in it, else float32.
-
-    float16 is a GPU's; on a CPU it means float32.
-    """
-    if precision == "float16" and device.type == "cpu":
-        return "float32"
-    if precision != "auto":
-        return precision
-    cuda = device.type == "cuda"
-    # what a GPU only emulates (before Ampere) is slower than float32
-    on_gpu = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    fast = on_gpu if cuda else torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if fast else "float32"
-
-
-@contextlib.contextmanager
-def autocast(precision: str, device: torch.device) -> Iterator[None]:
-    """Run the encoder's forward pass in `precision`."""
-    found = forward_precision(precision, device)
-    half = torch.bfloat16 if found == "float32" else getattr(torch, found)
-    with torch.autocast(device.type, half, enabled=found != "float32"):
-        yield
-
-
-def encode(
-    model: PooledColBERT,
-    texts: Sequence[str],
-    is_query: bool,
-    precision: str = "auto",
-    batch_size: int = 32,
-    progress: bool = False,
-) -> list[torch.Tensor]:
-    """Token vectors of texts: (tokens, dim) float32, unit length, on the CPU.
-
-    Whatever the precision of the forward pass, vectors are normalised in float32 here.
-    """
-    if not texts:
-        return []
-    with autocast(precision, model.device):
-        vectors = model.encode(
-            list(texts),
-            is_query=is_query,
-            batch_size=batch_size,
-            convert_to_tensor=True,
-            show_progress_bar=progress,
-        )
-    return [torch.nn.functional.normalize(v.float(), dim=-1).cpu() for v in vectors]
-
-
 def encode_collection(
     model: PooledColBERT, collection: Collection, precision: str = "auto", progress: bool = True
 ) -> Encoded:
@@ -121,33 +62,6 @@ def encode_collection(
         encode(model, list(collection.queries.values()), True, precision),
         encode(model, list(collection.corpus.values()), False, precision, progress=progress),
     )
-
-
-def subset(
-    collection: Collection, max_queries: int | None, max_documents: int | None
-) -> Collection:
-    """Part of a collection: the queries and documents with the smallest id hashes.
-
-    Every judged-relevant document of a kept query is kept, also beyond `max_documents`.
-    """
-    queries = sorted(collection.queries, key=_hash)[:max_queries]
-    qrels = {query: collection.qrels[query] for query in queries}
-    relevant = {d for judged in qrels.values() for d, score in judged.items() if score > 0}
-    others = [d for d in sorted(collection.corpus, key=_hash) if d not in relevant]
-    room = len(others) if max_documents is None else max(max_documents - len(relevant), 0)
-    kept = relevant | set(others[:room])
-    return Collection(
-        collection.name,
-        {d: text for d, text in collection.corpus.items() if d in kept},
-        {query: collection.queries[query] for query in collection.queries if query in qrels},
-        {q: {d: s for d, s in judged.items() if d in kept} for q, judged in qrels.items()},
-        collection.split,
-        collection.dropped,
-    )
-
-
-def _hash(identifier: str) -> str:
-    return hashlib.sha256(identifier.encode()).hexdigest()
 
 
 def measure(collection: Collection, ranking: Ranking) -> pd.DataFrame:
@@ -263,12 +177,6 @@ def _measurements(
     }
 
 
-def versions() -> str:
-    """The libraries that results depend on, as rows keep them."""
-    names = ["torch", "pylate", "fast-plaid", "scikit-learn", "scipy"]
-    return ";".join(f"{name}={version(name)}" for name in names)
-
-
 def describe_model(profile: Profile, name: str) -> dict[str, object]:
     """The columns of a result row that tell which model it is about.
 
@@ -290,27 +198,6 @@ def describe_model(profile: Profile, name: str) -> dict[str, object]:
         "train_factors": factors_name(run.pool_factors),
         "seed": profile.seed if run.seed is None else run.seed,
     }
-
-
-def fingerprint(folder: Path) -> str:
-    """Hash of a model folder's weights.
-
-    Raises
-    ------
-    UserError
-        When the folder has no weights.
-    """
-    files = sorted(folder.rglob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"There are no model weights (*.safetensors) in {folder}; expected a folder that "
-            "notebook 02_training or `make run` made. Run one of them first; any training makes a "
-            "warmed-up baseline too."
-        )
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -414,7 +301,7 @@ def _run_task(
     limits = profile.evaluation
     everything = subset(load_collection(task.collection), limits.max_queries, limits.max_documents)
     collection = subset(everything, task.max_queries, None)
-    if not profile.model.embedded:  # the embedded one has one length, from the beginning
+    if not profile.model.bundled:  # the bundled one has one length, from the beginning
         model.query_length = profile.model.query_length_on(task.collection)
     precision = profile.evaluation.precision or profile.precision
     folder = profile.folder / "evaluated" / name / f"{slug(task.collection)}-{task.engine}"

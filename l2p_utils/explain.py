@@ -26,7 +26,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from PIL import Image
 
-from l2p_utils.files import UserError, atomic_path, read_json, write_json
+from l2p_utils.files import UserError, atomic_path, from_root, read_json, write_json
 from l2p_utils.pooling import (
     DEFAULT_VARIANT,
     HIERARCHICAL_VARIANTS,
@@ -35,7 +35,6 @@ from l2p_utils.pooling import (
     cluster_labels,
     pool,
 )
-from l2p_utils.profile import from_root
 
 if TYPE_CHECKING:
     import ipywidgets

@@ -17,8 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from l2p_utils.candidates import carves_dev
-from l2p_utils.collection import load_collection
+from l2p_utils.collection import carves_dev, load_collection
 from l2p_utils.files import UserError, settings_match, write_json
 from l2p_utils.hub import Kind, find_source
 from l2p_utils.hub_collections import fetch_collection, provenance_of
@@ -93,7 +92,7 @@ def _rows(profile: Profile) -> Iterator[tuple]:
 
 def _models(profile: Profile) -> Iterator[tuple]:
     """The base model, at each length, and the released ones: as models of the run."""
-    if profile.model.embedded:
+    if profile.model.bundled:
         return
     lengths = {BASELINE: profile.model.document_length}
     lengths |= {length_name(length): length for length in profile.model.other_document_lengths}
@@ -108,7 +107,7 @@ def _models(profile: Profile) -> Iterator[tuple]:
 def _scorers(profile: Profile) -> Iterator[tuple]:
     """Miner and teacher: only brought here; the jobs that use them load and check them."""
     scoring = profile.scoring
-    if profile.training_data != "mined" or scoring.teacher == "embedded":
+    if profile.training_data != "mined" or scoring.teacher == "bundled":
         return
     for name, revision in (
         (scoring.miner, scoring.miner_revision),

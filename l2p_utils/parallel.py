@@ -22,8 +22,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from l2p_utils.files import UserError, read_json, write_json
-from l2p_utils.profile import ROOT
+from l2p_utils.files import ROOT, UserError, read_json, write_json
 
 ERROR_FILE = "L2P_ERROR_FILE"  # set by `launch`: where a process leaves what the user can mend
 PATIENCE = datetime.timedelta(hours=2)  # for the others, while the first measures or writes

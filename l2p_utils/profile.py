@@ -24,12 +24,11 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from l2p_utils.files import UserError
+from l2p_utils.files import ROOT, UserError
 
 PROFILES = Path(__file__).parent / "profiles"
-ROOT = Path(__file__).parent.parent
 BASELINE = "baseline"
-EMBEDDED = "docs:"
+BUNDLED = "docs:"
 HUB = ("nano:", "beir:")
 Method = Literal["none", "span", "kmeans", "hierarchical"]
 PooledMethod = Literal["span", "kmeans", "hierarchical"]
@@ -50,8 +49,8 @@ class _Settings(BaseModel):
 
 
 def _source(value: str) -> str:
-    if value != "embedded" and "/" not in value:
-        raise ValueError("expected `embedded`, a hub id (owner/name) or a folder's path")
+    if value != "bundled" and "/" not in value:
+        raise ValueError("expected `bundled`, a hub id (owner/name) or a folder's path")
     return value
 
 
@@ -69,14 +68,14 @@ ReleasedSource = Annotated[Source, AfterValidator(_released)]
 class ModelSettings(_Settings):
     """The encoder that all runs start from; lengths in word pieces, prefix token included.
 
-    `base` is `embedded`, a hub id or a folder. `query_lengths` holds what differs from
+    `base` is `bundled`, a hub id or a folder. `query_lengths` holds what differs from
     `query_length`, by collection; `other_document_lengths` are measured of the baseline as well.
     A base whose output dimension, prefixes, query expansion or skiplist are not `dim`,
     `query_prefix`, `document_prefix`, `do_query_expansion`, `skiplist` is refused.
     """
 
-    base: Source = "embedded"
-    """`embedded`, a hub id or a folder."""
+    base: Source = "bundled"
+    """`bundled`, a hub id or a folder."""
     revision: str | None = None
     """Commit, branch or tag of a base from the hub; null: the newest."""
     query_length: int = Field(32, ge=4, le=8192)
@@ -84,7 +83,7 @@ class ModelSettings(_Settings):
     document_length: int = Field(128, ge=8, le=8192)
     """Documents are cut here; in word pieces, prefix token included."""
     query_lengths: dict[str, Annotated[int, Field(ge=4, le=8192)]] = {}
-    """What differs from `query_length`, by collection; not for the embedded base."""
+    """What differs from `query_length`, by collection; not for the bundled base."""
     other_document_lengths: list[Annotated[int, Field(ge=8, le=8192)]] = []
     """Measure a baseline from the hub with documents cut here as well."""
     dim: int | None = Field(None, ge=1)
@@ -98,12 +97,12 @@ class ModelSettings(_Settings):
     skiplist: Literal["punctuation", "none"] | None = None
     """Which tokens a checkpoint leaves out of documents; null: as it is."""
     projection_texts: int = Field(400, ge=10)
-    """Texts whose token vectors give the embedded encoder's projection."""
+    """Texts whose token vectors give the bundled encoder's projection."""
 
     @property
-    def embedded(self) -> bool:
-        """Whether the base is the embedded encoder, which needs a warm-up."""
-        return self.base == "embedded"
+    def bundled(self) -> bool:
+        """Whether the base is the bundled encoder, which needs a warm-up."""
+        return self.base == "bundled"
 
     def query_length_on(self, collection: str) -> int:
         """Length of the queries of `collection`, whichever revision of it."""
@@ -154,18 +153,18 @@ class MiningSettings(_Settings):
 
 
 class Scoring(_Settings):
-    """Who proposes candidates and who scores them: `embedded`, or hub ids (or folders).
+    """Who proposes candidates and who scores them: `bundled`, or hub ids (or folders).
 
     The teacher scores `checkpoint_queries` queries at a time: so much a kill can cost. `shards` is
     the number of jobs that the scoring of a collection is spread over.
     """
 
-    miner: Source = "embedded"
-    """Who proposes candidates: `embedded`, a hub id or a folder."""
+    miner: Source = "bundled"
+    """Who proposes candidates: `bundled`, a hub id or a folder."""
     miner_revision: str | None = None
     """Commit, branch or tag of a miner from the hub; null: the newest."""
-    teacher: Source = "embedded"
-    """Who scores candidates: `embedded`, a hub id or a folder."""
+    teacher: Source = "bundled"
+    """Who scores candidates: `bundled`, a hub id or a folder."""
     teacher_revision: str | None = None
     """Commit, branch or tag of a teacher from the hub; null: the newest."""
     max_length: int = Field(1024, ge=16)
@@ -179,13 +178,13 @@ class Scoring(_Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Scoring:
-        if (self.miner == "embedded") != (self.teacher == "embedded"):
+        if (self.miner == "bundled") != (self.teacher == "bundled"):
             raise ValueError(
-                f"miner {self.miner!r} with teacher {self.teacher!r}: expected both embedded, or "
+                f"miner {self.miner!r} with teacher {self.teacher!r}: expected both bundled, or "
                 "neither"
             )
-        if self.teacher == "embedded" and self.shards > 1:
-            raise ValueError("shards: the embedded teacher scores in one go; expected 1")
+        if self.teacher == "bundled" and self.shards > 1:
+            raise ValueError("shards: the bundled teacher scores in one go; expected 1")
         return self
 
 
@@ -198,7 +197,7 @@ class TrainingSettings(_Settings):
     """Queries (rows) of a step, in all processes together."""
     learning_rate: float = Field(5e-5, gt=0)
     """At its highest; it rises during the warm-up, then falls linearly to 0."""
-    warm_up_ratio: float = Field(0.1, ge=0, lt=1)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     frozen_layers: int = Field(0, ge=0)
     """Keep the embeddings and so many of the lowest layers; 0: train all."""
@@ -212,8 +211,8 @@ class TrainingSettings(_Settings):
     """Steps between two checkpoints: so much a kill can cost."""
 
 
-class WarmUp(TrainingSettings):
-    """The unpooled training that makes the embedded encoder a late-interaction model."""
+class Adaptation(TrainingSettings):
+    """The unpooled training that makes the bundled encoder a late-interaction model."""
 
     collection: str = "docs:transformers"
     """What it trains on; no run may train on it."""
@@ -314,8 +313,8 @@ class Profile(_Settings):
     """How a training query gets its documents."""
     scoring: Scoring = Scoring()
     """Who proposes candidates and who scores them."""
-    warm_up: WarmUp | None = None
-    """Makes the embedded encoder the baseline; {} where it is the base, else null."""
+    adaptation: Adaptation | None = None
+    """Makes the bundled encoder the baseline; {} where it is the base, else null."""
     training: TrainingSettings
     """How each of `runs` is trained."""
     gpu: bool = False
@@ -339,16 +338,16 @@ class Profile(_Settings):
         names = self.evaluated_names
         if len(set(names)) < len(names):
             raise ValueError(f"runs: the same model twice among {names}")
-        if self.model.embedded != (self.warm_up is not None):
+        if self.model.bundled != (self.adaptation is not None):
             raise ValueError(
-                "warm_up: the embedded model needs one (`warm_up: {}`)"
-                if self.model.embedded
-                else f"warm_up: only the embedded model has one; model.base is {self.model.base!r}"
+                "adaptation: the bundled model needs one (`adaptation: {}`)"
+                if self.model.bundled
+                else f"adaptation: only the bundled model has one; model.base is {self.model.base!r}"
             )
-        if self.model.embedded and self.prepared_names:
+        if self.model.bundled and self.prepared_names:
             raise ValueError(
                 "model.other_document_lengths and released_models belong to a base from the hub; "
-                "model.base is embedded"
+                "model.base is bundled"
             )
         if self.training.batch_size % self.processes:
             raise ValueError(
@@ -368,7 +367,7 @@ class Profile(_Settings):
         except ValueError as error:
             raise ValueError(f"plaid: {error}") from error
         for run in self.runs:
-            if self.warm_up and run.collection == self.warm_up.collection:
+            if self.adaptation and run.collection == self.adaptation.collection:
                 raise ValueError(f"runs: {run.collection!r} is kept for the warm-up")
         return self
 
@@ -380,16 +379,16 @@ class Profile(_Settings):
     @property
     def training_collections(self) -> list[str]:
         """Collections to mine: the warm-up's first, then those of the runs, each once."""
-        first = [self.warm_up.collection] if self.warm_up else []
+        first = [self.adaptation.collection] if self.adaptation else []
         return list(dict.fromkeys([*first, *(run.collection for run in self.runs)]))
 
     @property
     def prepared_names(self) -> list[str]:
         """Models that are fetched, not trained: by name, the baseline first.
 
-        A base that is not embedded is the baseline as it is, once more at each other length.
+        A base that is not bundled is the baseline as it is, once more at each other length.
         """
-        base = [] if self.model.embedded else [BASELINE]
+        base = [] if self.model.bundled else [BASELINE]
         lengths = [length_name(length) for length in self.model.other_document_lengths]
         return [*base, *lengths, *(released_name(name) for name in self.released_models)]
 
@@ -416,7 +415,7 @@ class Profile(_Settings):
     def needs_hub(self) -> bool:
         """Whether anything has to be fetched before the first job."""
         models = [self.model.base, self.scoring.teacher, self.scoring.miner]
-        return bool(self.hub_collections or self.prepared_names) or models != ["embedded"] * 3
+        return bool(self.hub_collections or self.prepared_names) or models != ["bundled"] * 3
 
     @property
     def folder(self) -> Path:
@@ -424,9 +423,9 @@ class Profile(_Settings):
         return ROOT / "runs" / self.name
 
     def recipe(self, collection: str) -> TrainingSettings:
-        """How a model is trained on a collection: by `warm_up` on its own, else by `training`."""
-        if self.warm_up and collection == self.warm_up.collection:
-            return self.warm_up
+        """How a model is trained on a collection: by `adaptation` on its own, else by `training`."""
+        if self.adaptation and collection == self.adaptation.collection:
+            return self.adaptation
         return self.training
 
     def run_name(self, run: Run) -> str:
@@ -450,11 +449,6 @@ class Profile(_Settings):
         )
 
 
-def from_root(path: str | Path) -> Path:
-    """`path` as seen from the project's root, wherever a notebook runs; absolute ones stay."""
-    return ROOT / Path(path).expanduser()
-
-
 def plain_name(collection: str) -> str:
     """A hub collection's name without its revision: `beir:scifact@main` → `beir:scifact`."""
     return collection.partition("@")[0] if collection.startswith(HUB) else collection
@@ -471,7 +465,7 @@ def slug(collection: str) -> str:
         When nothing is left of the name.
     """
     name = plain_name(collection)
-    if not name.startswith((EMBEDDED, *HUB)):
+    if not name.startswith((BUNDLED, *HUB)):
         name = Path(name).expanduser().resolve().name
     name = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
     if not name:
@@ -664,7 +658,7 @@ def describe_keys(settings: type[BaseModel] = Profile, inside: str = "") -> Iter
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
-    """What a type is made of: of `WarmUp | None` and `list[Run]` what stands in them."""
+    """What a type is made of: of `Adaptation | None` and `list[Run]` what stands in them."""
     return get_args(kind) or (kind,)
 
 

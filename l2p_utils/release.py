@@ -28,19 +28,17 @@ from l2p_utils.card_text import (
     sources,
 )
 from l2p_utils.cards import LICENCES, OTHER, check_card, repository_id, size_category
-from l2p_utils.evaluation import fingerprint
 from l2p_utils.files import PROVENANCE, UserError, atomic_path, read_json
-from l2p_utils.mining import load_mined, mined_folder, mined_provenance
-from l2p_utils.model import PooledColBERT, load_model, quiet_loading
-from l2p_utils.profile import BASELINE, EMBEDDED, HUB, Profile, Run, pinned, slug
+from l2p_utils.mining import load_mined, mined_fingerprint, mined_folder, mined_provenance
+from l2p_utils.model import PooledColBERT, fingerprint, load_model, quiet_loading
+from l2p_utils.profile import BASELINE, BUNDLED, HUB, Profile, Run, pinned, slug
 from l2p_utils.results import read_rows
-from l2p_utils.training import mined_fingerprint
 
 CARD, LICENCE_FILE = "README.md", "LICENSE"
 ROWS_FILE = "data/train-00000-of-00001.parquet"
 COLUMNS = ["query_id", "document_ids", "scores", "labels"]
 MARK = "<!-- written by l2p_utils.release; a folder with this mark is replaced by the next one -->"
-EMBEDDED_BASE = "sentence-transformers/all-MiniLM-L6-v2"
+BUNDLED_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ DATA: dict[str, Terms] = {
 }
 BASES: dict[str, Terms] = {
     name: _permissive("apache-2.0", f"Base model {name}")
-    for name in (EMBEDDED_BASE, "mixedbread-ai/mxbai-edge-colbert-v0-32m")
+    for name in (BUNDLED_BASE, "mixedbread-ai/mxbai-edge-colbert-v0-32m")
 }
 # Miners and teachers, by a name that provenance has.
 TOOLS = {
@@ -234,7 +232,7 @@ def release_dataset(
     facts = DatasetFacts(
         repository=repository,
         collection=shown(collection),
-        load_name=collection if collection.startswith((EMBEDDED, *HUB)) else "path/to/collection",
+        load_name=collection if collection.startswith((BUNDLED, *HUB)) else "path/to/collection",
         made=made,
         rows=len(rows),
         notices=_notices(terms, data_terms, None, made),
@@ -282,14 +280,14 @@ def _target(folder: str | Path) -> Path:
 
 def _base(profile: Profile) -> tuple[str, Terms | None]:
     """The base model by its hub id (a folder by its name), and its terms where they are known."""
-    base = EMBEDDED_BASE if profile.model.embedded else profile.model.base
-    if base != EMBEDDED_BASE and Path(base).expanduser().is_dir():
+    base = BUNDLED_BASE if profile.model.bundled else profile.model.base
+    if base != BUNDLED_BASE and Path(base).expanduser().is_dir():
         return slug(base), None
     return base, BASES.get(base)
 
 
 def _base_revision(profile: Profile) -> str | None:
-    if profile.model.embedded:
+    if profile.model.bundled:
         return None
     fetched = profile.folder / "models" / BASELINE / PROVENANCE
     origin = read_json(fetched)["settings"].get("origin", {}) if fetched.is_file() else {}

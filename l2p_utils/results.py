@@ -53,7 +53,7 @@ VARIANTS = {
     "kmeans": ("fast", "sklearn"),
     "hierarchical": ("pylate", "paper", "euclidean"),
 }
-# The embedded collection that plays the part of each of the paper's data sets.
+# The bundled collection that plays the part of each of the paper's data sets.
 ROLES = {
     "SciFact": "docs:scipy",
     "FiQA": "docs:torch",
@@ -398,7 +398,7 @@ def roles_of(rows: pd.DataFrame | None, given: Roles | Mapping[str, str] | None 
 
     Rows of NanoBEIR or BEIR collections are the paper's own data sets: exact search reads
     ``nano:…``, PLAID ``beir:…``, and models were trained on ``beir:…``, as in the paper. All other
-    rows, and a folder that holds embedded collections beside the hub's, go by `ROLES`.
+    rows, and a folder that holds bundled collections beside the hub's, go by `ROLES`.
 
     Parameters
     ----------

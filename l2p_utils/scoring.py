@@ -22,16 +22,11 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
-from l2p_utils.candidates import (
-    Candidates,
-    find_candidates,
-    fingerprint_of,
-    profile_split,
-)
-from l2p_utils.collection import Collection
-from l2p_utils.evaluation import use_threads, versions
-from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, write_json
+from l2p_utils.candidates import Candidates, find_candidates, fingerprint_of
+from l2p_utils.collection import Collection, profile_split
+from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, versions, write_json
 from l2p_utils.hub import Source, find_source
+from l2p_utils.model import use_threads
 from l2p_utils.profile import Profile, load_profile, slug
 from l2p_utils.teacher import RerankerTeacher, load_reranker, scoring_dtype
 
@@ -202,11 +197,11 @@ def check_reranked(profile: Profile) -> None:
     ------
     UserError
     """
-    if profile.training_data == "released" or profile.scoring.teacher == "embedded":
+    if profile.training_data == "released" or profile.scoring.teacher == "bundled":
         why = (
             "takes released rows (training_data: released)"
             if profile.training_data == "released"
-            else "uses the embedded teacher (scoring.teacher: embedded)"
+            else "uses the bundled teacher (scoring.teacher: bundled)"
         )
         raise UserError(
             f"The profile {profile.name!r} {why}: notebook 01_data_mining does all. Expected a "

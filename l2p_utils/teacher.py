@@ -1,6 +1,6 @@
 """Teachers: who scores a query's candidates.
 
-The embedded teacher needs no download: it is the mean of dense cosine and unpooled late
+The bundled teacher needs no download: it is the mean of dense cosine and unpooled late
 interaction, each min-max normalised over a query's candidates, of the encoder before its warm-up.
 The paper's teacher is a causal language model that is asked whether a passage answers a query.
 """
@@ -30,10 +30,18 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from l2p_utils.collection import Collection
-from l2p_utils.evaluation import autocast, encode, forward_precision
+from l2p_utils.collection import Collection, load_collection
 from l2p_utils.files import UserError
-from l2p_utils.model import PooledColBERT, embedded_encoder_path, quiet_loading
+from l2p_utils.model import (
+    PooledColBERT,
+    autocast,
+    build_bundled_model,
+    bundled_encoder_path,
+    encode,
+    forward_precision,
+    quiet_loading,
+)
+from l2p_utils.profile import Profile
 from l2p_utils.search import maxsim_scores
 
 EPSILON = 1e-8
@@ -48,7 +56,7 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, Safete
 
 
 @dataclass(frozen=True)
-class EmbeddedTeacher:
+class BundledTeacher:
     """Scores of every training query with every document.
 
     Attributes
@@ -98,7 +106,7 @@ def _min_max(scores: np.ndarray) -> np.ndarray:
 def dense_similarities(
     collection: Collection, max_length: int, precision: str = "auto", progress: bool = False
 ) -> np.ndarray:
-    """Cosine of every query with every document by the embedded dense encoder.
+    """Cosine of every query with every document by the bundled dense encoder.
 
     Parameters
     ----------
@@ -111,7 +119,7 @@ def dense_similarities(
         (queries, documents), float32, in the collection's order.
     """
     with quiet_loading():
-        encoder = SentenceTransformer(str(embedded_encoder_path()), device="cpu")
+        encoder = SentenceTransformer(str(bundled_encoder_path()), device="cpu")
     encoder.max_seq_length = max_length
     queries, documents = (
         _dense_vectors(encoder, list(texts.values()), what, precision, progress)
@@ -139,16 +147,16 @@ def _dense_vectors(
     return torch.nn.functional.normalize(found.float(), dim=-1)
 
 
-def embedded_teacher(
+def bundled_teacher(
     collection: Collection,
     model: PooledColBERT,
     precision: str = "auto",
     progress: bool = True,
-) -> EmbeddedTeacher:
-    """Score a training collection with the embedded encoder, dense and as `model`, unpooled."""
+) -> BundledTeacher:
+    """Score a training collection with the bundled encoder, dense and as `model`, unpooled."""
     queries = encode(model, list(collection.queries.values()), True, precision, progress=progress)
     documents = encode(model, list(collection.corpus.values()), False, precision, progress=progress)
-    return EmbeddedTeacher(
+    return BundledTeacher(
         list(collection.queries),
         list(collection.corpus),
         dense_similarities(collection, model.document_length, precision, progress),
@@ -353,3 +361,30 @@ def _check_causal(folder: str | Path, config: object) -> None:
             f'{architectures or "no architecture"}. Expected a reranker that answers "Yes" or '
             '"No", like BAAI/bge-reranker-v2-gemma (scoring.teacher).'
         )
+
+
+def untrained_model(profile: Profile) -> PooledColBERT:
+    """The bundled model before its warm-up, made once per profile.
+
+    Raises
+    ------
+    UserError
+        When the profile's base is not the bundled model.
+    """
+    if profile.adaptation is None:
+        raise UserError(
+            f"The bundled teacher is the bundled model before its warm-up, but model.base is "
+            f"{profile.model.base!r}. Give scoring.miner and scoring.teacher from the hub, or take "
+            "the released rows (training_data: released)."
+        )
+    adaptation = load_collection(profile.adaptation.collection, split="train")
+    texts = [
+        adaptation.corpus[d] for d in sorted(adaptation.corpus)[: profile.model.projection_texts]
+    ]
+    return build_bundled_model(
+        profile.folder / "models" / "bundled",
+        texts,
+        profile.model.query_length,
+        profile.model.document_length,
+        profile.seed,
+    )

@@ -26,15 +26,7 @@ from datasets import Dataset
 from sentence_transformers.util import get_device_name
 
 from l2p_utils import parallel
-from l2p_utils.candidates import carves_dev, profile_split
-from l2p_utils.collection import Collection, load_collection
-from l2p_utils.evaluation import (
-    fingerprint,
-    forward_precision,
-    subset,
-    use_threads,
-    versions,
-)
+from l2p_utils.collection import Collection, carves_dev, load_collection, profile_split, subset
 from l2p_utils.files import (
     PROVENANCE,
     UserError,
@@ -44,11 +36,12 @@ from l2p_utils.files import (
     recover,
     remove,
     settings_match,
+    versions,
     write_json,
 )
 from l2p_utils.fitting import Fitted, fit
-from l2p_utils.mining import load_mined, mine, mined_folder, untrained_model
-from l2p_utils.model import load_model, quiet_loading
+from l2p_utils.mining import load_mined, mine, mined_fingerprint, mined_folder
+from l2p_utils.model import fingerprint, forward_precision, load_model, quiet_loading, use_threads
 from l2p_utils.pooling import CODE, PoolMethod, stored_variant
 from l2p_utils.profile import (
     BASELINE,
@@ -61,6 +54,7 @@ from l2p_utils.profile import (
     model_name,
     parse_factors,
 )
+from l2p_utils.teacher import untrained_model
 
 LOG_FILE = "training_log.csv"
 COMMAND = ["-m", "l2p_utils.training"]  # what each of several processes runs
@@ -114,7 +108,7 @@ def train(
 ) -> Path:
     """Train one of a profile's models, or reuse it when it was made with the same settings.
 
-    On the warm-up's collection this makes ``baseline`` from the untrained embedded model; on any
+    On the warm-up's collection this makes ``baseline`` from the untrained bundled model; on any
     other it fine-tunes the baseline, which is warmed up first where it is missing. A profile with
     several `processes` has them started here, unless a launcher has started this one among others
     already.
@@ -136,21 +130,21 @@ def train(
     seed = profile.seed if seed is None else seed
     check_seed(seed)
     run = Run(collection=collection, pool_method=pool_method, pool_factors=factors, seed=seed)
-    warm_up = profile.warm_up is not None and collection == profile.warm_up.collection
-    if warm_up and pool_method != "none":
+    adaptation = profile.adaptation is not None and collection == profile.adaptation.collection
+    if adaptation and pool_method != "none":
         raise UserError(
             f"{collection} is the warm-up's collection, trained unpooled; got pool_method "
             f"{pool_method!r}. Pass pool_method none and pool_factors 1."
         )
-    name = BASELINE if warm_up else model_name(collection, pool_method, factors, seed)
+    name = BASELINE if adaptation else model_name(collection, pool_method, factors, seed)
     settings = profile.recipe(collection)
     target = profile.folder / "models" / name
     with parallel.first_alone():
         mined = load_mined(mined_folder(profile, collection))
-    if not warm_up:
+    if not adaptation:
         _make_baseline(profile, progress)
     with parallel.first_alone():
-        start = _start(profile, warm_up)
+        start = _start(profile, adaptation)
     made_with = {
         "model": name,
         "run": run.model_dump(),
@@ -180,17 +174,17 @@ def _make_baseline(profile: Profile, progress: bool) -> None:
     one training make it together.
     """
     baseline = profile.folder / "models" / BASELINE
-    if profile.warm_up is None or parallel.from_first(_has_weights(baseline)):
+    if profile.adaptation is None or parallel.from_first(_has_weights(baseline)):
         return
     first = parallel.rank() == 0
     lock = locked(baseline.with_suffix(".lock"), "makes the baseline")
     with lock if first else contextlib.nullcontext():
         if parallel.from_first(_has_weights(baseline)):
             return
-        collection = profile.warm_up.collection
+        collection = profile.adaptation.collection
         if first:
             print(
-                f"There is no baseline yet: {collection} is mined and the embedded model warmed up "
+                f"There is no baseline yet: {collection} is mined and the bundled model warmed up "
                 "on it first, once. That takes some minutes (less in the smoke profile).",
                 flush=True,
             )
@@ -204,13 +198,13 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.rglob("*.safetensors"))
 
 
-def _start(profile: Profile, warm_up: bool) -> Path:
+def _start(profile: Profile, adaptation: bool) -> Path:
     """The folder of the model that the training starts from."""
-    if warm_up:
+    if adaptation:
         untrained_model(profile)
-        return profile.folder / "models" / "embedded"
+        return profile.folder / "models" / "bundled"
     baseline = profile.folder / "models" / BASELINE
-    if not profile.model.embedded and not (baseline / "modules.json").is_file():
+    if not profile.model.bundled and not (baseline / "modules.json").is_file():
         raise UserError(
             f"There is no model in {baseline}: {profile.model.base} has not been fetched. Run "
             "`python -m l2p_utils.fetch` first (`make run` and Snakemake do it by themselves)."
@@ -219,8 +213,8 @@ def _start(profile: Profile, warm_up: bool) -> Path:
 
 
 def _lengths(profile: Profile, collection: str) -> dict[str, Any]:
-    """Lengths that this training sets; the embedded model is made with its own."""
-    if profile.model.embedded and collection not in profile.model.query_lengths:
+    """Lengths that this training sets; the bundled model is made with its own."""
+    if profile.model.bundled and collection not in profile.model.query_lengths:
         return {}
     lengths = {
         "query_length": profile.model.query_length_on(collection),
@@ -242,12 +236,6 @@ def _load_dev(profile: Profile, collection: str, settings: TrainingSettings) -> 
     carve = carves_dev(profile, collection)
     dev = load_collection(collection, "dev", text_only=profile.mining.text_only, carve_dev=carve)
     return subset(dev, settings.dev_queries, settings.dev_documents)
-
-
-def mined_fingerprint(mined: Dataset) -> str:
-    """Hash of mined rows' content, the same for the same rows wherever they are stored."""
-    content = pd.util.hash_pandas_object(mined.to_pandas().astype("str"), index=False)
-    return f"{int(content.sum()) & (2**64 - 1):016x}"
 
 
 def _start_processes(profile: Profile, run: Run, progress: bool) -> None:

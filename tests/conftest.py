@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, and the embedded model, built once."""
+"""Shared by all tests: one thread, and the bundled model, built once."""
 
 import pytest
 import torch
@@ -29,17 +29,17 @@ def texts():
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """Folder of the embedded model: queries of 16, documents of 32 word pieces."""
-    from l2p_utils.model import build_embedded_model  # takes seconds to import
+    """Folder of the bundled model: queries of 16, documents of 32 word pieces."""
+    from l2p_utils.model import build_bundled_model  # takes seconds to import
 
-    folder = tmp_path_factory.mktemp("models") / "embedded"
-    build_embedded_model(folder, TEXTS, query_length=16, document_length=32)
+    folder = tmp_path_factory.mktemp("models") / "bundled"
+    build_bundled_model(folder, TEXTS, query_length=16, document_length=32)
     return folder
 
 
 @pytest.fixture(scope="session")
-def embedded_model(model_folder):
-    """The embedded model itself; a test that changes it must load its own from `model_folder`."""
-    from l2p_utils.model import build_embedded_model
+def bundled_model(model_folder):
+    """The bundled model itself; a test that changes it must load its own from `model_folder`."""
+    from l2p_utils.model import build_bundled_model
 
-    return build_embedded_model(model_folder, TEXTS, query_length=16, document_length=32)
+    return build_bundled_model(model_folder, TEXTS, query_length=16, document_length=32)

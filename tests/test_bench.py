@@ -37,10 +37,9 @@ from l2p_utils.bench_report import (
 from l2p_utils.bench_report import main as report
 from l2p_utils.collection import Collection
 from l2p_utils.evaluation import encode_collection, evaluate_collection
-from l2p_utils.files import UserError
+from l2p_utils.files import ROOT, UserError
 from l2p_utils.model import load_model
 from l2p_utils.pooling import pooled_count
-from l2p_utils.profile import ROOT
 from tests.tiny import tiny_colbert
 
 

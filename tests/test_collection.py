@@ -183,7 +183,7 @@ def test_any_change_of_content_changes_the_fingerprint(change):
 
 
 @pytest.mark.parametrize("name", ["docs", "hub:fiqa", "does/not/exist", "", "  "])
-def test_a_name_that_is_neither_embedded_nor_a_folder_is_refused_with_what_there_is(name):
+def test_a_name_that_is_neither_bundled_nor_a_folder_is_refused_with_what_there_is(name):
     message = refusal(name)
     assert repr(name) in message
     assert "docs:scipy" in message
@@ -195,7 +195,7 @@ def test_a_file_in_place_of_a_folder_is_refused(folder):
     assert "is a file" in refusal(folder / "corpus.jsonl")
 
 
-def test_an_unknown_embedded_collection_is_refused_with_those_that_are_known():
+def test_an_unknown_bundled_collection_is_refused_with_those_that_are_known():
     message = refusal("docs:django")
     assert "docs:django" in message
     assert "docs:scipy, docs:numpy, docs:sklearn, docs:pandas, docs:torch" in message

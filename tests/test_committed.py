@@ -19,8 +19,7 @@ from l2p_utils.committed import (
     update,
 )
 from l2p_utils.execute import NotebookError
-from l2p_utils.files import UserError
-from l2p_utils.profile import ROOT
+from l2p_utils.files import ROOT, UserError
 
 ALL = sorted([*FROM_DATA, *FROM_SMOKE])
 

@@ -77,10 +77,10 @@ def test_hub_rows_take_the_papers_roles_by_engine_and_training(same):
     assert roles.trained("") == roles.evaluated("no such data set") == ""
 
 
-def test_other_rows_keep_the_embedded_roles(same):
-    embedded = make_rows(QUICK_MODELS[:1], queries=3)[0]
-    custom = embedded.assign(collection="my/folder")
-    for rows in (embedded, custom, pd.concat([embedded, same[0]]), None):
+def test_other_rows_keep_the_bundled_roles(same):
+    bundled = make_rows(QUICK_MODELS[:1], queries=3)[0]
+    custom = bundled.assign(collection="my/folder")
+    for rows in (bundled, custom, pd.concat([bundled, same[0]]), None):
         roles = roles_of(rows)
         assert not roles.own
         assert roles.exact == roles.plaid == roles.training == ROLES

@@ -166,6 +166,6 @@ def test_what_cannot_be_estimated_is_refused(capsys, tmp_path):
     assert "The size of nano:arguana is not known" in capsys.readouterr().err
 
 
-def test_an_embedded_profile_is_refused():
+def test_an_bundled_profile_is_refused():
     with pytest.raises(UserError, match="expected one with hub models"):
         estimate(load_profile("smoke"), Machine())

@@ -1,4 +1,4 @@
-"""Embedded collections: no leaks between splits, nothing given away, the same in every process."""
+"""Bundled collections: no leaks between splits, nothing given away, the same in every process."""
 
 import hashlib
 import json

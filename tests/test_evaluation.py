@@ -15,20 +15,19 @@ from hypothesis import strategies as st
 
 from l2p_utils import evaluation
 from l2p_utils import profile as profiles
-from l2p_utils.collection import Collection, load_collection
+from l2p_utils.collection import Collection, load_collection, subset
 from l2p_utils.evaluation import (
     Encoded,
     Setting,
-    encode,
     encode_collection,
     evaluate_collection,
     evaluate_model,
     evaluation_tasks,
     measure,
     pooled_documents,
-    subset,
 )
 from l2p_utils.files import UserError
+from l2p_utils.model import encode
 from l2p_utils.pooling import pool
 from l2p_utils.profile import PROFILES, Profile
 from l2p_utils.results import read_per_query, read_rows
@@ -157,27 +156,27 @@ def test_without_limits_a_subset_is_the_whole():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_vectors_are_float32_of_unit_length_in_any_precision(embedded_model, texts, precision):
-    vectors = encode(embedded_model, texts, False, precision)
+def test_vectors_are_float32_of_unit_length_in_any_precision(bundled_model, texts, precision):
+    vectors = encode(bundled_model, texts, False, precision)
     assert len(vectors) == len(texts)
     assert all(v.dtype == torch.float32 and v.device.type == "cpu" for v in vectors)
     lengths = torch.cat([v.norm(dim=-1) for v in vectors])
     torch.testing.assert_close(lengths, torch.ones_like(lengths), atol=1e-6, rtol=0)
 
 
-def test_bfloat16_vectors_are_close_to_float32_ones(embedded_model, texts):
-    exact, fast = (encode(embedded_model, texts, False, p) for p in ("float32", "bfloat16"))
+def test_bfloat16_vectors_are_close_to_float32_ones(bundled_model, texts):
+    exact, fast = (encode(bundled_model, texts, False, p) for p in ("float32", "bfloat16"))
     cosines = torch.cat([(a * b).sum(dim=-1) for a, b in zip(exact, fast, strict=True)])
     assert 0.99 < cosines.min() < 1 - 1e-7  # close, and not the same computation
 
 
-def test_float32_vectors_are_the_models_own(embedded_model, texts):
-    expected = embedded_model.encode(texts[:2], is_query=True, convert_to_tensor=True)
+def test_float32_vectors_are_the_models_own(bundled_model, texts):
+    expected = bundled_model.encode(texts[:2], is_query=True, convert_to_tensor=True)
     for ours, theirs in zip(
-        encode(embedded_model, texts[:2], True, "float32"), expected, strict=True
+        encode(bundled_model, texts[:2], True, "float32"), expected, strict=True
     ):
         torch.testing.assert_close(ours, theirs.float(), atol=1e-6, rtol=0)
-    assert encode(embedded_model, [], True) == []
+    assert encode(bundled_model, [], True) == []
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -307,9 +306,9 @@ def workspace(tmp_path, monkeypatch, model_folder):
     return tmp_path, tiny_profile([tmp_path / "one", tmp_path / "two"]), encoded
 
 
-def test_an_evaluation_writes_rows_and_values_that_can_be_read_back(workspace, embedded_model):
+def test_an_evaluation_writes_rows_and_values_that_can_be_read_back(workspace, bundled_model):
     root, profile, encoded = workspace
-    rows = evaluate_model(profile, "baseline", embedded_model, progress=False)
+    rows = evaluate_model(profile, "baseline", bundled_model, progress=False)
     stored = read_rows(profile.folder / "results")
     values = read_per_query(profile.folder / "results")
     assert len(stored) == len(rows) == 4
@@ -325,49 +324,49 @@ def test_an_evaluation_writes_rows_and_values_that_can_be_read_back(workspace, e
     assert stored["ndcg@10"].min() > 0.5  # the words are the same
 
 
-def test_finished_tasks_are_reused(workspace, embedded_model):
+def test_finished_tasks_are_reused(workspace, bundled_model):
     _, profile, encoded = workspace
-    first = evaluate_model(profile, "baseline", embedded_model, progress=False)
+    first = evaluate_model(profile, "baseline", bundled_model, progress=False)
     encoded.clear()
-    again = evaluate_model(profile, "baseline", embedded_model, progress=False)
+    again = evaluate_model(profile, "baseline", bundled_model, progress=False)
     assert encoded == []
     pd.testing.assert_frame_equal(first, again)
 
 
-def test_a_changed_collection_is_measured_again_and_the_other_is_not(workspace, embedded_model):
+def test_a_changed_collection_is_measured_again_and_the_other_is_not(workspace, bundled_model):
     root, profile, encoded = workspace
-    evaluate_model(profile, "baseline", embedded_model, progress=False)
+    evaluate_model(profile, "baseline", bundled_model, progress=False)
     with (root / "two" / "corpus.jsonl").open("a") as corpus:
         corpus.write('{"_id": "new", "text": "A new document about a matrix."}\n')
     encoded.clear()
-    rows = evaluate_model(profile, "baseline", embedded_model, progress=False)
+    rows = evaluate_model(profile, "baseline", bundled_model, progress=False)
     assert encoded == [str(root / "two")]
     assert rows["documents"].tolist() == [12, 12, 7, 7]
 
 
-def test_other_weights_are_measured_again(workspace, embedded_model):
+def test_other_weights_are_measured_again(workspace, bundled_model):
     root, profile, encoded = workspace
-    evaluate_model(profile, "baseline", embedded_model, progress=False)
+    evaluate_model(profile, "baseline", bundled_model, progress=False)
     weights = profile.folder / "models" / "baseline" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     encoded.clear()
-    evaluate_model(profile, "baseline", embedded_model, progress=False)
+    evaluate_model(profile, "baseline", bundled_model, progress=False)
     assert encoded == [str(root / "one"), str(root / "two")]
 
 
-def test_what_older_code_measured_is_measured_again(workspace, embedded_model, monkeypatch):
+def test_what_older_code_measured_is_measured_again(workspace, bundled_model, monkeypatch):
     root, profile, encoded = workspace
-    before = evaluate_model(profile, "baseline", embedded_model, progress=False)
+    before = evaluate_model(profile, "baseline", bundled_model, progress=False)
     encoded.clear()
     monkeypatch.setattr(evaluation, "CODE", evaluation.CODE + 1)
-    rows = evaluate_model(profile, "baseline", embedded_model, progress=False)
+    rows = evaluate_model(profile, "baseline", bundled_model, progress=False)
     assert encoded == [str(root / "one"), str(root / "two")]
     assert list(rows.columns) == list(before.columns)
 
 
-def test_after_a_failure_it_goes_on_where_it_was(workspace, embedded_model, monkeypatch):
+def test_after_a_failure_it_goes_on_where_it_was(workspace, bundled_model, monkeypatch):
     root, profile, encoded = workspace
     search = evaluation.exact_search
 
@@ -378,50 +377,50 @@ def test_after_a_failure_it_goes_on_where_it_was(workspace, embedded_model, monk
 
     monkeypatch.setattr(evaluation, "exact_search", failing)
     with pytest.raises(RuntimeError, match="killed"):
-        evaluate_model(profile, "baseline", embedded_model, progress=False)
+        evaluate_model(profile, "baseline", bundled_model, progress=False)
     assert not (profile.folder / "results").exists()
     monkeypatch.setattr(evaluation, "exact_search", search)
     encoded.clear()
-    evaluate_model(profile, "baseline", embedded_model, progress=False)
+    evaluate_model(profile, "baseline", bundled_model, progress=False)
     assert encoded == [str(root / "two")]
 
 
-def test_a_half_written_part_is_made_again(workspace, embedded_model):
+def test_a_half_written_part_is_made_again(workspace, bundled_model):
     root, profile, encoded = workspace
-    whole = evaluate_model(profile, "baseline", embedded_model, progress=False)
+    whole = evaluate_model(profile, "baseline", bundled_model, progress=False)
     part = profile.folder / "evaluated" / "baseline" / "one-exact"
     (part / "provenance.json").write_text('{"settings": {"mod')
     (part / "rows.csv").write_text("collection,eng")
     encoded.clear()
-    again = evaluate_model(profile, "baseline", embedded_model, progress=False)
+    again = evaluate_model(profile, "baseline", bundled_model, progress=False)
     assert encoded == [str(root / "one")]
     pd.testing.assert_frame_equal(
         whole.drop(columns="query_ms"), again.drop(columns="query_ms"), check_exact=True
     )
 
 
-def test_plaid_takes_fewer_queries_over_the_same_documents(workspace, embedded_model):
+def test_plaid_takes_fewer_queries_over_the_same_documents(workspace, bundled_model):
     root, _, encoded = workspace
     job = {"model": "baseline", "collections": [str(root / "one")], "pool_methods": ["span"]}
     profile = tiny_profile([root / "one"], plaid=[{**job, "max_queries": 2}])
-    rows = evaluate_model(profile, "baseline", embedded_model, progress=False)
+    rows = evaluate_model(profile, "baseline", bundled_model, progress=False)
     assert rows["engine"].tolist() == ["exact", "exact", "plaid", "plaid"]
     assert rows["queries"].tolist() == [6, 6, 2, 2]
     assert set(rows["documents"]) == {12}
     assert encoded == [str(root / "one")]  # once for both engines
 
 
-def test_a_model_that_the_profile_does_not_have_is_refused_before_work(workspace, embedded_model):
+def test_a_model_that_the_profile_does_not_have_is_refused_before_work(workspace, bundled_model):
     _, profile, encoded = workspace
     with pytest.raises(UserError, match="has no model 'docs-scipy-kmeans-pf9-s42'; it has"):
-        evaluate_model(profile, "docs-scipy-kmeans-pf9-s42", embedded_model, progress=False)
+        evaluate_model(profile, "docs-scipy-kmeans-pf9-s42", bundled_model, progress=False)
     assert encoded == []
 
 
-def test_a_model_that_was_not_made_yet_is_refused_before_work(workspace, embedded_model):
+def test_a_model_that_was_not_made_yet_is_refused_before_work(workspace, bundled_model):
     _, profile, encoded = workspace
     with pytest.raises(UserError, match="no model weights .*models/docs-scipy-pf1-s42"):
-        evaluate_model(profile, "docs-scipy-pf1-s42", embedded_model, progress=False)
+        evaluate_model(profile, "docs-scipy-pf1-s42", bundled_model, progress=False)
     assert encoded == []
 
 

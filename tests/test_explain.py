@@ -34,9 +34,8 @@ from l2p_utils.explain import (
     variant_table,
     write_example,
 )
-from l2p_utils.files import UserError
+from l2p_utils.files import UserError, from_root
 from l2p_utils.pooling import HIERARCHICAL_VARIANTS, cluster_labels, pool
-from l2p_utils.profile import from_root
 from l2p_utils.search import maxsim_scores
 
 SOURCE = "data/token_pooling"
@@ -131,16 +130,16 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         load_example(SOURCE, model=str(tmp_path))
 
 
-def test_own_text_and_model_are_encoded_instead(model_folder, embedded_model):
+def test_own_text_and_model_are_encoded_instead(model_folder, bundled_model):
     own = "Which spline?\nA cubic spline, twice continuously differentiable."
     example = load_example(SOURCE, own, str(model_folder))
     assert example.query.text == "Which spline?"
     assert example.documents[0].text == "A cubic spline, twice continuously differentiable."
     stored = load_example(SOURCE)
     assert [d.text for d in example.documents[1:]] == [d.text for d in stored.documents]
-    (expected,) = embedded_model.encode([example.documents[0].text], is_query=False)
+    (expected,) = bundled_model.encode([example.documents[0].text], is_query=False)
     np.testing.assert_allclose(example.documents[0].vectors, expected, atol=1e-5)
-    (expected,) = embedded_model.encode([example.query.text], is_query=True)
+    (expected,) = bundled_model.encode([example.query.text], is_query=True)
     np.testing.assert_allclose(example.query.vectors, expected, atol=1e-5)
 
 
@@ -368,5 +367,5 @@ def test_an_example_is_unchanged_by_pooling(example):
 
 def test_encoding_names_the_model(model_folder):
     made = encode_example(model_folder, "a", ["b"])
-    assert made.encoder == "embedded"
+    assert made.encoder == "bundled"
     assert isinstance(made, Example) and dataclasses.is_dataclass(made)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from l2p_utils import mining
 from l2p_utils import profile as profiles
-from l2p_utils.candidates import positives_of, propose, query_rng, training_split
-from l2p_utils.collection import Collection, load_collection
+from l2p_utils.candidates import positives_of, propose, query_rng
+from l2p_utils.collection import Collection, load_collection, training_split
 from l2p_utils.files import UserError
 from l2p_utils.mining import (
     HARD,
@@ -28,7 +28,7 @@ from l2p_utils.mining import (
     select_row,
 )
 from l2p_utils.profile import PROFILES, MiningSettings, Profile
-from l2p_utils.teacher import EmbeddedTeacher
+from l2p_utils.teacher import BundledTeacher
 
 
 def settings_of(hard=1, medium=0, random=0, **changes):
@@ -224,7 +224,7 @@ def made_up(documents=30, queries=6, seed=0):
     texts = {f"q{i}": f"question {i}" for i in range(queries)}
     qrels = {f"q{i}": {f"d{i:02d}": 1} for i in range(queries)}
     scores = rng.random((2, queries, documents))
-    return Collection("c", corpus, texts, qrels, "train"), EmbeddedTeacher(
+    return Collection("c", corpus, texts, qrels, "train"), BundledTeacher(
         list(texts), list(corpus), *scores
     )
 
@@ -241,7 +241,7 @@ def permuted(collection, teacher, seed=1):
         {q: collection.queries[q] for q in queries},
         {q: collection.qrels[q] for q in reversed(queries)},
         "train",
-    ), EmbeddedTeacher(
+    ), BundledTeacher(
         queries,
         documents,
         teacher.dense[np.ix_(rows, columns)],
@@ -276,7 +276,7 @@ def test_rows_do_not_depend_on_the_order_of_queries_and_documents():
 def test_a_querys_row_does_not_depend_on_the_other_queries():
     collection, teacher = made_up()
     alone = Collection("c", collection.corpus, {"q3": "question 3"}, {"q3": {"d03": 1}}, "train")
-    of_q3 = EmbeddedTeacher(["q3"], teacher.document_ids, teacher.dense[3:4], teacher.late[3:4])
+    of_q3 = BundledTeacher(["q3"], teacher.document_ids, teacher.dense[3:4], teacher.late[3:4])
     assert rows_by_query(alone, of_q3)["q3"] == rows_by_query(collection, teacher)["q3"]
 
 
@@ -328,13 +328,13 @@ def write_beir(folder, documents=24, queries=6, titles=False):
     return folder
 
 
-def tiny_profile(warm_up, **changes):
+def tiny_profile(adaptation, **changes):
     content = yaml.safe_load((PROFILES / "smoke.yaml").read_text("utf-8"))
     content["mining"] = {
         "hard_candidates": 8, "random_candidates": 6, "hard": 1, "medium": 1, "random": 1, **changes
     }  # fmt: skip
     content["model"] |= {"query_length": 12, "document_length": 16, "projection_texts": 10}
-    content["warm_up"]["collection"] = str(warm_up)
+    content["adaptation"]["collection"] = str(adaptation)
     return Profile.model_validate({"name": "tiny", **content, "runs": [], "plaid": []})
 
 
@@ -355,10 +355,10 @@ def scored(monkeypatch):
         calls.append(collection)
         rng = np.random.default_rng(0)
         scores = rng.random((2, len(collection.queries), len(collection.corpus)))
-        return EmbeddedTeacher(list(collection.queries), list(collection.corpus), *scores)
+        return BundledTeacher(list(collection.queries), list(collection.corpus), *scores)
 
     monkeypatch.setattr(mining, "untrained_model", lambda profile: None)
-    monkeypatch.setattr(mining, "embedded_teacher", teacher)
+    monkeypatch.setattr(mining, "bundled_teacher", teacher)
     return calls
 
 
@@ -473,7 +473,7 @@ def test_a_damaged_folder_of_rows_is_named(project, scored, damage):
         load_mined(folder)
 
 
-def test_the_embedded_teacher_mines_a_small_collection(project, capsys):
+def test_the_bundled_teacher_mines_a_small_collection(project, capsys):
     """Nothing made up: the encoder, its teacher and the rows."""
     profile, name = tiny_profile(project / "corpus"), str(project / "corpus")
     rows = mine(profile, name, progress=False)
@@ -482,4 +482,4 @@ def test_the_embedded_teacher_mines_a_small_collection(project, capsys):
     for row in rows:
         assert row["document_ids"][0] == f"d{row['query_id'][1:]}" and row["labels"][0] == POSITIVE
         assert min(row["scores"]) >= 0 and max(row["scores"]) <= 1
-    assert (project / "runs" / "tiny" / "models" / "embedded" / "modules.json").is_file()
+    assert (project / "runs" / "tiny" / "models" / "bundled" / "modules.json").is_file()

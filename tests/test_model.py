@@ -1,4 +1,4 @@
-"""PooledColBERT, judged by PyLate's own ColBERT and by `pool`; the embedded model; loading."""
+"""PooledColBERT, judged by PyLate's own ColBERT and by `pool`; the bundled model; loading."""
 
 import shutil
 
@@ -14,7 +14,7 @@ from tiny import tiny_miner
 from l2p_utils.files import PROVENANCE, UserError, read_json, settings_match, write_json
 from l2p_utils.model import (
     PooledColBERT,
-    build_embedded_model,
+    build_bundled_model,
     load_checkpoint,
     load_model,
     save_model,
@@ -57,9 +57,9 @@ def near(ours, theirs):
 # --- encode ---------------------------------------------------------------------------------
 
 
-def test_the_model_cards_usage_works(embedded_model):
-    queries = embedded_model.encode(["What is the Sharpe ratio?"], is_query=True)
-    documents = embedded_model.encode(
+def test_the_model_cards_usage_works(bundled_model):
+    queries = bundled_model.encode(["What is the Sharpe ratio?"], is_query=True)
+    documents = bundled_model.encode(
         ["The Sharpe ratio compares the return of an investment with its risk."],
         is_query=False,
         pool_factor=4,
@@ -67,7 +67,7 @@ def test_the_model_cards_usage_works(embedded_model):
         use_sklearn=True,
     )
     assert queries[0].shape[1] == documents[0].shape[1] == 128
-    whole = embedded_model.encode(
+    whole = bundled_model.encode(
         ["The Sharpe ratio compares the return of an investment with its risk."], is_query=False
     )
     assert len(documents[0]) == pooled_count(len(whole[0]), 4, "kmeans")
@@ -75,11 +75,11 @@ def test_the_model_cards_usage_works(embedded_model):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("protected", [0, 1, 3])
-def test_pooled_encoding_is_the_unpooled_one_pooled(embedded_model, texts, way, protected):
-    whole = embedded_model.encode(texts, is_query=False, convert_to_numpy=False)
+def test_pooled_encoding_is_the_unpooled_one_pooled(bundled_model, texts, way, protected):
+    whole = bundled_model.encode(texts, is_query=False, convert_to_numpy=False)
     options = {name.removeprefix("pool_"): value for name, value in way.items()}
     expected = pool(whole, 3, options.pop("method"), protected, **options)
-    ours = embedded_model.encode(
+    ours = bundled_model.encode(
         texts, is_query=False, pool_factor=3, protected_tokens=protected, batch_size=3, **way
     )
     for document, judge in zip(ours, expected, strict=True):
@@ -87,10 +87,10 @@ def test_pooled_encoding_is_the_unpooled_one_pooled(embedded_model, texts, way, 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_queries_are_never_pooled(embedded_model, texts, way):
-    whole = embedded_model.encode(texts, is_query=True)
-    assert equal(embedded_model.encode(texts, is_query=True, pool_factor=4, **way), whole)
-    assert equal(embedded_model.encode(texts, pool_factor=4, **way), whole)  # the default
+def test_queries_are_never_pooled(bundled_model, texts, way):
+    whole = bundled_model.encode(texts, is_query=True)
+    assert equal(bundled_model.encode(texts, is_query=True, pool_factor=4, **way), whole)
+    assert equal(bundled_model.encode(texts, pool_factor=4, **way), whole)  # the default
 
 
 @pytest.mark.parametrize(
@@ -106,11 +106,9 @@ def test_queries_are_never_pooled(embedded_model, texts, way):
     ],
 )
 @pytest.mark.parametrize("factor", [1, 2])
-def test_without_pool_method_encode_is_pylates(
-    embedded_model, pylate_model, texts, options, factor
-):
+def test_without_pool_method_encode_is_pylates(bundled_model, pylate_model, texts, options, factor):
     options = {"is_query": False, "pool_factor": factor, **options}
-    ours, theirs = (model.encode(texts, **options) for model in (embedded_model, pylate_model))
+    ours, theirs = (model.encode(texts, **options) for model in (bundled_model, pylate_model))
     assert [type(d) for d in ours] == [type(d) for d in theirs]
     assert [d.shape for d in ours] == [d.shape for d in theirs]
     assert [d.dtype for d in ours] == [d.dtype for d in theirs]
@@ -120,38 +118,38 @@ def test_without_pool_method_encode_is_pylates(
 
 
 def test_single_text_nested_lists_and_empty_texts_come_back_as_from_pylate(
-    embedded_model, pylate_model, texts
+    bundled_model, pylate_model, texts
 ):
     options = {"is_query": False, "pool_factor": 2}
-    ours, theirs = (m.encode(texts[0], **options) for m in (embedded_model, pylate_model))
+    ours, theirs = (m.encode(texts[0], **options) for m in (bundled_model, pylate_model))
     assert ours.ndim == 2 and near([ours], [theirs])
-    ours, theirs = (m.encode(["", "a"], **options) for m in (embedded_model, pylate_model))
+    ours, theirs = (m.encode(["", "a"], **options) for m in (bundled_model, pylate_model))
     assert near(ours, theirs)
     nested = [texts[:3], texts[3:5]]
-    ours, theirs = (m.encode(nested, **options) for m in (embedded_model, pylate_model))
+    ours, theirs = (m.encode(nested, **options) for m in (bundled_model, pylate_model))
     assert [len(part) for part in ours] == [3, 2]
     assert all(map(near, ours, theirs))
 
 
-def test_nested_lists_are_pooled_by_the_method_asked_for(embedded_model, texts):
+def test_nested_lists_are_pooled_by_the_method_asked_for(bundled_model, texts):
     options = {"is_query": False, "pool_factor": 3, "pool_method": "span", "renormalize": True}
-    nested = embedded_model.encode([texts[:3], texts[3:5]], **options)
-    assert equal([*nested[0], *nested[1]], embedded_model.encode(texts[:3], **options)
-                 + embedded_model.encode(texts[3:5], **options))  # fmt: skip
+    nested = bundled_model.encode([texts[:3], texts[3:5]], **options)
+    assert equal([*nested[0], *nested[1]], bundled_model.encode(texts[:3], **options)
+                 + bundled_model.encode(texts[3:5], **options))  # fmt: skip
 
 
-def test_one_call_leaves_nothing_behind_for_the_next(embedded_model, texts):
-    expected = embedded_model.encode(texts, is_query=False, pool_factor=2)
-    embedded_model.encode(texts, is_query=False, pool_factor=2, pool_method="span")
+def test_one_call_leaves_nothing_behind_for_the_next(bundled_model, texts):
+    expected = bundled_model.encode(texts, is_query=False, pool_factor=2)
+    bundled_model.encode(texts, is_query=False, pool_factor=2, pool_method="span")
     with pytest.raises(TypeError):
-        embedded_model.encode(texts, is_query=False, pool_method="span", no_such_option=1)
-    assert equal(embedded_model.encode(texts, is_query=False, pool_factor=2), expected)
+        bundled_model.encode(texts, is_query=False, pool_method="span", no_such_option=1)
+    assert equal(bundled_model.encode(texts, is_query=False, pool_factor=2), expected)
 
 
-def test_order_of_texts_is_kept_across_batches(embedded_model, texts):
+def test_order_of_texts_is_kept_across_batches(bundled_model, texts):
     options = {"is_query": False, "pool_factor": 2, "pool_method": "kmeans", "batch_size": 3}
-    forward = embedded_model.encode(texts, **options)
-    backward = embedded_model.encode(texts[::-1], **options)
+    forward = bundled_model.encode(texts, **options)
+    backward = bundled_model.encode(texts[::-1], **options)
     assert near(forward, backward[::-1])
 
 
@@ -168,14 +166,14 @@ def test_order_of_texts_is_kept_across_batches(embedded_model, texts):
 )
 @pytest.mark.parametrize("is_query", [True, False])
 def test_bad_pool_settings_are_refused_before_any_work(
-    embedded_model, texts, monkeypatch, options, message, is_query
+    bundled_model, texts, monkeypatch, options, message, is_query
 ):
     def work(*args, **kwargs):
         raise AssertionError("encoded before the settings were checked")
 
-    monkeypatch.setattr(embedded_model, "tokenize", work)
+    monkeypatch.setattr(bundled_model, "tokenize", work)
     with pytest.raises(UserError, match=message):
-        embedded_model.encode(texts, is_query=is_query, **options)
+        bundled_model.encode(texts, is_query=is_query, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -203,9 +201,9 @@ def test_half_precision_models_pool(model_folder, texts, dtype):
         {"use_sklearn": True},
     ],
 )
-def test_pooling_that_would_not_reach_other_processes_is_refused(embedded_model, texts, options):
+def test_pooling_that_would_not_reach_other_processes_is_refused(bundled_model, texts, options):
     with pytest.raises(UserError, match="does not pass on .* Use `encode`"):
-        embedded_model.encode_multi_process(texts, {}, is_query=False, pool_factor=2, **options)
+        bundled_model.encode_multi_process(texts, {}, is_query=False, pool_factor=2, **options)
 
 
 def test_another_process_pools_as_encode_does_by_default(model_folder, texts):
@@ -222,12 +220,12 @@ def test_another_process_pools_as_encode_does_by_default(model_folder, texts):
 # --- save and load --------------------------------------------------------------------------
 
 
-def test_saved_model_gives_equal_embeddings_in_both_classes(embedded_model, texts, tmp_path):
-    embedded_model.save_pretrained(str(tmp_path / "once"))
+def test_saved_model_gives_equal_embeddings_in_both_classes(bundled_model, texts, tmp_path):
+    bundled_model.save_pretrained(str(tmp_path / "once"))
     again = PooledColBERT(str(tmp_path / "once"), device="cpu")
     again.save_pretrained(str(tmp_path / "twice"))
-    expected = embedded_model.encode(texts, is_query=False)
-    expected_queries = embedded_model.encode(texts, is_query=True)
+    expected = bundled_model.encode(texts, is_query=False)
+    expected_queries = bundled_model.encode(texts, is_query=True)
     for folder in ("once", "twice"):
         for kind in (PooledColBERT, PooledColBERT.load, models.ColBERT):
             loaded = kind(str(tmp_path / folder)).to("cpu")
@@ -245,7 +243,7 @@ def test_what_pylate_saved_loads_as_pooled(pylate_model, texts, tmp_path):
 
 
 @pytest.mark.parametrize("generation", ["built", "saved again"])
-def test_settings_survive(model_folder, embedded_model, tmp_path, generation):
+def test_settings_survive(model_folder, bundled_model, tmp_path, generation):
     model = load_model(model_folder, device="cpu")
     if generation == "saved again":
         save_model(model, tmp_path / "again", {"seed": 1})
@@ -259,15 +257,15 @@ def test_settings_survive(model_folder, embedded_model, tmp_path, generation):
     assert dropouts and set(dropouts) == {0.0}
 
 
-def test_lengths_cut_and_queries_are_not_expanded(embedded_model):
+def test_lengths_cut_and_queries_are_not_expanded(bundled_model):
     long = "word " * 100
-    assert len(embedded_model.encode(long, is_query=True)) == 16
-    assert len(embedded_model.encode(long, is_query=False)) == 32
-    assert len(embedded_model.encode("word", is_query=True)) == 4  # [CLS] [Q] word [SEP]
+    assert len(bundled_model.encode(long, is_query=True)) == 16
+    assert len(bundled_model.encode(long, is_query=False)) == 32
+    assert len(bundled_model.encode("word", is_query=True)) == 4  # [CLS] [Q] word [SEP]
 
 
-def test_punctuation_takes_no_part(embedded_model):
-    plain, marked = embedded_model.encode(["a cat", "a, (cat)!"], is_query=False)
+def test_punctuation_takes_no_part(bundled_model):
+    plain, marked = bundled_model.encode(["a cat", "a, (cat)!"], is_query=False)
     assert len(plain) == len(marked)
 
 
@@ -373,15 +371,15 @@ def test_a_checkpoint_of_stanfords_colbert_is_one(others, tmp_path):
     assert model[-1].out_features == 16 and not model[-1].linear.weight.any()
 
 
-# --- the embedded model ---------------------------------------------------------------------
+# --- the bundled model ---------------------------------------------------------------------
 
 
-def test_embedded_model_projects_to_orthonormal_principal_components(embedded_model, texts):
-    weight = embedded_model[1].linear.weight.detach().double()  # (128, 384)
+def test_bundled_model_projects_to_orthonormal_principal_components(bundled_model, texts):
+    weight = bundled_model[1].linear.weight.detach().double()  # (128, 384)
     torch.testing.assert_close(weight @ weight.T, torch.eye(128).double(), atol=1e-5, rtol=0)
-    features = embedded_model.tokenize(texts, is_query=False)
+    features = bundled_model.tokenize(texts, is_query=False)
     with torch.inference_mode():
-        tokens = embedded_model[0](features)["token_embeddings"]
+        tokens = bundled_model[0](features)["token_embeddings"]
     unit = torch.nn.functional.normalize(tokens[features["attention_mask"].bool()], dim=-1)
     kept = (unit.double() @ weight.T).square().sum(0)
     assert (kept[:-1] >= kept[1:] - 1e-6).all()  # leading components first
@@ -391,14 +389,14 @@ def test_embedded_model_projects_to_orthonormal_principal_components(embedded_mo
 
 def test_built_model_is_reused_when_settings_match(model_folder, texts):
     before = (model_folder / "model.safetensors").stat().st_mtime_ns
-    build_embedded_model(model_folder, texts, **LENGTHS)
+    build_bundled_model(model_folder, texts, **LENGTHS)
     assert (model_folder / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_two_builds_are_equal_to_the_bit(texts, tmp_path, embedded_model):
+def test_two_builds_are_equal_to_the_bit(texts, tmp_path, bundled_model):
     torch.manual_seed(7)
-    other = build_embedded_model(tmp_path / "other", texts, **LENGTHS)
-    ours, theirs = embedded_model.state_dict(), other.state_dict()
+    other = build_bundled_model(tmp_path / "other", texts, **LENGTHS)
+    ours, theirs = bundled_model.state_dict(), other.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -407,7 +405,7 @@ def test_what_comes_after_a_build_is_as_after_a_reuse(texts, tmp_path):
     states = []
     for _ in ("built", "reused"):
         torch.manual_seed(7)
-        build_embedded_model(tmp_path / "model", texts, **LENGTHS)
+        build_bundled_model(tmp_path / "model", texts, **LENGTHS)
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
 
@@ -419,31 +417,31 @@ def test_model_is_built_anew_when_a_setting_changed(texts, tmp_path, monkeypatch
     def build(*args):
         raise InterruptedError
 
-    folder = tmp_path / "embedded"
+    folder = tmp_path / "bundled"
     settings = {"texts": texts, **LENGTHS, "seed": 42}
     monkeypatch.setattr("l2p_utils.model._minilm_colbert", build)
     monkeypatch.setattr("l2p_utils.model.load_model", lambda *a, **k: "reused")
     compared = []
     monkeypatch.setattr("l2p_utils.model.settings_match", lambda _, s: bool(compared.append(s)))
     with pytest.raises(InterruptedError):
-        build_embedded_model(folder, **settings)
+        build_bundled_model(folder, **settings)
     write_json(folder / PROVENANCE, {"settings": compared[0]})  # as a finished build leaves it
     monkeypatch.setattr("l2p_utils.model.settings_match", settings_match)
-    assert build_embedded_model(folder, **settings) == "reused"
+    assert build_bundled_model(folder, **settings) == "reused"
     if "texts" in change:
         change = {"texts": [*texts[:-1], "another text, as many as before"]}
     with pytest.raises(InterruptedError):
-        build_embedded_model(folder, **{**settings, **change})
+        build_bundled_model(folder, **{**settings, **change})
 
 
 def test_changed_lengths_are_in_the_rebuilt_model(model_folder, texts, tmp_path):
     shutil.copytree(model_folder, tmp_path / "copy")
-    model = build_embedded_model(tmp_path / "copy", texts, query_length=12, document_length=24)
+    model = build_bundled_model(tmp_path / "copy", texts, query_length=12, document_length=24)
     assert (model.query_length, model.document_length) == (12, 24)
     assert read_json(tmp_path / "copy" / PROVENANCE)["settings"]["document_length"] == 24
 
 
 def test_building_prints_nothing(texts, tmp_path, capfd):
-    build_embedded_model(tmp_path / "quiet", texts, **LENGTHS)
+    build_bundled_model(tmp_path / "quiet", texts, **LENGTHS)
     printed = capfd.readouterr()
     assert printed.out == "" and printed.err == ""

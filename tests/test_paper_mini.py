@@ -108,7 +108,7 @@ def test_every_kind_of_job_of_the_paper_profile_is_in_the_miniature():
     for name in ("base", *CHECKED):
         assert getattr(mini.model, name) == getattr(paper.model, name)
     same = ("training_data", "released_rows", "dev_collections", "released_models")
-    same += ("use_sklearn", "hierarchical", "gpu", "processes", "hub_collections", "warm_up")
+    same += ("use_sklearn", "hierarchical", "gpu", "processes", "hub_collections", "adaptation")
     for name in same:
         assert getattr(mini, name) == getattr(paper, name), name
     for name in ("miner", "teacher"):

@@ -296,7 +296,7 @@ def folder_profile(tmp_path, monkeypatch, model_folder):
         lines = ["query-id\tcorpus-id\tscore", *judged]
         (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines))
     settings = load_profile("smoke").model_dump()
-    settings |= {"name": "two", "processes": 2, "warm_up": None, "precision": "float32"}
+    settings |= {"name": "two", "processes": 2, "adaptation": None, "precision": "float32"}
     settings["model"] = {"base": str(model_folder), "query_length": 6, "document_length": 12}
     settings["runs"] = [{"collection": str(folder), "pool_method": "none"}]
     settings["plaid"] = []

@@ -9,10 +9,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l2p_utils.files import UserError
+from l2p_utils.files import ROOT, UserError
 from l2p_utils.profile import (
     PROFILES,
-    ROOT,
     ModelSettings,
     Profile,
     describe_keys,
@@ -81,7 +80,7 @@ def test_file_of_ones_own_loads_under_its_name(write):
         ("sed", 1),
         ("model.query_lenght", 32),
         ("mining.hards", 3),
-        ("warm_up.colection", "docs:scipy"),
+        ("adaptation.colection", "docs:scipy"),
         ("training.epoch", 1),
         ("runs.0.pool_metod", "span"),
         ("evaluation.pool_factor", 2),
@@ -121,7 +120,7 @@ def test_misspelt_key_is_named(write, key, value):
         ("training.batch_size", 0),
         ("training.learning_rate", -1e-5),
         ("training.learning_rate", float("inf")),
-        ("training.warm_up_ratio", 1.0),
+        ("training.warmup_ratio", 1.0),
         ("training.max_rows", 0),
         ("evaluation.collections", []),
         ("evaluation.collections", ["docs:scipy", "docs:scipy"]),
@@ -176,7 +175,7 @@ def test_plaid_setting_listed_in_two_jobs_is_refused(write):
     assert "plaid: listed twice" in refusal(write({"plaid": [QUICK["plaid"][0]] * 2}))
 
 
-def test_training_on_the_warm_up_collection_is_refused(write):
+def test_training_on_the_adaptation_collection_is_refused(write):
     message = refusal(write({"runs.0.collection": "docs:transformers", "plaid": []}))
     assert "runs: 'docs:transformers' is kept for the warm-up" in message
 
@@ -374,7 +373,7 @@ def test_every_key_has_a_short_line_with_its_type_and_its_default_as_yaml():
     heads = [line.split() for line in list(describe_keys())[::2]]
     keys = {key: rest for key, *rest in heads}
     assert len(keys) == len(heads) > 80
-    assert {"seed", "model.base", "warm_up.collection", "plaid[].model"} < keys.keys()
+    assert {"seed", "model.base", "adaptation.collection", "plaid[].model"} < keys.keys()
     assert keys["training.learning_rate"] == ["float", ">", "0", "5.0e-05"]
     assert keys["runs[].collection"] == ["str", "required"]
     assert keys["runs[].seed"] == ["int", "|", "null", "≥", "0,", "≤", "4294967295", "null"]

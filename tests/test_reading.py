@@ -12,8 +12,7 @@ from IPython.display import Markdown
 from l2p_utils.claims import FAILS, HOLDS, NOT_RUN, UNDECIDED, check_claims
 from l2p_utils.exhibits import FIGURES, TABLES, read_source
 from l2p_utils.figures import Sheet, save
-from l2p_utils.files import UserError
-from l2p_utils.profile import ROOT, from_root
+from l2p_utils.files import ROOT, UserError, from_root
 from l2p_utils.reading import (
     _span,
     answer,

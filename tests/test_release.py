@@ -15,13 +15,12 @@ from l2p_utils import card_text
 from l2p_utils import profile as profiles
 from l2p_utils.cards import SIZES, check_card, repository_id, size_category
 from l2p_utils.collection import load_collection
-from l2p_utils.evaluation import fingerprint
 from l2p_utils.files import PROVENANCE, UserError, write_json
-from l2p_utils.mining import load_mined
+from l2p_utils.mining import load_mined, mined_fingerprint
+from l2p_utils.model import fingerprint
 from l2p_utils.profile import PROFILES, Profile
 from l2p_utils.release import load_both, release_dataset, release_model
 from l2p_utils.results import read_rows, write_rows
-from l2p_utils.training import mined_fingerprint
 
 NAME = "docs-scipy-kmeans-pf1-6-s42"
 BASE = "mixedbread-ai/mxbai-edge-colbert-v0-32m"
@@ -40,7 +39,7 @@ def hub_profile(collection, **changes):
     model = {"base": BASE, "revision": COMMIT, "query_length": 16, "document_length": 32}
     scoring = {"miner": "BAAI/bge-small-en-v1.5", "teacher": "BAAI/bge-reranker-v2-gemma"}
     runs = [{"collection": collection, "pool_method": "kmeans", "pool_factors": "1-6"}]
-    settings = {"model": model, "scoring": scoring, "runs": runs, "warm_up": None}
+    settings = {"model": model, "scoring": scoring, "runs": runs, "adaptation": None}
     return make_profile(**settings | changes)
 
 
@@ -293,13 +292,13 @@ def test_the_base_models_commit_is_the_fetched_one(root, model_folder):
 def test_a_base_of_ones_own_needs_a_licence_and_has_no_hub_id(root, model_folder):
     model = {"base": str(model_folder), "query_length": 16, "document_length": 32}
     runs = [{"collection": "docs:scipy", "pool_method": "kmeans", "pool_factors": "1-6"}]
-    profile = make_profile(model=model, runs=runs, warm_up=None)
+    profile = make_profile(model=model, runs=runs, adaptation=None)
     name = prepare(profile, model_folder)
     with pytest.raises(UserError, match="needs a licence.*base model"):
         release_model(profile, name, "me/x")
     card = (release_model(profile, name, "me/x", licence="mit") / "README.md").read_text("utf-8")
     assert "base_model" not in front(card) and str(model_folder.parent) not in card
-    assert "| base model | embedded (a checkpoint of its own)" in card
+    assert "| base model | bundled (a checkpoint of its own)" in card
 
 
 def test_scifact_stays_cc_by_nc_also_at_a_revision(root, model_folder):

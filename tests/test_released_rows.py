@@ -30,7 +30,7 @@ def make_profile(project, dev=True, rows="owner/rows", **mining):
     name = str(project / "corpus")
     content["mining"] = {"hard": 1, "medium": 1, "random": 1, **mining}
     content["training_data"] = "released"
-    content["warm_up"]["collection"] = str(project / "corpus")
+    content["adaptation"]["collection"] = str(project / "corpus")
     content["released_rows"] = {name: rows}
     content["dev_collections"] = {name: "nano:scifact"} if dev else {}
     return Profile.model_validate({"name": "tiny", **content, "runs": [], "plaid": []})

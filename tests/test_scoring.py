@@ -26,13 +26,13 @@ from l2p_utils.candidates import (
     candidates_folder,
     find_candidates,
     load_miner,
-    profile_split,
     propose_all,
 )
+from l2p_utils.collection import profile_split
 from l2p_utils.files import UserError
 from l2p_utils.hub import find_source
 from l2p_utils.mining import mine, mined_folder, mined_provenance, rows_of_scores
-from l2p_utils.model import embedded_encoder_path
+from l2p_utils.model import bundled_encoder_path
 from l2p_utils.profile import PROFILES, MiningSettings, Profile
 from l2p_utils.scoring import main, make_plan, read_scores, score
 from l2p_utils.teacher import RerankerTeacher
@@ -173,11 +173,11 @@ def test_a_real_miner_proposes_its_nearest_documents(project):
     """Sentence Transformers itself, from a folder."""
     profile = make_profile(project)
     collection = profile_split(profile, str(project / "corpus"))
-    encoder = SentenceTransformer(str(embedded_encoder_path()), device="cpu")
+    encoder = SentenceTransformer(str(bundled_encoder_path()), device="cpu")
     texts = (collection.queries.values(), collection.corpus.values())
     cosines = encoder.similarity(*(encoder.encode(list(part)) for part in texts)).numpy()
     ids = list(collection.corpus)
-    mined = propose_all(collection, load_miner(embedded_encoder_path()), profile.mining, 42, False)
+    mined = propose_all(collection, load_miner(bundled_encoder_path()), profile.mining, 42, False)
     for found, row in zip(mined, cosines, strict=True):
         top = [ids[i] for i in np.argsort(-row)[:4]]
         assert found.hard == [d for d in top if d not in found.positives]
@@ -424,7 +424,7 @@ def test_rules_that_change_nothing_of_the_scores_only_choose_again(project, chun
 
 
 def test_a_reranker_may_score_a_positive_below_others(project):
-    """Unlike the embedded teacher, whose positives are lifted: negatives above it are dropped."""
+    """Unlike the bundled teacher, whose positives are lifted: negatives above it are dropped."""
     collection = profile_split(make_profile(project), str(project / "corpus"))
     settings = MiningSettings(hard=1, medium=0, random=0)
     found = [Candidates("q0", ["d0"], ["d1", "d2"], ["d3"])]
@@ -459,13 +459,13 @@ def test_the_command_scores_one_shard(project, capsys):
     assert main([*words, "3"]) == 1
     assert "no shard 3" in capsys.readouterr().err
     assert main(["--profile", "smoke", *words[2:], "0"]) == 1
-    assert "embedded teacher" in capsys.readouterr().err
+    assert "bundled teacher" in capsys.readouterr().err
 
 
-def test_the_embedded_teacher_needs_the_embedded_base():
+def test_the_bundled_teacher_needs_the_bundled_base():
     content = yaml.safe_load((PROFILES / "smoke.yaml").read_text("utf-8"))
     content |= {"runs": [], "plaid": []}
-    del content["warm_up"]
+    del content["adaptation"]
     content["model"]["base"] = "owner/model"
     profile = Profile.model_validate({"name": "tiny", **content})
     with pytest.raises(UserError, match="model.base is 'owner/model'. Give scoring.miner"):

@@ -117,7 +117,7 @@ def test_a_deleted_model_is_made_again_and_nothing_else_is_trained(project):
     }
     before = json.loads((smoke / "models" / MODELS[1] / "provenance.json").read_text())
     shutil.rmtree(smoke / "models" / MODELS[1])
-    run = snakemake(project, "--until", "train", "warm_up", "mine")
+    run = snakemake(project, "--until", "train", "adaptation", "mine")
     assert run.returncode == 0, run.stderr[-4000:]
     after = json.loads((smoke / "models" / MODELS[1] / "provenance.json").read_text())
     assert after["settings"] == before["settings"]

@@ -29,7 +29,7 @@ PROFILE = """
 description: one model, trained on one collection
 model: {}
 mining: {}
-warm_up: {}
+adaptation: {}
 training: {}
 runs: [{collection: "docs:scipy", pool_method: kmeans, pool_factors: "1-6"}]
 evaluation: {collections: ["docs:scipy"]}
@@ -167,8 +167,8 @@ def test_each_job_gets_its_parameters(offline):
         "profile": "offline",
         "collection": "docs:torch",
     }
-    warm_up = offline["02_training--baseline"][1]
-    assert (warm_up["collection"], warm_up["pool_method"]) == ("docs:transformers", "none")
+    adaptation = offline["02_training--baseline"][1]
+    assert (adaptation["collection"], adaptation["pool_method"]) == ("docs:transformers", "none")
     trained = offline["02_training--docs-torch-kmeans-pf1-6-s42"][1]
     assert trained == {
         "profile": "offline",
@@ -239,7 +239,7 @@ def test_a_plan_deletes_nothing_and_shows_what_a_lost_product_makes_run_again(pr
     for _ in range(2):
         status, said = snakemake(project, "-n", target)
         assert status == 0 and re.search(r"^evaluate +1$", said, re.M), said
-        assert "train " not in said and "warm_up " not in said
+        assert "train " not in said and "adaptation " not in said
     assert everything_in(run / "notebooks") == before
 
     status, said = snakemake(project, target)
@@ -361,7 +361,7 @@ def test_make_shares_the_machines_memory_among_the_jobs():
     assert "mem_mb" not in said["MEM_MB=",]
 
 
-def test_two_jobs_of_an_embedded_profile_fit_into_8_gb(tmp_path):
+def test_two_jobs_of_an_bundled_profile_fit_into_8_gb(tmp_path):
     status, said = snakemake(tmp_path, "-n", profile="quick")
     assert status == 0, said
     asked = [int(number) for number in re.findall(r"mem_mb=(\d+)", said)]

@@ -18,16 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from l2p_utils import teacher as teacher_module
 from l2p_utils.collection import Collection
-from l2p_utils.evaluation import forward_precision
 from l2p_utils.files import UserError
-from l2p_utils.model import embedded_encoder_path
+from l2p_utils.model import bundled_encoder_path, forward_precision
 from l2p_utils.search import maxsim_scores
 from l2p_utils.teacher import (
     PROMPT,
-    EmbeddedTeacher,
+    BundledTeacher,
     _words_apart,
+    bundled_teacher,
     dense_similarities,
-    embedded_teacher,
     load_reranker,
     scoring_dtype,
 )
@@ -36,7 +35,7 @@ from l2p_utils.teacher import (
 def teacher_of(dense, late):
     """A teacher for one query, "q", and documents a, b, c, …"""
     documents = list("abcdefgh"[: len(dense)])
-    return EmbeddedTeacher(["q"], documents, np.array([dense]), np.array([late]))
+    return BundledTeacher(["q"], documents, np.array([dense]), np.array([late]))
 
 
 def test_scores_are_the_mean_of_both_normalised_over_the_candidates():
@@ -54,7 +53,7 @@ def test_known_positives_are_lifted_to_the_best_score():
 
 def test_scores_are_looked_up_by_id():
     dense = np.array([[0.0, 1.0, 0.25], [1.0, 0.0, 0.75]])
-    teacher = EmbeddedTeacher(["q1", "q2"], ["a", "b", "c"], dense, dense)
+    teacher = BundledTeacher(["q1", "q2"], ["a", "b", "c"], dense, dense)
     assert teacher.scores("q2", ["c", "b", "a"], []) == pytest.approx({"c": 0.75, "b": 0, "a": 1})
 
 
@@ -70,7 +69,7 @@ def test_ids_are_gone_through_once_for_all_queries():
             raise AssertionError("searched from the start")
 
     scores = np.array([[0.0, 1.0], [1.0, 0.0]])
-    teacher = EmbeddedTeacher(Ids(["q1", "q2"]), Ids(["a", "b"]), scores, scores)
+    teacher = BundledTeacher(Ids(["q1", "q2"]), Ids(["a", "b"]), scores, scores)
     for query in ("q1", "q2", "q1"):
         teacher.scores(query, ["a", "b"], [])
     assert sorted(gone_through) == ["a", "q1"]
@@ -100,7 +99,7 @@ def collection(texts):
 
 
 def test_dense_similarities_are_the_encoders_own_cosines(collection):
-    encoder = SentenceTransformer(str(embedded_encoder_path()), device="cpu")
+    encoder = SentenceTransformer(str(bundled_encoder_path()), device="cpu")
     vectors = [encoder.encode(list(t.values())) for t in (collection.queries, collection.corpus)]
     found = dense_similarities(collection, 128, "float32")
     assert found.dtype == np.float32
@@ -114,13 +113,13 @@ def test_documents_are_cut_at_the_given_length(collection):
     assert np.abs(whole - cut).max() > 0.01
 
 
-def test_the_embedded_teacher_scores_every_query_with_every_document(collection, embedded_model):
-    teacher = embedded_teacher(collection, embedded_model, "float32")
+def test_the_bundled_teacher_scores_every_query_with_every_document(collection, bundled_model):
+    teacher = bundled_teacher(collection, bundled_model, "float32")
     assert teacher.query_ids == ["q1", "q2"]
     assert teacher.document_ids == list(collection.corpus)
     assert teacher.dense.shape == teacher.late.shape == (2, 8)
     vectors = [
-        [torch.tensor(v) for v in embedded_model.encode(list(texts.values()), is_query=is_query)]
+        [torch.tensor(v) for v in bundled_model.encode(list(texts.values()), is_query=is_query)]
         for texts, is_query in ((collection.queries, True), (collection.corpus, False))
     ]
     np.testing.assert_allclose(teacher.late, maxsim_scores(*vectors), atol=1e-4)
@@ -128,10 +127,10 @@ def test_the_embedded_teacher_scores_every_query_with_every_document(collection,
     assert best == ["d2", "d7"]
 
 
-def test_bars_say_what_is_worked_on_and_change_no_number(collection, embedded_model, capsys):
-    quiet = embedded_teacher(collection, embedded_model, "float32", progress=False)
+def test_bars_say_what_is_worked_on_and_change_no_number(collection, bundled_model, capsys):
+    quiet = bundled_teacher(collection, bundled_model, "float32", progress=False)
     assert "%" not in capsys.readouterr().err
-    shown = embedded_teacher(collection, embedded_model, "float32")
+    shown = bundled_teacher(collection, bundled_model, "float32")
     told = capsys.readouterr().err
     encoding = [
         f"{how} {what}"
@@ -259,7 +258,7 @@ def test_a_teacher_without_yes_is_refused(tmp_path):
 
 def test_a_teacher_that_is_no_causal_language_model_is_refused():
     with pytest.raises(UserError, match="no causal language model: .*BertModel.*scoring.teacher"):
-        load(embedded_encoder_path())
+        load(bundled_encoder_path())
 
 
 def test_a_teacher_that_is_not_whole_is_refused(tmp_path, reranker_folder):

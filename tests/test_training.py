@@ -21,8 +21,7 @@ from transformers import TrainerState
 
 from l2p_utils import candidates, distillation, evaluation, fitting, mining, pooling, training
 from l2p_utils import profile as profiles
-from l2p_utils.candidates import carves_dev
-from l2p_utils.collection import Collection
+from l2p_utils.collection import Collection, carves_dev
 from l2p_utils.distillation import PooledDistillation, sample_pool_factor
 from l2p_utils.files import UserError, read_json
 from l2p_utils.fitting import DEV_METRIC, fit, freeze
@@ -42,7 +41,7 @@ TEXTS = [
 
 @pytest.fixture
 def model(model_folder):
-    """A fresh copy of the embedded model, in float32 on the CPU."""
+    """A fresh copy of the bundled model, in float32 on the CPU."""
     return load_model(model_folder, "cpu")
 
 
@@ -696,14 +695,14 @@ def test_a_seed_that_cannot_be_is_refused(tiny_profile, seed):
         training.train(tiny_profile, "docs:scipy", "kmeans", [1, 2], seed)
 
 
-def test_the_warm_up_is_unpooled(tiny_profile):
+def test_the_adaptation_is_unpooled(tiny_profile):
     with pytest.raises(UserError, match="warm-up's collection"):
         training.train(tiny_profile, "docs:transformers", "kmeans", [1, 2])
 
 
 @pytest.fixture
 def folder_profile(tiny_profile, collection, model_folder, tmp_path):
-    """A profile whose runs are on a folder in BEIR's layout; its baseline is the embedded model."""
+    """A profile whose runs are on a folder in BEIR's layout; its baseline is the bundled model."""
     folder = tmp_path / "tiny"
     (folder / "qrels").mkdir(parents=True)
     for name, texts in (("corpus", collection.corpus), ("queries", collection.queries)):
@@ -751,10 +750,10 @@ def fresh_profile(folder_profile):
     (profile.folder / "models" / "baseline").unlink()
     (folder / "qrels" / "dev.tsv").rename(folder / "qrels" / "test.tsv")
     shutil.copytree(folder, folder.with_name("warm"))
-    warm_up = profile.warm_up.model_copy(update={"collection": str(folder.with_name("warm"))})
+    adaptation = profile.adaptation.model_copy(update={"collection": str(folder.with_name("warm"))})
     asked = {"collections": [str(folder)], "pool_factors": [1, 2]}
     evaluation = profile.evaluation.model_copy(update=asked)
-    changes = {"warm_up": warm_up, "evaluation": evaluation, "plaid": []}
+    changes = {"adaptation": adaptation, "evaluation": evaluation, "plaid": []}
     return profile.model_copy(update=changes), str(folder)
 
 
@@ -785,9 +784,9 @@ def test_a_baseline_made_on_the_way_is_the_one_made_by_hand(fresh_profile):
     on_the_way = [weights_of(models / "baseline"), weights_of(made)]
     settings = [read_json(folder / "provenance.json")["settings"] for folder in models.glob("*/")]
     shutil.rmtree(profile.folder)
-    warm_up = profile.warm_up.collection
-    mining.mine(profile, warm_up, progress=False)
-    training.train(profile, warm_up, "none", [1], progress=False)
+    adaptation = profile.adaptation.collection
+    mining.mine(profile, adaptation, progress=False)
+    training.train(profile, adaptation, "none", [1], progress=False)
     mining.mine(profile, name, progress=False)
     training.train(profile, name, "span", [1, 2], progress=False)
     assert [weights_of(models / "baseline"), weights_of(made)] == on_the_way
@@ -894,7 +893,7 @@ def hub_profile(folder_profile):
     """As the paper's: no warm-up, lengths by collection, the epoch picked on a test split."""
     profile, folder = folder_profile
     given = profile.model_dump()
-    given |= {"warm_up": None, "plaid": [], "dev_collections": {str(folder): "nano:tiny"}}
+    given |= {"adaptation": None, "plaid": [], "dev_collections": {str(folder): "nano:tiny"}}
     given["model"] = {
         "base": "owner/model",
         "document_length": 20,
@@ -950,7 +949,7 @@ def test_a_base_that_was_not_fetched_is_missed(hub_profile):
         training.train(profile, str(folder), "span", [1, 2])
 
 
-def test_the_embedded_models_settings_are_as_they_were(folder_profile):
+def test_the_bundled_models_settings_are_as_they_were(folder_profile):
     profile, folder = folder_profile
     assert training._lengths(profile, str(folder)) == {}
     assert training._dev(profile, str(folder)) == {}
