@@ -378,7 +378,7 @@ class Profile(_Settings):
 
     @property
     def prepared_names(self) -> list[str]:
-        """Models that come from the hub as they are: the baseline, its other lengths, released ones."""
+        """Models that come from the hub as they are: baseline, its other lengths, released ones."""
         base = [] if self.model.bundled else [BASELINE]
         lengths = [length_name(length) for length in self.model.other_document_lengths]
         return [*base, *lengths, *(released_name(name) for name in self.released_models)]
