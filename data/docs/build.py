@@ -1,15 +1,18 @@
-"""Retrieval collections made of the docstrings of packages that are installed anyway.
+"""Build the bundled collections from the docstrings of installed packages.
 
-Takes a package's name, gives query/document pairs: the query is a docstring's one-line summary, its
-one relevant document the rest of that docstring. Sources are parsed, never imported (but for what
-NumPy writes in C), so the pairs depend on the package's version alone: not on import order, hash
-seed, clock or machine.
+The query is a docstring's one-line summary, its one relevant document the rest of that docstring.
+Sources are parsed, never imported (but for what NumPy writes in C), so the pairs depend on the
+packages' versions alone: not on import order, hash seed, clock or machine.
+
+``python data/docs/build.py`` builds all of them. Nobody needs to run it: the collections are committed.
+Other versions of the packages give other collections; rows measured on these are not comparable.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import gzip
 import hashlib
 import importlib
 import importlib.metadata
@@ -17,21 +20,12 @@ import importlib.util
 import inspect
 import json
 import logging
-import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-
-from l2p_utils.files import (
-    PROVENANCE,
-    UserError,
-    atomic_path,
-    read_json,
-    settings_match,
-    write_json,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +41,6 @@ PACKAGES = {
 #: Name of a package in ``pip install``, where it differs.
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 
-#: Raise this by one whenever a rule below changes: caches made by older rules are then rebuilt.
-BUILDER = 2
 MAX_PAIRS = 1_900
 TEST_QUERIES, DEV_QUERIES = 280, 100
 QUERY_WORDS = (3, 40)
@@ -102,12 +94,12 @@ def find_package(package: str) -> tuple[Path, str]:
 
     Raises
     ------
-    UserError
+    SystemExit
         For a package that is not among `PACKAGES`, or not installed.
     """
     if package not in PACKAGES:
         known = ", ".join(f"docs:{name}" for name in PACKAGES)
-        raise UserError(f"There is no collection docs:{package}. Known are: {known}.")
+        raise SystemExit(f"There is no collection docs:{package}. Known are: {known}.")
     distribution = DISTRIBUTIONS.get(package, package)
     spec = importlib.util.find_spec(PACKAGES[package])
     try:
@@ -115,7 +107,7 @@ def find_package(package: str) -> tuple[Path, str]:
     except importlib.metadata.PackageNotFoundError:
         version = None
     if spec is None or not spec.submodule_search_locations or version is None:
-        raise UserError(
+        raise SystemExit(
             f"docs:{package} is made of the docstrings of the package {distribution}, which is not "
             f"installed here. Install it: python -m pip install {distribution}"
         )
@@ -353,70 +345,33 @@ def build(package: str) -> list[Entry]:
     return make_entries(docstrings)
 
 
-# --- cache ----------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
-def cache_folder(cache: str | Path | None = None) -> Path:
-    """Where caches lie: `cache`, else the environment variable L2P_CACHE, else ~/.cache/l2p."""
-    return Path(cache or os.environ.get("L2P_CACHE") or Path.home() / ".cache" / "l2p").expanduser()
+def write_gzipped(path: Path, records: list[dict]) -> None:
+    """JSON lines, gzipped: the same records give the same bytes."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_bytes(gzip.compress(lines.encode(), mtime=0))
 
 
-def load_docstrings(package: str, cache: str | Path | None = None) -> list[Entry]:
-    """Return the pairs of one of `PACKAGES`, from the cache or built and cached (seconds).
-
-    Parameters
-    ----------
-    package : str
-        A key of `PACKAGES`.
-    cache : path, optional
-        The cache's folder, see `cache_folder`. A cache made from another version of the package, by
-        other rules, or damaged, is rebuilt.
-
-    Raises
-    ------
-    UserError
-        For an unknown package, one that is not installed, or a cache folder that can't be written.
-    """
+def write(package: str, folder: Path) -> None:
+    """Write a package's pairs as a folder in BEIR's layout."""
+    entries = build(package)
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    for name in ("document", "query"):
+        file = {"document": "corpus", "query": "queries"}[name]
+        records = [{"_id": entry.id, "text": getattr(entry, name)} for entry in entries]
+        write_gzipped(folder / f"{file}.jsonl.gz", records)
+    for split in ("train", "dev", "test"):
+        lines = [f"{entry.id}\t{entry.id}\t1\n" for entry in entries if entry.split == split]
+        text = "query-id\tcorpus-id\tscore\n" + "".join(lines)
+        (folder / "qrels" / f"{split}.tsv").write_text(text, "utf-8")
     _, version = find_package(package)
-    settings = {"package": package, "version": version, "builder": BUILDER}
-    folder = cache_folder(cache) / f"docs-{package}"
-    entries = _read(folder, settings)
-    if entries is None:
-        entries = build(package)
-        _write(folder, settings, entries)
-    return entries
+    print(
+        f"{folder}: {len(entries)} documents from {DISTRIBUTIONS.get(package, package)} {version}"
+    )
 
 
-def _read(folder: Path, settings: dict) -> list[Entry] | None:
-    """The cached pairs; None, with a logged notice, if they can't be used."""
-    path = folder / "pairs.jsonl"
-    if not path.is_file():
-        return None
-    if not settings_match(folder, settings):
-        logger.warning("Rebuilding %s: it does not say that it was made with %s.", path, settings)
-        return None
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != read_json(folder / PROVENANCE).get("sha256"):
-        logger.warning("Rebuilding %s: it is damaged (its checksum differs).", path)
-        return None
-    return [Entry(**json.loads(line)) for line in content.decode().splitlines()]
-
-
-def _write(folder: Path, settings: dict, entries: list[Entry]) -> None:
-    lines = (json.dumps(asdict(entry), ensure_ascii=True) + "\n" for entry in entries)
-    content = "".join(lines).encode()
-    try:
-        with atomic_path(folder / "pairs.jsonl") as temporary:
-            temporary.write_bytes(content)
-        # Last: pairs without their provenance count as not there.
-        provenance = {
-            "settings": settings,
-            "pairs": len(entries),
-            "sha256": hashlib.sha256(content).hexdigest(),
-        }
-        write_json(folder / PROVENANCE, provenance)
-    except OSError as error:
-        raise UserError(
-            f"The cache folder {folder} can't be written ({error}). Set the environment variable "
-            "L2P_CACHE to a folder that can."
-        ) from error
+if __name__ == "__main__":
+    for name in sys.argv[1:] or PACKAGES:
+        write(name, Path(__file__).parent / name)
