@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ LABELS = ("positive", "hard_negative", "medium_negative", "random_negative")
 POSITIVE, HARD, MEDIUM, RANDOM = LABELS
 MAX_UNKNOWN = 0.01  # of released rows; with more, they are rows of another collection
 CHOICE = 1  # random numbers of a query's choice where its candidates are stored
-UNIT_VECTORS = {"convert_to_tensor": True, "normalize_embeddings": True}
 
 Scored = tuple["Candidates", Mapping[str, float], np.random.Generator]
 
@@ -98,7 +97,6 @@ class Proposer:
         corpus, queries = list(collection.corpus), collection.queries
         self.order = np.array(sorted(range(len(corpus)), key=corpus.__getitem__))
         self.ids = [corpus[i] for i in self.order]
-        self.position = {document: i for i, document in enumerate(self.ids)}
         questions, texts = _by_text(queries), _by_text(collection.corpus)
         self.repeated = sum(len(same) for same in questions.values() if len(same) > 1)
         self.positives: dict[str, list[str]] = {}
@@ -130,11 +128,10 @@ class Proposer:
         ascending = np.argsort(similarities[self.order], kind="stable")  # ties by id
         nearest = [self.ids[i] for i in ascending[::-1][: self.settings.hard_candidates]]
         hard = [document for document in nearest if document not in excluded]
-        used = [self.position[document] for document in {*hard, *excluded}]
-        rest = np.delete(np.arange(len(self.ids)), used)  # by id
-        count = min(self.settings.random_candidates, len(rest))
-        drawn = rest[rng.choice(len(rest), count, replace=False)]
-        return Candidates(query_id, positives, hard, [self.ids[i] for i in drawn])
+        used = {*hard, *excluded}
+        rest = [document for document in self.ids if document not in used]
+        drawn = _draw(rest, self.settings.random_candidates, rng)
+        return Candidates(query_id, positives, hard, drawn)
 
 
 def _by_text(texts: Mapping[str, str]) -> dict[str, list[str]]:
@@ -246,50 +243,45 @@ def score_reranked(
     query is scored by itself, so an interrupted run gives the scores of an unbroken one.
     """
     queries, size = list(proposer.positives), profile.scoring.checkpoint_queries
-    reranker = None
+    record = None
     bar = tqdm(range(0, len(queries), size), f"Scoring {collection.name}", disable=not progress)
     for number, start in enumerate(bar):
         path = folder / f"chunk-{number:05d}.json"
         if not path.is_file():
-            reranker = reranker or _Reranker(profile, collection, proposer, models, progress)
-            write_json(path, [*map(reranker.record, queries[start : start + size])])
-        for record in read_json(path):
-            scores = record.pop("scores")
-            found = Candidates(**record)
+            record = record or _reranker(profile, collection, proposer, models, progress)
+            write_json(path, [*map(record, queries[start : start + size])])
+        for stored in read_json(path):
+            scores = stored.pop("scores")
+            found = Candidates(**stored)
             rng = query_rng(profile.seed, found.query_id, CHOICE)
             yield found, dict(zip(found.documents, scores, strict=True)), rng
 
 
-class _Reranker:
-    """Miner, teacher and the miner's document vectors, on a GPU if there is one."""
+def _reranker(
+    profile: Profile,
+    collection: Collection,
+    proposer: Proposer,
+    models: Mapping[str, Snapshot],
+    progress: bool,
+) -> Callable[[str], dict[str, Any]]:
+    """Load miner and teacher, on a GPU if there is one; give what scores one query's candidates."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scoring, corpus = profile.scoring, collection.corpus
+    miner = load_miner(models["miner"].folder, device)
+    teacher = load_reranker(models["teacher"].folder, scoring.max_length, device, profile.precision)
+    options = {"convert_to_tensor": True, "normalize_embeddings": True}
+    texts = list(corpus.values())
+    documents = miner.encode_document(texts, show_progress_bar=progress, **options).float()
 
-    def __init__(
-        self,
-        profile: Profile,
-        collection: Collection,
-        proposer: Proposer,
-        models: Mapping[str, Snapshot],
-        progress: bool,
-    ) -> None:
-        self.collection, self.proposer, self.profile = collection, proposer, profile
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        length = profile.scoring.max_length
-        self.miner = load_miner(models["miner"].folder, device)
-        self.teacher = load_reranker(models["teacher"].folder, length, device, profile.precision)
-        self.documents = self.miner.encode_document(  # (documents, dim)
-            list(collection.corpus.values()), show_progress_bar=progress, **UNIT_VECTORS
-        ).float()
-
-    def record(self, query_id: str) -> dict[str, Any]:
-        """A query's candidates, and `scores` in the order of `Candidates.documents`."""
-        corpus, query = self.collection.corpus, self.collection.queries[query_id]
-        vector = self.miner.encode_query(query, show_progress_bar=False, **UNIT_VECTORS).float()
-        cosines = (self.documents @ vector).cpu().numpy()  # (documents,)
-        rng = query_rng(self.profile.seed, query_id)
-        found = self.proposer.propose(query_id, cosines, rng)
+    def record(query_id: str) -> dict[str, Any]:
+        query = collection.queries[query_id]
+        vector = miner.encode_query(query, show_progress_bar=False, **options).float()
+        cosines = (documents @ vector).cpu().numpy()  # (documents,)
+        found = proposer.propose(query_id, cosines, query_rng(profile.seed, query_id))
         pairs = [(query, corpus[document]) for document in found.documents]
-        scores = self.teacher.scores(pairs, self.profile.scoring.batch_size)
-        return {**asdict(found), "scores": scores}
+        return {**asdict(found), "scores": teacher.scores(pairs, scoring.batch_size)}
+
+    return record
 
 
 def load_miner(folder: Path, device: torch.device) -> SentenceTransformer:
@@ -346,7 +338,14 @@ def read_released(
     rows, dropped = [], Counter()
     for number, (query, documents, scores, labels) in enumerate(zip(*columns, strict=True), 1):
         row = Row(str(query), list(map(str, documents)), list(map(float, scores)), labels)
-        _check_row(row, n_ways, f"{released.name}, row {number}")
+        sizes = {*map(len, (row.document_ids, set(row.document_ids), row.scores, row.labels))}
+        descending = np.isfinite(row.scores).all() and (np.diff(row.scores) <= 0).all()
+        if sizes != {n_ways} or not descending or not set(row.labels) <= set(LABELS):
+            raise UserError(
+                f"{released.name}, row {number}: expected {n_ways} different documents (mining: 1 "
+                "+ hard + medium + random) by descending score, each with one of the labels "
+                f"{', '.join(LABELS)}; found {row}."
+            )
         if row.query_id not in queries:
             dropped["unknown query"] += 1
         elif not collection.corpus.keys() >= set(row.document_ids):
@@ -363,16 +362,6 @@ def read_released(
             "released_rows, the collection's revision and mining.max_documents."
         )
     return rows, dropped
-
-
-def _check_row(row: Row, n_ways: int, where: str) -> None:
-    lists = (row.document_ids, set(row.document_ids), row.scores, row.labels)
-    descending = np.isfinite(row.scores).all() and (np.diff(row.scores) <= 0).all()
-    if {*map(len, lists)} != {n_ways} or not descending or not set(row.labels) <= set(LABELS):
-        raise UserError(
-            f"{where}: expected {n_ways} different documents (mining: 1 + hard + medium + random) "
-            f"by descending score, each with one of the labels {', '.join(LABELS)}; found {row}."
-        )
 
 
 # --- the stage ------------------------------------------------------------------------------------
@@ -411,7 +400,18 @@ def mine(
     collection = profile_split(profile, name)
     folder = Path(folder or mined_folder(profile, name))
     models = _snapshots(profile, name)
-    settings = _settings(profile, collection, models)
+    settings = {
+        "collection": name,
+        "fingerprint": collection.fingerprint,
+        "mining": profile.mining.model_dump(),
+        "seed": profile.seed,
+        **{part: [found.name, found.commit] for part, found in models.items()},
+    }
+    if models:
+        settings["max_length"] = profile.scoring.max_length
+    else:
+        settings["model"], settings["precision"] = profile.model.model_dump(), profile.precision
+        settings["adaptation_collection"] = profile.adaptation and profile.adaptation.collection
     if not settings_match(folder, settings):
         rows, dropped, notes = _make_rows(profile, collection, models, folder, settings, progress)
         if not rows:
@@ -453,25 +453,6 @@ def _snapshots(profile: Profile, name: str) -> dict[str, Snapshot]:
     return {
         "miner": snapshot(scoring.miner, "model", scoring.miner_revision),
         "teacher": snapshot(scoring.teacher, "model", scoring.teacher_revision),
-    }
-
-
-def _settings(
-    profile: Profile, collection: Collection, models: Mapping[str, Snapshot]
-) -> dict[str, Any]:
-    settings = {
-        "collection": collection.name,
-        "fingerprint": collection.fingerprint,
-        "mining": profile.mining.model_dump(),
-        "seed": profile.seed,
-    }
-    if models:
-        versions = {part: [found.name, found.commit] for part, found in models.items()}
-        return settings | versions | {"max_length": profile.scoring.max_length}
-    return settings | {
-        "model": profile.model.model_dump(),
-        "precision": profile.precision,
-        "adaptation_collection": profile.adaptation.collection if profile.adaptation else None,
     }
 
 
@@ -536,16 +517,10 @@ def load_mined(folder: str | Path) -> Dataset:
     Raises
     ------
     UserError
-        When the folder does not exist or is damaged.
+        When there are none.
     """
     mined_provenance(folder)
-    try:
-        return load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's and JSON's among them
-        raise UserError(
-            f"The mined rows in {folder} are damaged ({error}). Delete the folder and run "
-            "01_data_mining again."
-        ) from error
+    return load_from_disk(str(folder))
 
 
 def mined_provenance(folder: str | Path) -> dict[str, Any]:
@@ -554,7 +529,7 @@ def mined_provenance(folder: str | Path) -> dict[str, Any]:
     Raises
     ------
     UserError
-        When the folder does not exist or its provenance is damaged.
+        When there are none.
     """
     path = Path(folder) / PROVENANCE
     if not path.is_file():

@@ -168,23 +168,10 @@ def untrained_model(profile: Profile) -> PooledColBERT:
 class RerankerTeacher:
     """A causal language model's logit of "Yes" as the score of a passage for a query.
 
-    Parameters
-    ----------
-    model, tokenizer
-        As `load_reranker` gives them.
-    max_length
-        Tokens of query and passage together; the prompt comes on top.
+    Query and passage together are cut at `max_length` tokens; the prompt comes on top. A model
+    whose tokenizer splits "Yes", or that has too few positions, is refused.
 
-    Raises
-    ------
-    UserError
-        When "Yes" is not one token, or a text would not fit into the model's positions.
-
-    Notes
-    -----
     Source: the model card of BAAI/bge-reranker-v2-gemma, "using Hugging Face transformers".
-    FlagEmbedding, the card's alternative, brings packages that nothing else here needs, for one
-    logit.
     """
 
     def __init__(
