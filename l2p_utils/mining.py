@@ -405,12 +405,13 @@ def mine(
         "fingerprint": collection.fingerprint,
         "mining": profile.mining.model_dump(),
         "seed": profile.seed,
+        "precision": profile.precision,
         **{part: [found.name, found.commit] for part, found in models.items()},
     }
     if models:
         settings["max_length"] = profile.scoring.max_length
     else:
-        settings["model"], settings["precision"] = profile.model.model_dump(), profile.precision
+        settings["model"] = profile.model.model_dump()
         settings["adaptation_collection"] = profile.adaptation and profile.adaptation.collection
     if not settings_match(folder, settings):
         rows, dropped, notes = _make_rows(profile, collection, models, folder, settings, progress)
@@ -468,7 +469,7 @@ def _make_rows(
     rules = profile.mining
     named = {part: f"{found.name} @ {found.commit}" for part, found in models.items()}
     if "released" in models:
-        whole = load_collection(collection.name, "train", rules.text_only, carve_dev=False)
+        whole = load_collection(settings["collection"], "train", rules.text_only, carve_dev=False)
         rows, dropped = read_released(models["released"], collection, whole.queries, rules.n_ways)
         return rows, dropped, dict.fromkeys(["miner", "teacher"], f"released: {named['released']}")
     proposer = Proposer(collection, rules)
@@ -491,7 +492,7 @@ def _make_rows(
     notes["copies_of_positives_left_out"] = sum(map(len, proposer.copies.values()))
     rows, dropped = mine_rows(scored, rules)
     without = len(collection.queries) - len(proposer.positives)
-    return rows, Counter(dropped + Counter({"no positive": without})), notes
+    return rows, dropped + Counter({"no positive": without}), notes
 
 
 def mine_rows(scored: Iterable[Scored], settings: MiningSettings) -> tuple[list[Row], Counter[str]]:

@@ -513,17 +513,6 @@ def test_scores_are_made_again_only_when_they_would_differ(project, miner, queri
         assert len(calls) == 7 * number
 
 
-def test_a_reranker_may_doubt_the_judgments():
-    """Unlike the bundled teacher, which lifts positives: negatives above them are dropped."""
-    found = Candidates("q0", ["d0"], ["d1", "d2"], ["d3"])
-    scores = {"d0": 1.0, "d1": 5.0, "d2": 0.5, "d3": 0.9}
-    rows, dropped = mine_rows([(found, scores, query_rng(1, "q0"))], settings_of())
-    assert [(row.document_ids, row.scores) for row in rows] == [(["d0", "d2"], [1.0, 0.5])]
-    scores |= {"d2": 0.99, "d3": 0.96}
-    rows, dropped = mine_rows([(found, scores, query_rng(1, "q0"))], settings_of())
-    assert rows == [] and dropped == {"too few candidates": 1}
-
-
 def test_a_real_miner_is_loaded_and_what_is_none_is_refused(tmp_path, teacher_folder):
     cpu = torch.device("cpu")
     assert isinstance(load_miner(bundled_encoder_path(), cpu), SentenceTransformer)
@@ -548,6 +537,7 @@ def released_row(i, **changes):
 def release(project, monkeypatch):
     """Puts rows where the hub brings them, and mines them."""
     folder = project / "commit0"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", project / "cache")
 
     def put(rows, rules=(), name="data/train-00000-of-00001.parquet", revision=""):
         shutil.rmtree(folder, ignore_errors=True)
