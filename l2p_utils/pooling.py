@@ -52,16 +52,16 @@ CACHE_VERSION = 1
 def check_pool_factor(pool_factor: object) -> int:
     """`pool_factor` as an int, if it is a whole number of at least 1."""
     hint = "1 keeps every vector, 2 keeps about half of them"
-    return _check_whole("pool_factor", pool_factor, 1, hint)
+    return check_whole("pool_factor", pool_factor, 1, hint)
 
 
 def check_protected_tokens(protected_tokens: object) -> int:
     """`protected_tokens` as an int, if it is a whole number of at least 0."""
     hint = "1 keeps the first vector of each document as it is"
-    return _check_whole("protected_tokens", protected_tokens, 0, hint)
+    return check_whole("protected_tokens", protected_tokens, 0, hint)
 
 
-def _check_whole(name: str, value: object, least: int, hint: str) -> int:
+def check_whole(name: str, value: object, least: int, hint: str) -> int:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < least:
         raise UserError(
