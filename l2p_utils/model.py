@@ -11,12 +11,12 @@ import functools
 import hashlib
 import inspect
 import logging
-import math
 import string
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -62,21 +62,20 @@ HOW_TO_MAKE = (
 
 @dataclass(frozen=True)
 class _Pooling:
-    """A pool factor with everything else that `pool` is told.
+    """A pool factor that carries the other pool settings.
 
-    PyLate's `encode` passes on its pool factor and nothing more: to itself for nested lists, to
-    other processes, and to the step that pools. So the factor carries the rest, and nothing is kept
-    on the model, which threads may share.
+    PyLate's `encode` passes on its pool factor and nothing else: to itself for nested lists, to
+    other processes, and to the step that pools. Nothing is kept on the model, which threads share.
     """
 
     pool_factor: int
-    pool_method: str = "hierarchical"
-    variant: str = DEFAULT_VARIANT
+    pool_method: PoolMethod = "hierarchical"
+    variant: PoolVariant = DEFAULT_VARIANT
     use_sklearn: bool = False
     renormalize: bool = False
 
     def __gt__(self, other: int) -> bool:  # PyLate pools where this is larger than 1
-        return self.pool_factor > other
+        return self.pool_factor > other and self.pool_method != "none"
 
 
 class PooledColBERT(models.ColBERT):
@@ -96,7 +95,8 @@ class PooledColBERT(models.ColBERT):
         self, model_name_or_path: str | Path | None = None, *args: Any, **kwargs: Any
     ) -> None:
         path = str(model_name_or_path) if model_name_or_path else None
-        given = _bind(models.ColBERT.__init__, self, path, *args, **kwargs)
+        parameters = inspect.signature(models.ColBERT.__init__)
+        given = parameters.bind(self, path, *args, **kwargs).arguments
         if path and given.get("modules") is None and given.get("embedding_size") is None:
             names = ("token", "cache_folder", "revision", "local_files_only")
             _check_is_colbert(path, path, **{name: given[name] for name in names if name in given})
@@ -107,70 +107,51 @@ class PooledColBERT(models.ColBERT):
         """As PyLate's, which would give a model that pools in one way only."""
         return PooledColBERT(input_path)
 
-    def encode(
-        self,
-        sentences: str | Sequence[str] | list[list[str]],
-        *args: Any,
-        pool_method: PoolMethod = "hierarchical",
-        use_sklearn: bool = False,
-        pool_variant: PoolVariant = DEFAULT_VARIANT,
-        renormalize: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+    def encode(self, sentences: Any, *args: Any, **kwargs: Any) -> Any:
         """Encode texts to token vectors; documents are pooled, queries never are.
 
         Parameters
         ----------
         sentences
             A text, a list of texts, or a list of lists of texts.
+        pool_method, use_sklearn, pool_variant, renormalize
+            By keyword; see `l2p_utils.pooling.pool`. The default is PyLate's: hierarchical.
         *args, **kwargs
             As in `pylate.models.ColBERT.encode`, in its order: ``is_query`` (True by default),
             ``pool_factor`` (1) and ``protected_tokens`` (1) among them.
-        pool_method, use_sklearn, pool_variant, renormalize
-            See `l2p_utils.pooling.pool`. The default method is PyLate's.
 
         Returns
         -------
         list of numpy.ndarray or torch.Tensor
             (vectors, dim) per text, as PyLate returns it.
         """
-        given = _bind(models.ColBERT.encode, self, sentences, *args, **kwargs)
-        given["pool_factor"] = _pooling(given, pool_method, pool_variant, use_sklearn, renormalize)
+        given = _arguments(models.ColBERT.encode, self, sentences, *args, **kwargs)
         if not isinstance(sentences, str) and hasattr(sentences, "__len__") and not len(sentences):
             return []
         return super().encode(**given)
 
     def encode_multi_process(
-        self,
-        sentences: Sequence[str],
-        pool: dict[str, Any],
-        *args: Any,
-        pool_method: PoolMethod = "hierarchical",
-        use_sklearn: bool = False,
-        pool_variant: PoolVariant = DEFAULT_VARIANT,
-        renormalize: bool = False,
-        **kwargs: Any,
+        self, sentences: Sequence[str], pool: dict[str, Any], *args: Any, **kwargs: Any
     ) -> list[np.ndarray]:
-        """`encode` on several devices, with the processes of `start_multi_process_pool`.
+        """`encode` in the processes of `start_multi_process_pool`, with the same pool settings.
 
-        PyLate's joins the vectors of all texts of a chunk; here each text has its own, as from
-        `encode`. Other parameters are PyLate's.
+        Each text has its own vectors, where PyLate joins those of all texts of a chunk.
         """
-        given = _bind(models.ColBERT.encode_multi_process, self, sentences, pool, *args, **kwargs)
-        factor = _pooling(given, pool_method, pool_variant, use_sklearn, renormalize)
-        size = given.get("chunk_size") or min(
-            math.ceil(len(sentences) / len(pool["processes"]) / 10), 5000
+        given = _arguments(
+            models.ColBERT.encode_multi_process, self, sentences, pool, *args, **kwargs
         )
-        starts = range(0, len(sentences), max(size, 1))
-        for start in starts:  # what PyLate's processes expect, in its order
-            pool["input"].put([
-                start, given.get("batch_size", 32), sentences[start : start + size],
-                given.get("prompt_name"), given.get("prompt"), given.get("precision", "float32"),
-                given.get("normalize_embeddings", True), given.get("padding", False),
-                given.get("is_query", True), factor, given.get("protected_tokens", 1),
-            ])  # fmt: skip
-        chunks = dict(pool["output"].get() for _ in starts)
-        return [vectors for start in starts for vectors in chunks[start]]
+        if not sentences:
+            return []
+
+        def result() -> tuple[int, list[np.ndarray]]:
+            number, texts = pool["output"].get()
+            apart = np.empty(len(texts), dtype=object)  # of these, PyLate joins only the texts
+            for i, vectors in enumerate(texts):
+                apart[i] = vectors
+            return number, [apart]
+
+        given["pool"] = pool | {"output": SimpleNamespace(get=result)}
+        return [vectors for chunk in super().encode_multi_process(**given) for vectors in chunk]
 
     def pool_embeddings_hierarchical(
         self,
@@ -178,43 +159,31 @@ class PooledColBERT(models.ColBERT):
         pool_factor: int | _Pooling = 1,
         protected_tokens: int = 1,
     ) -> list[torch.Tensor]:
-        """The step of PyLate's `encode` that pools, by the method that `encode` was given.
-
-        Parameters
-        ----------
-        documents_embeddings
-            (tokens, dim) per document.
-
-        Returns
-        -------
-        list of torch.Tensor
-            (vectors, dim) per document, on the same device.
-        """
+        """PyLate's pooling step, here by the method that `encode` was given; see `pool`."""
         if not isinstance(pool_factor, _Pooling):
             pool_factor = _Pooling(pool_factor)
-        settings = asdict(pool_factor)
-        return pool(documents_embeddings, protected_tokens=protected_tokens, **settings)
+        return pool(documents_embeddings, protected_tokens=protected_tokens, **asdict(pool_factor))
 
 
-def _bind(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Arguments by name, but for `self`."""
+def _arguments(
+    function: Any,
+    *args: Any,
+    pool_method: PoolMethod = "hierarchical",
+    use_sklearn: bool = False,
+    pool_variant: PoolVariant = DEFAULT_VARIANT,
+    renormalize: bool = False,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """A PyLate method's arguments by name, with the pool settings, checked, in its pool factor."""
     given = inspect.signature(function).bind(*args, **kwargs).arguments
     del given["self"]
-    return given
-
-
-def _pooling(
-    given: dict[str, Any], method: str, variant: str, use_sklearn: bool, renormalize: bool
-) -> _Pooling:
-    """Check pool settings before any text is encoded; `given` are the arguments for PyLate."""
     factor = given.get("pool_factor", 1)
-    if isinstance(factor, _Pooling):  # PyLate called `encode` with what `encode` gave it
-        return factor
-    factor = check_pool_factor(factor)
-    check_pooling(method, variant)
-    check_protected_tokens(given.get("protected_tokens", 1))
-    factor = 1 if method == "none" else factor
-    return _Pooling(factor, method, variant, use_sklearn, renormalize)
+    if not isinstance(factor, _Pooling):  # it is one when PyLate's `encode` calls ours
+        check_pooling(pool_method, pool_variant)
+        check_protected_tokens(given.get("protected_tokens", 1))
+        factor = check_pool_factor(factor)
+        factor = _Pooling(factor, pool_method, pool_variant, use_sklearn, renormalize)
+    return given | {"pool_factor": factor}
 
 
 @contextlib.contextmanager
@@ -291,16 +260,15 @@ def load_checkpoint(
         raise UserError(
             f"The model {name} could not be loaded: {error}. Expected a ColBERT for PyLate."
         ) from error
-    punctuation = set(model.skiplist_words) <= set(string.punctuation)  # some of it, or all
+    words = model.skiplist_words
+    some = "punctuation" if set(words) <= set(string.punctuation) else str(words)
     found = {
         "dim": model[-1].out_features,
         "query_prefix": model.query_prefix,
         "document_prefix": model.document_prefix,
         "do_query_expansion": model.do_query_expansion,
-        "skiplist": "punctuation" if punctuation else str(model.skiplist_words),
+        "skiplist": some if words else "none",
     }
-    if not model.skiplist_words:
-        found["skiplist"] = "none"
     wrong = [
         f"model.{key} is {expected[key]!r} in the profile and {value!r} in the checkpoint"
         for key, value in found.items()

@@ -189,11 +189,9 @@ def pool(
     UserError
         For settings that do not exist, and vectors that are not finite or of no (tokens, dim).
     """
+    factor = check_pool_factor(pool_factor)
     options = {"variant": variant, "use_sklearn": use_sklearn, "renormalize": renormalize}
-    (pooled,) = pool_sweep(
-        embeddings, [pool_factor], pool_method, protected_tokens, **options
-    ).values()
-    return pooled
+    return pool_sweep(embeddings, [factor], pool_method, protected_tokens, **options)[factor]
 
 
 def pool_sweep(
@@ -206,13 +204,7 @@ def pool_sweep(
     use_sklearn: bool = False,
     renormalize: bool = False,
 ) -> dict[int, list[torch.Tensor]]:
-    """`pool` for several pool factors at once: a document's Ward tree is grown once for all.
-
-    Returns
-    -------
-    dict
-        Pool factor → what `pool` returns for it.
-    """
+    """Pool factor → what `pool` returns for it. A document's Ward tree is grown once for all."""
     factors = [check_pool_factor(factor) for factor in pool_factors]
     check_pooling(pool_method, variant)
     protected = check_protected_tokens(protected_tokens)
@@ -249,13 +241,10 @@ def pool_sweep(
 
 
 def _segments(labels: dict[int, torch.Tensor]) -> dict[int, tuple[torch.Tensor, list[int]]]:
-    """Number the labels of a padded batch, (documents, tokens) per factor, on through documents.
+    """Segments (documents · tokens,) of a whole padded batch, and each document's number of them.
 
-    Returns
-    -------
-    dict
-        Pool factor → segments (documents · tokens,), their number for tokens that take no part; and
-        how many each document has.
+    Labels, (documents, tokens) per factor, are numbered on from document to document; tokens that
+    take no part get the total number.
     """
     counts = torch.stack([found.amax(dim=1) + 1 for found in labels.values()])
     starts = (counts.cumsum(dim=1) - counts)[:, :, None]  # (factors, documents, 1)
@@ -366,8 +355,7 @@ def _means(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Means (segments, dim) and sizes (segments,) of vectors (n, dim) by their segment (n,).
 
-    Vectors whose segment is `segments` take no part. Sums are in float32 (or better): a
-    half-precision sum of many vectors loses digits.
+    Vectors whose segment is `segments` take no part. Half-precision vectors are summed in float32.
     """
     means, sizes = _SegmentMeans.apply(_wide(vectors), index, segments)
     return means.to(vectors.dtype), sizes
@@ -464,28 +452,23 @@ def assign(
             wide = _wide(embeddings).masked_fill(~mask[:, :, None], 0)  # what is masked may be NaN
             if pool_method == "hierarchical":
                 found = _hierarchical(wide, free, pooling, variant)
-            else:
-                kmeans = _sklearn_kmeans if use_sklearn else _fast_kmeans
-                found = kmeans(wide, free, pooling)
+            elif use_sklearn:
+                found = _sklearn_kmeans(wide, free, pooling)
+            else:  # Lloyd's steps from Ward's cut
+                norms = wide.square().sum(dim=2)
+                distances = squared_distances(wide)
+                found = _grow(distances, norms, _same(norms), free, pooling, kmeans=True)
     protected = rank.clamp(max=protected_tokens - 1).amax(dim=1, keepdim=True) + 1
     for factor in pooling:
         labels[factor] = torch.where(free, found[factor] + protected, whole)
     return labels
 
 
-def _fast_kmeans(
-    vectors: torch.Tensor, free: torch.Tensor, factors: Sequence[int]
-) -> dict[int, torch.Tensor]:
-    """Lloyd's steps from Ward's cut of the vectors; labels of the tokens in `free`, from 0."""
-    norms = vectors.square().sum(dim=2)
-    return _grow(squared_distances(vectors), norms, _same(norms), free, factors, kmeans=True)
-
-
 def _hierarchical(
     vectors: torch.Tensor, free: torch.Tensor, factors: Sequence[int], variant: str
 ) -> dict[int, torch.Tensor]:
-    """Ward's tree, cut into at most n // factor clusters, in float64 as SciPy grows it."""
-    if variant != "pylate":  # PyLate's products are float32; SciPy's own distances are not
+    """Ward's tree, cut into at most n // factor clusters; labels of the `free` tokens, from 0."""
+    if variant != "pylate":  # PyLate's products are float32; SciPy's own distances are float64
         vectors = vectors.double()
     norms = vectors.square().sum(dim=2)
     if variant == "euclidean":
