@@ -206,8 +206,8 @@ def test_threads_that_share_a_model_get_their_own_pooling(bundled_model, texts):
 
     expected = [call(settings) for settings in SETTINGS]
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(call, SETTINGS * 4))
-    assert all(map(equal, found, expected * 4))
+        found = list(threads.map(call, SETTINGS * 2))
+    assert all(map(equal, found, expected * 2))
 
 
 def test_processes_give_what_encode_gives(model_folder, texts):
