@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import tempfile
 import time
@@ -205,45 +206,19 @@ def exact_search(
     place[sorted(range(len(place)), key=lambda i: document_ids[i], reverse=True)] = np.arange(
         len(place)
     )
-    best = _Best(len(queries), top_k, place, block_bytes)
-    for block, scores in _score_blocks(queries, documents, block_bytes):
-        best.add(block, scores)
-    best.sort()
-    ids = [[document_ids[i] for i in row] for row in best.positions[:, : best.filled]]
-    scores = best.scores[:, : best.filled].tolist()
-    return Ranking(ids, scores, time.perf_counter() - start)
-
-
-class _Best:
-    """The best documents of each query so far: the first `filled` columns of two arrays.
-
-    The arrays are allocated once: small ones between short-lived blocks would fragment memory.
-    """
-
-    def __init__(self, queries: int, top_k: int, place: np.ndarray, block_bytes: int) -> None:
-        self.top_k, self.place, self.filled = top_k, place, 0
-        more = max(block_bytes // (16 * max(queries, 1)), 2 * top_k)
-        self.positions = np.empty((queries, top_k + min(more, len(place))), dtype=np.int64)
-        self.scores = np.empty(self.positions.shape, dtype=np.float32)
-
-    def add(self, positions: np.ndarray, scores: torch.Tensor) -> None:
-        """Add documents by their positions (b,) and scores (queries, b)."""
-        while len(positions):
-            if self.filled == self.positions.shape[1]:
-                self.sort()
-            new = slice(self.filled, min(self.filled + len(positions), self.positions.shape[1]))
-            taken = new.stop - new.start
-            self.positions[:, new] = positions[:taken]
-            self.scores[:, new] = scores[:, :taken].numpy()
-            positions, scores, self.filled = positions[taken:], scores[:, taken:], new.stop
-
-    def sort(self) -> None:
-        """Keep the `top_k` best, in order."""
-        positions, scores = self.positions[:, : self.filled], self.scores[:, : self.filled]
-        order = np.lexsort((self.place[positions], -scores), axis=1)[:, : self.top_k]
-        self.filled = order.shape[1]
-        self.positions[:, : self.filled] = np.take_along_axis(positions, order, axis=1)
-        self.scores[:, : self.filled] = np.take_along_axis(scores, order, axis=1)
+    positions = np.empty((len(queries), 0), dtype=np.int64)
+    scores = np.empty(positions.shape, dtype=np.float32)
+    blocks = _score_blocks(queries, documents, block_bytes)
+    while some := list(itertools.islice(blocks, 64)):  # sorted together: one block is few documents
+        seen = np.concatenate([block for block, _ in some])
+        seen = np.broadcast_to(seen, (len(queries), len(seen)))
+        positions = np.hstack([positions, seen])
+        scores = np.hstack([scores, *(found.numpy() for _, found in some)])
+        order = np.lexsort((place[positions], -scores), axis=1)[:, :top_k]
+        positions = np.take_along_axis(positions, order, axis=1)
+        scores = np.take_along_axis(scores, order, axis=1)
+    ids = [[document_ids[i] for i in row] for row in positions]
+    return Ranking(ids, scores.tolist(), time.perf_counter() - start)
 
 
 def plaid_search(
