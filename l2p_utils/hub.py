@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import tenacity
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 
 from l2p_utils.files import UserError, sha256, write_json
@@ -80,10 +81,25 @@ def snapshot(repository: str, kind: Kind = "model", revision: str | None = None)
         raise UserError(f"{repository!r} is neither a folder nor a hub id (owner/name).")
     asked = {"repo_type": kind, "revision": revision}
     try:
-        found = Path(snapshot_download(repository, **asked, ignore_patterns=UNUSED))
+        found = Path(_download(repository, **asked, ignore_patterns=UNUSED))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(_explain(repository, kind, revision, error)) from error
     return Snapshot(repository, found.name, found)
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether trying again may help: not when the hub said no, or nobody asked it."""
+    final = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, ValueError)
+    return not constants.HF_HUB_OFFLINE and not isinstance(error, final)
+
+
+# huggingface_hub itself tries a file again, but not the question which files there are.
+_download = tenacity.retry(
+    retry=tenacity.retry_if_exception(_passes),
+    wait=tenacity.wait_exponential(multiplier=0.5, max=60),
+    stop=tenacity.stop_after_attempt(8),
+    reraise=True,
+)(snapshot_download)
 
 
 def _explain(repository: str, kind: Kind, revision: str | None, error: Exception) -> str:
@@ -176,7 +192,7 @@ def _verify(found: Snapshot, kind: Kind) -> None:
         try:
             wrong = HfApi().verify_repo_checksums(found.name, **asked).mismatches
             if wrong and attempt == "first":
-                snapshot_download(found.name, **asked, ignore_patterns=UNUSED, force_download=True)
+                _download(found.name, **asked, ignore_patterns=UNUSED, force_download=True)
         except (errors.HfHubHTTPError, OSError) as error:
             raise UserError(_explain(found.name, kind, found.commit, error)) from error
         if not wrong:
