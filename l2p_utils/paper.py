@@ -2,24 +2,15 @@
 
 Both become one tidy frame (`Exhibits`) with a row per printed cell; NaN is "not run".
 
-When a value is inside
-----------------------
-`compare_with_paper` calls a value *inside* where ours differs from the printed one by no more than
-a tolerance in NDCG points (a point is .01 of NDCG@10):
-
-- **Exact search: ± 1 point.** Half-precision kernels, k-means' random starts and library versions
-  move the same model by tenths of a point; models trained again add data order and seed. With 50
-  queries per collection (NanoBEIR), one query whose only relevant document moves from rank 1 to
-  rank 2 costs 0.74 points: a narrower band would judge single queries.
-- **PLAID: ± 1.5 points.** In addition, the index is random (centroids are trained on a sample) and
-  residuals have 4 bits; present fast-plaid scales decompressed vectors to unit length, and thus
-  scores pooled vectors, which are shorter means, as if they were single tokens.
-- **Printing.** Half a unit of the last printed digit is added.
-
-Percentages are relative to each side's own unpooled baseline. Their difference is converted to
-points with the *paper's* baseline, so that no result of ours widens its own band. Where that is
-low, a point is many percent (SCIDOCS under PLAID: 6.1 %), and "inside" says little. The baselines
-are rows of their own: a shift of all absolute values shows there, not in every percentage.
+`compare_with_paper` calls a value *inside* where ours differs by at most one NDCG point (.01 of
+NDCG@10) under exact search, 1.5 under PLAID, plus half of the last printed digit. Why so much:
+half-precision kernels, k-means' random starts and library versions move the same model by tenths of
+a point, and a new training has another data order and seed. With 50 queries per collection
+(NanoBEIR), one query whose only relevant document moves from rank 1 to rank 2 costs 0.74 points.
+PLAID adds random centroids and 4-bit residuals, and present fast-plaid scales decompressed vectors
+to unit length. Percentages are relative to each side's own baseline, and converted to points with
+the *paper's*, so that no result of ours widens its own band. Where that baseline is low (SCIDOCS
+under PLAID), a point is many percent. The baselines themselves are rows of their own.
 """
 
 from __future__ import annotations
@@ -83,22 +74,12 @@ COMPARISON_COLUMNS = [
 
 @dataclass(frozen=True)
 class Roles:
-    """The collections that stand for the paper's data sets (the keys of `ROLES`).
+    """The collections that stand for the paper's data sets, the keys of each mapping."""
 
-    Attributes
-    ----------
-    exact, plaid
-        Data set → the collection that this engine searches.
-    training
-        Data set → the collection that models are trained on.
-    suites
-        Engine → the collections' common name, where they are the paper's own; else empty.
-    """
-
-    exact: Mapping[str, str]
+    exact: Mapping[str, str]  # what exact search is measured on
     plaid: Mapping[str, str]
-    training: Mapping[str, str]
-    suites: Mapping[str, str] = field(default_factory=dict)
+    training: Mapping[str, str]  # what models are trained on
+    suites: Mapping[str, str] = field(default_factory=dict)  # engine → NanoBEIR, BEIR; or empty
 
     @property
     def own(self) -> bool:
@@ -115,17 +96,10 @@ class Roles:
 
 
 def roles_of(rows: pd.DataFrame | None, given: Roles | Mapping[str, str] | None = None) -> Roles:
-    """The roles in which `rows` are read.
+    """The roles in which result rows are read: `given`, or the hub's names, or `ROLES`.
 
     Rows of ``nano:`` or ``beir:`` collections, without bundled ones beside them, are of the paper's
-    own data sets. All others go by `ROLES`.
-
-    Parameters
-    ----------
-    rows
-        Result rows; None for the default roles.
-    given
-        Roles to take instead, or one collection per data set for all purposes.
+    own data sets. `given` may be one collection per data set for all purposes.
 
     Raises
     ------
@@ -182,14 +156,9 @@ def read_paper(folder: str | Path) -> pd.DataFrame:
     -------
     pandas.DataFrame
         One row per printed cell, columns `PAPER_COLUMNS`: ``exhibit`` (figure1 … table4),
-        ``dataset`` (the keys of `ROLES`, and "Average"), ``label`` (the model as printed),
-        ``trained_on``, ``train_method``, ``train_factors`` (empty for the baseline), ``ndcg`` and
-        ``delta`` on 0–1, ``relative`` in percent; NaN where it is not printed.
-
-    Raises
-    ------
-    UserError
-        When a file is missing or lacks a column.
+        ``dataset`` (the keys of `ROLES`, and "Average"), ``label`` (the model as printed) and its
+        training (empty for the baseline), ``ndcg`` and ``delta`` on 0–1, ``relative`` in percent;
+        NaN where it is not printed. UserError when a file is missing or lacks a column.
     """
     frames = []
     for exhibit in PAPER_EXHIBITS:
@@ -237,35 +206,15 @@ def parse_label(label: str, dataset: str) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class Exhibits:
-    """The cells of all figures and tables, and the names of their data sets.
+    """The cells of all figures and tables, and the names of their data sets."""
 
-    Attributes
-    ----------
-    name
-        "paper", or the name of the folder of rows.
-    frame
-        Columns `PAPER_COLUMNS`; NaN is "not run".
-    names
-        Data set → (panel title, short name for labels and notes).
-    note
-        One line on what the numbers are.
-    vectors
-        Mean vectors per document by pool factor (kmeans, SciFact's role), where known.
-    suites
-        Engine → common name of its collections, where they are the paper's own.
-    notes
-        Engine → `note` on this engine's numbers alone.
-    is_paper
-        Whether these are the paper's own numbers.
-    """
-
-    name: str
-    frame: pd.DataFrame
-    names: dict[str, tuple[str, str]]
-    note: str
-    vectors: pd.Series | None = None
-    suites: Mapping[str, str] = field(default_factory=dict)
-    notes: Mapping[str, str] = field(default_factory=dict)
+    name: str  # "paper", or the name of the folder of rows
+    frame: pd.DataFrame  # columns PAPER_COLUMNS
+    names: dict[str, tuple[str, str]]  # data set → (panel title, short name)
+    note: str  # what the numbers are, in one line
+    vectors: pd.Series | None = None  # mean vectors per document by factor (kmeans, SciFact's role)
+    suites: Mapping[str, str] = field(default_factory=dict)  # as in `Roles`
+    notes: Mapping[str, str] = field(default_factory=dict)  # engine → note on its numbers alone
     is_paper: bool = False
 
     def rename(self, label: str) -> str:
@@ -304,29 +253,20 @@ def rows_source(
 ) -> Exhibits:
     """A run's result rows as exhibits: every cell that the paper prints, NaN where not run.
 
-    Parameters
-    ----------
-    rows
-        The whole grid or any part of it. Without the unpooled baseline percentages are NaN.
-    name
-        The run's name, for notes, where the rows have no profile.
-    roles
-        As in `roles_of`.
+    `rows` may be any part of the grid; without the unpooled baseline percentages are NaN. `name`
+    is the run's where the rows have no profile; `roles` as in `roles_of`.
     """
     roles = roles_of(rows, roles)
-    names = {
-        d: (d, d) if roles.own else (f"{c} (in {d}’s role)", c) for d, c in roles.exact.items()
-    }
-    names["Average"] = ("Average of the five", "Average")
-    where = (BASELINE, roles.evaluated("SciFact"), "kmeans")
+    titles = {d: (f"{c} (in {d}’s role)", c) for d, c in roles.exact.items()}
+    names = {d: (d, d) for d in roles.exact} if roles.own else titles
     return Exhibits(
         name,
         _fill(read_paper(from_root("data/paper")), rows, roles),
-        names,
-        _note(rows, name, roles),
-        vectors=series(rows, *where, value="vectors_per_document"),
-        suites=roles.suites,
-        notes={engine: _note(part, name, roles, engine) for engine, part in rows.groupby("engine")},
+        names | {"Average": ("Average of the five", "Average")},
+        _note(rows, name),
+        series(rows, BASELINE, roles.evaluated("SciFact"), "kmeans", value="vectors_per_document"),
+        roles.suites,
+        {engine: _note(part, name) for engine, part in rows.groupby("engine")},
     )
 
 
@@ -361,42 +301,39 @@ def _fill(paper: pd.DataFrame, rows: pd.DataFrame, roles: Roles) -> pd.DataFrame
     return frame.assign(delta=delta.where(table & (frame["label"] != "Baseline")))
 
 
-def _note(rows: pd.DataFrame, name: str, roles: Roles, only: str = "") -> str:
-    """What a run's numbers are, in one line: profile, queries, seeds; of one engine or of all."""
+def _note(rows: pd.DataFrame, name: str) -> str:
+    """What rows are, in one line: profile, queries, seeds, missing baselines."""
     note = f"Run “{' + '.join(sorted(set(rows['profile']) - {''})) or name}”"
-    if roles.own and not only:
-        note += f" on {roles.suites['exact']} (exact search) and {roles.suites['plaid']} (PLAID)"
-    for engine, part in rows.dropna(subset=["queries"]).groupby("engine"):  # exact before plaid
-        number = "–".join(map(str, sorted({part["queries"].min(), part["queries"].max()})))
-        first = engine in ("exact", only)
-        note += f", {number} test queries per collection" if first else f" (PLAID: {number})"
+    queries = rows["queries"].dropna()
+    if len(queries):
+        number = "–".join(map(str, sorted({queries.min(), queries.max()})))
+        note += f", {number} test queries per collection"
     trained = (rows["train_collection"] != "") & ~rows["train_collection"].str.startswith(RELEASED)
     seeds = rows.loc[trained, "seed"].nunique()
     note += f", {seeds} training seed{'s' if seeds > 1 else ''}" if seeds else ""
     note += "; where a model has more than one, their mean" if seeds > 1 else ""
-    relative = relative_ndcg(rows, partial=True)
-    gaps = relative[relative["relative_ndcg@10"].isna() & relative["ndcg@10"].notna()]
-    lacking = sorted({f"{c} ({e})" for c, e in zip(gaps["collection"], gaps["engine"])})
+    gaps = rows[relative_ndcg(rows, partial=True)["relative_ndcg@10"].isna()]
+    lacking = sorted(set(gaps["collection"] + " (" + gaps["engine"] + ")"))
     return note + (f"; no unpooled baseline yet on {', '.join(lacking)}" if lacking else "")
 
 
 def missing(source: Exhibits, exhibit: str) -> str:
     """What `exhibit` should show and `source` did not run, as one line; "" if nothing."""
-    frame = source.frame
-    frame = frame[(frame["exhibit"] == exhibit) & (frame["dataset"] != "Average")]
+    frame = source.frame[source.frame["exhibit"] == exhibit].query("dataset != 'Average'")
     parts: list[str] = []
     gaps: dict[str, list[str]] = {}
     for dataset, cells in frame.groupby("dataset", sort=False):
+        short = source.names[dataset][1]
         if cells["relative"].isna().all():
-            parts.append(f"{source.names[dataset][1]} (everything)")
+            parts.append(f"{short} (everything)")
             continue
-        lacking = cells[cells["relative"].isna()]
-        for (label, method), curve in lacking.groupby(["label", "pool_method"], sort=False):
-            name = source.rename(label) + (f" {method}" if label == "Baseline" else "")
-            every = cells[(cells["label"] == label) & (cells["pool_method"] == method)]
-            if len(curve) < len(every):
-                name += f" at PF {', '.join(map(str, curve['pool_factor']))}"
-            gaps.setdefault(name, []).append(source.names[dataset][1])
+        for (label, method), curve in cells.groupby(["label", "pool_method"], sort=False):
+            lacking = curve.loc[curve["relative"].isna(), "pool_factor"]
+            if len(lacking):
+                name = source.rename(label) + (f" {method}" if label == "Baseline" else "")
+                some = f" at PF {', '.join(map(str, lacking))}"
+                name += some if len(lacking) < len(curve) else ""
+                gaps.setdefault(name, []).append(short)
     for name, places in gaps.items():
         everywhere = len(places) == frame["dataset"].nunique()
         parts.append(name if everywhere else f"{name} on {', '.join(places)}")
@@ -407,14 +344,7 @@ def missing(source: Exhibits, exhibit: str) -> str:
 
 
 def compare_with_paper(paper: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Every value that the paper prints beside ours.
-
-    Parameters
-    ----------
-    paper
-        From `read_paper`.
-    rows
-        Result rows of ``nano:`` and ``beir:`` collections; the whole grid or any part of it.
+    """Every value that the paper prints (`read_paper`) beside that of ``nano:``/``beir:`` rows.
 
     Returns
     -------
@@ -430,21 +360,6 @@ def compare_with_paper(paper: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     UserError
         When the rows are of other collections than the paper's.
     """
-    roles = _own_roles(rows)
-    long = paper.melt(CELL, QUANTITIES, "quantity", "paper", ignore_index=False)
-    filled = _fill(paper, rows, roles).melt(CELL, QUANTITIES, "quantity", "ours")
-    long["ours"] = filled["ours"].to_numpy()
-    long["engine"] = long["exhibit"].map(ENGINE).fillna("exact")
-    long = long.dropna(subset=["paper"]).sort_index(kind="stable")
-    fixed = {"exhibit": "baselines", "label": "Baseline", "pool_method": "none", "pool_factor": 1}
-    baselines = _unpooled(rows, roles)[["engine", "dataset", "paper", "ours"]]
-    frame = pd.concat([baselines.assign(**fixed, quantity="ndcg"), long], ignore_index=True)
-    pairs = zip(frame["dataset"], frame["engine"], strict=True)
-    frame["collection"] = [roles.evaluated(*pair) for pair in pairs]
-    return _judge(frame)[COMPARISON_COLUMNS]
-
-
-def _own_roles(rows: pd.DataFrame) -> Roles:
     roles = roles_of(rows)
     if not roles.own:
         raise UserError(
@@ -452,23 +367,34 @@ def _own_roles(rows: pd.DataFrame) -> Roles:
             f"({', '.join(sorted(set(rows['collection'])))}): values cannot be compared one by "
             "one. Expected rows of nano: and beir: collections (profile paper)."
         )
-    return roles
+    long = paper.melt(CELL, QUANTITIES, "quantity", "paper", ignore_index=False)
+    filled = _fill(paper, rows, roles).melt(CELL, QUANTITIES, "quantity", "ours")
+    long["ours"] = filled["ours"].to_numpy()
+    long["engine"] = long["exhibit"].map(ENGINE).fillna("exact")
+    long = long.dropna(subset=["paper"]).sort_index(kind="stable")
+    frame = pd.concat([_unpooled(rows), long], ignore_index=True)
+    pairs = zip(frame["dataset"], frame["engine"], strict=True)
+    frame["collection"] = [roles.evaluated(*pair) for pair in pairs]
+    return _judge(frame)[COMPARISON_COLUMNS]
 
 
-def _unpooled(rows: pd.DataFrame, roles: Roles, model: str = BASELINE) -> pd.DataFrame:
-    """The paper's unpooled baselines beside those of `model`, one row per data set and engine."""
+def _unpooled(rows: pd.DataFrame, model: str = BASELINE) -> pd.DataFrame:
+    """The paper's unpooled baselines beside those of `model`, as rows of the comparison."""
     chosen = rows[(rows["model"] == model) & (rows["pool_method"] == "none")]
-    ours = chosen.set_index(["collection", "engine"])["ndcg@10"].to_dict()
+    ours, roles = chosen.set_index(["collection", "engine"])["ndcg@10"].to_dict(), roles_of(rows)
     lines = [
         (engine, dataset, value, ours.get((roles.evaluated(dataset, engine), engine), np.nan))
         for engine, values in PAPER_BASELINES.items()
         for dataset, value in values.items()
     ]
-    return pd.DataFrame(lines, columns=["engine", "dataset", "paper", "ours"])
+    frame = pd.DataFrame(lines, columns=["engine", "dataset", "paper", "ours"])
+    cell = dict(zip(CELL, ["baselines", frame["dataset"], "Baseline", "none", 1], strict=True))
+    return frame.assign(**cell, quantity="ndcg")
 
 
 def _judge(frame: pd.DataFrame) -> pd.DataFrame:
-    percent = {  # one NDCG point in percent of the paper's baseline
+    # One NDCG point in percent of the paper's baseline.
+    percent = {
         (engine, dataset): 100 * POINT / value
         for engine, values in PAPER_BASELINES.items()
         for dataset, value in values.items()
@@ -484,12 +410,9 @@ def _judge(frame: pd.DataFrame) -> pd.DataFrame:
     difference = frame["ours"] - frame["paper"]
     # 1e-9: a decimal number on the edge must not fall off by its binary form.
     verdict = np.where(difference.abs() <= tolerance + 1e-9, INSIDE, OUTSIDE)
-    return frame.assign(
-        difference=difference,
-        tolerance=tolerance,
-        points=difference / point,
-        verdict=np.where(difference.isna(), NOT_RUN, verdict),
-    )
+    verdict = np.where(difference.isna(), NOT_RUN, verdict)
+    numbers = {"difference": difference, "tolerance": tolerance, "points": difference / point}
+    return frame.assign(**numbers, verdict=verdict)
 
 
 def by_definition(comparison: pd.DataFrame) -> pd.Series:
@@ -499,75 +422,47 @@ def by_definition(comparison: pd.DataFrame) -> pd.Series:
 
 
 def comparison_summary(comparison: pd.DataFrame) -> pd.DataFrame:
-    """Counts of verdicts and sizes of differences per figure or table and engine, and over all.
+    """Counts of verdicts and sizes of differences per figure or table, and over all ("all").
 
     Returns
     -------
     pandas.DataFrame
-        Columns ``exhibit``, ``engine`` (last row: "all", ""), ``values``, ``inside``, ``outside``,
-        ``not run``, ``by definition`` (how many of those inside), and without these in NDCG
-        points: ``mean`` (of absolute differences), ``largest`` (with its sign), ``where``.
+        Columns ``exhibit``, ``values``, ``inside``, ``outside``, ``not run``, ``by definition``
+        (how many of those inside), and without these in NDCG points: ``mean`` (of absolute
+        differences), ``largest`` (with its sign), ``where``.
     """
-    lines = []
-    groups = [*comparison.groupby(["exhibit", "engine"], sort=False), (("all", ""), comparison)]
-    for (exhibit, engine), part in groups:
-        counts = part["verdict"].value_counts().reindex([INSIDE, OUTSIDE, NOT_RUN], fill_value=0)
-        line = {"exhibit": exhibit, "engine": engine, "values": len(part), **counts}
-        line |= {"by definition": by_definition(part).sum()}
-        measured = part[~by_definition(part)].dropna(subset=["points"])
-        line |= {"mean": measured["points"].abs().mean(), "largest": np.nan, "where": ""}
-        if len(measured):
-            worst = measured.loc[measured["points"].abs().idxmax()]
-            where = f"{worst.dataset}, {worst.label}, {worst.pool_method} PF{worst.pool_factor}"
-            line |= {"largest": worst["points"], "where": where.replace("none PF1", "unpooled")}
-        lines.append(line)
-    return pd.DataFrame(lines)
-
-
-def baseline_lengths(rows: pd.DataFrame) -> pd.DataFrame:
-    """The unpooled baseline with documents cut at 300 and at 180 tokens, beside the paper's.
-
-    The paper says 300; its authors' result files suggest 180. The closer one is the likelier.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Per data set and engine: ``paper``, ``300 tokens``, ``180 tokens`` (NDCG@10) and the
-        differences ``300 − paper``, ``180 − paper`` in NDCG points; then per engine a row "mean
-        distance" of the absolute differences, over the data sets with both.
-    """
-    roles = _own_roles(rows)
-    table = _unpooled(rows, roles).rename(columns={"ours": "300 tokens"})
-    table["180 tokens"] = _unpooled(rows, roles, f"{BASELINE}-d180")["ours"]
-    gaps = ["300 − paper", "180 − paper"]
-    for gap in gaps:
-        table[gap] = (table[gap.replace("− paper", "tokens")] - table["paper"]) / POINT
-    both = table.dropna(subset=gaps)
-    means = both.assign(**both[gaps].abs()).groupby("engine", as_index=False)[gaps].mean()
-    return pd.concat([table, means.assign(dataset="mean distance")], ignore_index=True)
+    order = {"exhibit": [*dict.fromkeys(comparison["exhibit"]), "all"]}
+    both = pd.concat([comparison, comparison.assign(exhibit="all")], ignore_index=True)
+    trivial = by_definition(both)
+    counts = pd.crosstab(both["exhibit"], both["verdict"])
+    counts = counts.reindex(order["exhibit"], columns=[INSIDE, OUTSIDE, NOT_RUN], fill_value=0)
+    counts.insert(0, "values", counts.sum(axis=1))
+    measured = both[~trivial & both["points"].notna()]
+    sizes = measured["points"].abs().groupby(measured["exhibit"])
+    worst = measured.loc[sizes.idxmax()].set_index("exhibit")
+    pooled = worst["pool_method"] + " PF" + worst["pool_factor"].astype(str)
+    return counts.assign(
+        **{"by definition": trivial.groupby(both["exhibit"]).sum(), "mean": sizes.mean()},
+        largest=worst["points"],
+        where=worst["dataset"] + ", " + worst["label"] + ", " + pooled,
+    ).reset_index()
 
 
 def compare_released(paper: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """The paper's kmeans PF1-6 models beside the checkpoints that its authors released.
 
-    Their training on both sides, our measurement: what differs is the evaluation alone. Paper and
-    checkpoint need not be the same training run (SciFact's numbers average two).
-
-    Returns
-    -------
-    pandas.DataFrame
-        As `compare_with_paper`, of these models only; empty where no checkpoint was measured.
+    Training is theirs on both sides; what differs is the evaluation. A checkpoint need not be the
+    paper's training run (SciFact's numbers average two). The frame is `compare_with_paper`'s, of
+    these models only; empty where no checkpoint was measured.
     """
     theirs = rows["train_collection"].str.startswith(RELEASED)
     if not theirs.any():
         return pd.DataFrame(columns=COMPARISON_COLUMNS)
     named = "beir:" + rows["train_collection"].str.removeprefix(RELEASED)
-    stand_in = rows.assign(train_collection=named)[theirs | (rows["model"] == BASELINE)]
-    base = stand_in["model"] == BASELINE
-    stand_in["train_collection"] = stand_in["train_collection"].mask(base, "")
-    found = compare_with_paper(paper, stand_in)
-    models = ["FT SciFact KMeans PF1-6", "FT FiQA KMeans PF1-6"]
-    return found[found["label"].isin(models)].reset_index(drop=True)
+    stand_in = rows.assign(train_collection=named.where(theirs, ""))
+    found = compare_with_paper(paper, stand_in[theirs | (rows["model"] == BASELINE)])
+    own = found["label"].isin([f"FT {dataset} KMeans PF1-6" for dataset in TRAINED])
+    return found[own].reset_index(drop=True)
 
 
 # ---------------------------------------------------------------- showing
@@ -575,10 +470,6 @@ def compare_released(paper: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 SUMMARY_NOTE = (
     "Differences in NDCG points, ours − paper; means of absolute values, without what is 100 % *by "
     "definition* (the baseline relative to itself). Tables print up to three values per cell."
-)
-RELEASED_NOTE = (
-    "The two checkpoints that the authors released, measured here, beside the paper's values of "
-    "its kmeans PF1-6 models. Training is theirs on both sides: this judges the evaluation alone."
 )
 
 
@@ -604,57 +495,49 @@ def variants_note(rows: pd.DataFrame) -> str:
     )
 
 
-def markdown(frame: pd.DataFrame, digits: Mapping[str, int] | None = None) -> str:
-    """A frame as a Markdown table: numbers with `digits` decimals (default 3), NaN as "not run"."""
-
-    def text(value: object, decimals: int) -> str:
-        if not isinstance(value, float):
-            return str(value)
-        # "+ 0.0" turns a negative zero into zero.
-        number = f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
-        return NOT_RUN if np.isnan(value) else number
-
-    shown = {c: [text(x, (digits or {}).get(c, 3)) for x in frame[c]] for c in frame}
-    return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True) + "\n"
-
-
-def _suites(engines: pd.Series) -> pd.Series:
-    return engines.map({"exact": "NanoBEIR, exact search", "plaid": "BEIR, PLAID", "": ""})
+def markdown(frame: pd.DataFrame, decimals: int = 3) -> str:
+    """A frame as a Markdown table, NaN as "not run"."""
+    shown = frame.astype(object).where(frame.notna(), None)
+    return shown.to_markdown(index=False, floatfmt=f"z.{decimals}f", missingval=NOT_RUN) + "\n"
 
 
 def summary_markdown(comparison: pd.DataFrame) -> str:
     """`comparison_summary` as a Markdown table."""
-    heads = {"engine": "measured on", "mean": "mean difference", "largest": "largest difference"}
-    table = comparison_summary(comparison).assign(engine=lambda t: _suites(t["engine"]))
-    return markdown(table.rename(columns=heads), dict.fromkeys(heads.values(), 2))
+    heads = {"mean": "mean difference", "largest": "largest difference"}
+    return markdown(comparison_summary(comparison).rename(columns=heads), 2)
 
 
 def released_markdown(paper: pd.DataFrame, rows: pd.DataFrame) -> str:
     """The summary of `compare_released` in Markdown; "" where no checkpoint was measured."""
     found = compare_released(paper, rows)
-    return "" if found.empty else f"{RELEASED_NOTE}\n\n{summary_markdown(found)}"
+    note = "The authors' two released checkpoints, measured here, beside the paper's values of "
+    note += "its kmeans PF1-6 models: this judges the evaluation alone."
+    return "" if found.empty else f"{note}\n\n{summary_markdown(found)}"
 
 
 def lengths_markdown(rows: pd.DataFrame) -> str:
-    """`baseline_lengths` as a Markdown table."""
-    table = baseline_lengths(rows).assign(engine=lambda t: _suites(t["engine"]))
-    last = table["dataset"] == "mean distance"
-    filled = table.astype(object).mask(table.isna() & last.to_numpy()[:, None], "")
-    return markdown(filled, {"300 − paper": 2, "180 − paper": 2})
+    """The unpooled baseline with documents cut at 300 and at 180 tokens, as a Markdown table.
+
+    The paper says 300; its authors' result files suggest 180. The closer one is the likelier.
+    """
+    table = _unpooled(rows)[["engine", "dataset", "paper", "ours"]]
+    table = table.rename(columns={"ours": "300 tokens"})
+    table["180 tokens"] = _unpooled(rows, f"{BASELINE}-d180")["ours"]
+    for length in (300, 180):
+        table[f"{length} − paper"] = table[f"{length} tokens"] - table["paper"]
+    return markdown(table, 4)
 
 
 def comparison_markdown(comparison: pd.DataFrame, rows: pd.DataFrame, paper: pd.DataFrame) -> str:
     """Everything in one document: summary, document lengths, checkpoints, then all values."""
-    released = released_markdown(paper, rows)
     sections = {
         "# The paper's values and ours": f"{tolerance_note()}\n\n{variants_note(rows)}\n",
         "## Summary": f"{SUMMARY_NOTE}\n\n{summary_markdown(comparison)}",
-        "## The baseline's document length": "Unpooled NDCG@10; differences in NDCG points. The "
-        f"paper says 300 tokens; its authors' result files suggest 180.\n\n{lengths_markdown(rows)}",
-        "## The released checkpoints": released,
+        "## The baseline's document length": "Unpooled NDCG@10. The paper says 300 tokens; its "
+        f"authors' result files suggest 180.\n\n{lengths_markdown(rows)}",
+        "## The released checkpoints": released_markdown(paper, rows),
     }
     for exhibit, values in comparison.groupby("exhibit", sort=False):
         title = re.sub(r"(\d)$", r" \1", exhibit).capitalize()
-        values = values.drop(columns=["exhibit", "engine"])
-        sections[f"## {title}"] = markdown(values, {"points": 2, "tolerance": 4})
+        sections[f"## {title}"] = markdown(values.drop(columns=["exhibit", "engine"]))
     return "\n".join(f"{head}\n\n{text}" for head, text in sections.items() if text)
