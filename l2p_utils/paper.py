@@ -216,6 +216,7 @@ class Exhibits:
     suites: Mapping[str, str] = field(default_factory=dict)  # as in `Roles`
     notes: Mapping[str, str] = field(default_factory=dict)  # engine → note on its numbers alone
     is_paper: bool = False
+    rows: pd.DataFrame | None = None  # a run's result rows
 
     def rename(self, label: str) -> str:
         """A model's label with the short name of the collection that it was trained on."""
@@ -267,6 +268,7 @@ def rows_source(
         series(rows, BASELINE, roles.evaluated("SciFact"), "kmeans", value="vectors_per_document"),
         roles.suites,
         {engine: _note(part, name) for engine, part in rows.groupby("engine")},
+        rows=rows,
     )
 
 
