@@ -145,7 +145,7 @@ class PooledColBERT(models.ColBERT):
 
         def result() -> tuple[int, list[np.ndarray]]:
             number, texts = pool["output"].get()
-            apart = np.empty(len(texts), dtype=object)  # PyLate concatenates this, not the texts' vectors
+            apart = np.empty(len(texts), dtype=object)  # what PyLate concatenates
             for i, vectors in enumerate(texts):
                 apart[i] = vectors
             return number, [apart]
