@@ -24,36 +24,28 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from l2p_utils.claims import check_claims, claims_table
-from l2p_utils.comparison import (
+from l2p_utils.files import UserError, atomic_path
+from l2p_utils.paper import (
+    ENGINE,
+    FIGURES,
+    HUB_SUITES,
     INSIDE,
     NOT_RUN,
     OUTSIDE,
     PAPER_BASELINES,
     POINTS,
+    TABLES,
+    Exhibits,
     by_definition,
     compare_with_paper,
     comparison_markdown,
-)
-from l2p_utils.exhibits import (
-    ENGINE,
-    FIGURES,
-    TABLES,
-    Source,
     holds_paper,
     missing,
-    read_source,
-)
-from l2p_utils.files import UserError, atomic_path
-from l2p_utils.results import (
-    HUB_SUITES,
-    POOL_FACTORS,
-    has_rows,
-    kept_ndcg,
     read_paper,
-    read_per_query,
-    read_rows,
+    read_source,
     roles_of,
 )
+from l2p_utils.results import POOL_FACTORS, has_rows, kept_ndcg, read_per_query, read_rows
 
 DPI = 220
 KINDS = ("png", "svg")
@@ -160,7 +152,7 @@ def _style(label: str, pool_method: str) -> dict:
     )  # fmt: skip
 
 
-def draw(source: Source, exhibit: str) -> Sheet:
+def draw(source: Exhibits, exhibit: str) -> Sheet:
     """Draw one of the paper's figures, or the overview, from `source`.
 
     Parameters
@@ -191,7 +183,7 @@ def draw(source: Source, exhibit: str) -> Sheet:
     return figure
 
 
-def _panel(axis: Axes, source: Source, frame: pd.DataFrame, dataset: str, exhibit: str) -> dict:
+def _panel(axis: Axes, source: Exhibits, frame: pd.DataFrame, dataset: str, exhibit: str) -> dict:
     """Draw one data set's curves; returns legend entries by label."""
     axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
     handles = {}
@@ -213,14 +205,14 @@ def _panel(axis: Axes, source: Source, frame: pd.DataFrame, dataset: str, exhibi
     return handles
 
 
-def _panel_name(source: Source, dataset: str, exhibit: str) -> str:
+def _panel_name(source: Exhibits, dataset: str, exhibit: str) -> str:
     own = source.is_paper or source.suites
     if own and exhibit == "figure1" and dataset in ("FiQA", "Touche"):
         return {"FiQA": "FiQA2018", "Touche": "Touche2020"}[dataset]  # as printed there
     return source.names[dataset][0]
 
 
-def _legend_name(source: Source, exhibit: str, label: str, method: str) -> str:
+def _legend_name(source: Exhibits, exhibit: str, label: str, method: str) -> str:
     if exhibit == "figure1":
         return METHOD_NAMES[method]
     if exhibit == "figure2":
@@ -233,7 +225,7 @@ def _legend_name(source: Source, exhibit: str, label: str, method: str) -> str:
     return f"{name}, {METHOD_NAMES[method]}" if label == "Baseline" else name
 
 
-def _limits(source: Source, exhibit: str, frame: pd.DataFrame) -> tuple[float, float]:
+def _limits(source: Exhibits, exhibit: str, frame: pd.DataFrame) -> tuple[float, float]:
     if source.is_paper:
         return PAPER_LIMITS[exhibit]
     values = [*frame["relative"].dropna(), 100.0]
@@ -241,7 +233,9 @@ def _limits(source: Source, exhibit: str, frame: pd.DataFrame) -> tuple[float, f
     return 5 * np.floor((min(values) - 1) / 5), 5 * np.ceil((max(values) + 1) / 5)
 
 
-def _furnish(figure: Figure, axes: np.ndarray, source: Source, exhibit: str, handles: dict) -> None:
+def _furnish(
+    figure: Figure, axes: np.ndarray, source: Exhibits, exhibit: str, handles: dict
+) -> None:
     """Title, axes, one legend below all panels, and under it what was not run."""
     frame = source.frame[source.frame["exhibit"] == exhibit]
     axes[0, 0].set_ylim(*_limits(source, exhibit, frame))
@@ -254,14 +248,14 @@ def _furnish(figure: Figure, axes: np.ndarray, source: Source, exhibit: str, han
     _foot(figure, TITLES[exhibit], _notes(source, exhibit), handles)
 
 
-def _notes(source: Source, exhibit: str) -> list[str]:
+def _notes(source: Exhibits, exhibit: str) -> list[str]:
     """Small print: what the numbers are, and what was not run."""
     gaps = missing(source, exhibit) if exhibit != "overview" else ""
     note = f"{source.note_on(exhibit)}. {_caption(source, exhibit)}"
     return [note, *([f"Not run: {gaps}."] if gaps else [])]
 
 
-def _caption(source: Source, exhibit: str) -> str:
+def _caption(source: Exhibits, exhibit: str) -> str:
     """How an exhibit's numbers were measured, and on what where the name says more."""
     engine = ENGINE.get(exhibit, "exact")
     on = f" on {source.suites[engine]}" if source.suites else ""
@@ -313,7 +307,7 @@ def _freeze(figure: Figure, heading: Text) -> None:
     heading.set_y(round(heading.get_position()[1], 4))
 
 
-def draw_overview(source: Source) -> Sheet:
+def draw_overview(source: Exhibits) -> Sheet:
     """The project in one picture: baseline, FT PF1 and FT kmeans PF1-6 under kmeans pooling.
 
     Drawn from Table 4's cells (SciFact or the collection in its role). Where the source knows
@@ -342,7 +336,7 @@ def draw_overview(source: Source) -> Sheet:
     return figure
 
 
-def _finish_overview(axis: Axes, source: Source, frame: pd.DataFrame, ends: dict) -> None:
+def _finish_overview(axis: Axes, source: Exhibits, frame: pd.DataFrame, ends: dict) -> None:
     low, high = _limits(source, "overview", frame)
     axis.set_ylim(low, high)
     axis.set_xlim(0.8, 6.1)
@@ -570,7 +564,7 @@ def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path)
 # ---------------------------------------------------------------- tables
 
 
-def table(source: Source, exhibit: str) -> pd.DataFrame:
+def table(source: Exhibits, exhibit: str) -> pd.DataFrame:
     """One of the paper's tables, a model a line: ``PF1`` … columns of "NDCG@10 (relative %)".
 
     Table 2 adds the difference to the baseline at the same factor. "not run" where nothing is.
@@ -601,7 +595,7 @@ def _cell(cell) -> str:
     return f"{text} {round(cell.delta, 3) + 0.0:+.3f}".replace("-", "−")
 
 
-def table_values(source: Source, exhibit: str) -> pd.DataFrame:
+def table_values(source: Exhibits, exhibit: str) -> pd.DataFrame:
     """A table's numbers, one a row, in the columns of ``data/paper/table*.csv``."""
     frame = source.frame[source.frame["exhibit"] == exhibit]
     frame = frame.rename(
@@ -616,7 +610,7 @@ def table_values(source: Source, exhibit: str) -> pd.DataFrame:
     return frame[columns].round(decimals)
 
 
-def table_markdown(source: Source, exhibit: str) -> str:
+def table_markdown(source: Exhibits, exhibit: str) -> str:
     """A table as Markdown, with its title and what its cells hold."""
     where = "" if exhibit == "table2" else f" Collection: {source.names['SciFact'][0]}."
     cells = "Cells: NDCG@10 (percent of the unpooled baseline)"
@@ -632,7 +626,7 @@ def table_markdown(source: Source, exhibit: str) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def save(source: Source, exhibit: str, folder: str | Path) -> list[Path]:
+def save(source: Exhibits, exhibit: str, folder: str | Path) -> list[Path]:
     """Write one figure (PNG and SVG) or table (CSV and Markdown) of `source` into `folder`.
 
     Returns

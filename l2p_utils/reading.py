@@ -1,6 +1,6 @@
 """What figures, tables and findings say, in words computed from their numbers.
 
-Takes a `figures.Source`, result rows or judged claims; gives Markdown and small tables. The paper's
+Takes a `paper.Exhibits`, result rows or judged claims; gives Markdown and small tables. The paper's
 numbers and a run's go through the same sentences, so no text can outlive the rows it speaks of.
 """
 
@@ -11,23 +11,26 @@ from collections.abc import Iterable
 import pandas as pd
 
 from l2p_utils.claims import FAILS, FINDINGS, HOLDS, NOT_RUN, UNDECIDED, claims_table
-from l2p_utils.comparison import (
+from l2p_utils.files import UserError
+from l2p_utils.paper import (
+    ROLES,
     SUMMARY_NOTE,
+    Exhibits,
     compare_with_paper,
     lengths_markdown,
+    missing,
     released_markdown,
+    roles_of,
     summary_markdown,
     tolerance_note,
     variants_note,
 )
-from l2p_utils.exhibits import Source, missing
-from l2p_utils.files import UserError
-from l2p_utils.results import BASELINE, ROLES, default_variant, relative_ndcg, roles_of
+from l2p_utils.results import BASELINE, default_variant, relative_ndcg
 
 # ---------------------------------------------------------------- numbers behind the words
 
 
-def curves(source: Source, exhibit: str) -> pd.DataFrame:
+def curves(source: Exhibits, exhibit: str) -> pd.DataFrame:
     """Relative NDCG@10 (%) of the curves that `source` has of `exhibit`.
 
     Returns
@@ -86,7 +89,7 @@ def _leaders(values: pd.DataFrame) -> str:
 # ---------------------------------------------------------------- figures and tables in words
 
 
-def describe(sources: Iterable[Source], exhibit: str) -> str:
+def describe(sources: Iterable[Exhibits], exhibit: str) -> str:
     """What a figure or table shows, one source after another in the same sentences (Markdown).
 
     Raises
@@ -107,7 +110,7 @@ def describe(sources: Iterable[Source], exhibit: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _inference(source: Source, wide: pd.DataFrame) -> list[str]:
+def _inference(source: Exhibits, wide: pd.DataFrame) -> list[str]:
     """Figure 1: the three methods on the baseline."""
     mean = wide.groupby("pool_method", sort=False).mean()  # (methods, factors)
     pooled, count = _pooled(wide), wide.index.get_level_values("dataset").nunique()
@@ -131,7 +134,7 @@ def _inference(source: Source, wide: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _models(source: Source, wide: pd.DataFrame) -> list[str]:
+def _models(source: Exhibits, wide: pd.DataFrame) -> list[str]:
     """Figures 2 and 3, Tables 1, 3 and 4: trained models beside one baseline."""
     lines, pooled = [], _pooled(wide)
     for dataset, part in wide.groupby(level="dataset", sort=False):
@@ -183,7 +186,7 @@ def _fixed(where: str, trained: pd.DataFrame) -> list[str]:
     ]
 
 
-def _across(source: Source, wide: pd.DataFrame) -> list[str]:
+def _across(source: Exhibits, wide: pd.DataFrame) -> list[str]:
     """Table 2: differences to the baseline at the same factor, on other collections and its own."""
     frame = source.frame[source.frame["exhibit"] == "table2"].dropna(subset=["delta"])
     lines = []
@@ -199,7 +202,7 @@ def _across(source: Source, wide: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _deltas(source: Source, cells: pd.DataFrame) -> str:
+def _deltas(source: Exhibits, cells: pd.DataFrame) -> str:
     count = int((cells["delta"].round(3) >= 0).sum())
     low, high = cells.loc[cells["delta"].idxmin()], cells.loc[cells["delta"].idxmax()]
     ends = (
@@ -212,7 +215,7 @@ def _deltas(source: Source, cells: pd.DataFrame) -> str:
     )
 
 
-def _plaid(source: Source, wide: pd.DataFrame) -> list[str]:
+def _plaid(source: Exhibits, wide: pd.DataFrame) -> list[str]:
     """Figure 4: baselines, then each trained model against the baseline under its own method."""
     lines, pooled = [], _pooled(wide)
     means = wide[pooled].mean(axis=1)
@@ -242,7 +245,7 @@ _WORDS = {
 # ---------------------------------------------------------------- small tables
 
 
-def means_table(sources: Iterable[Source], exhibit: str) -> pd.DataFrame:
+def means_table(sources: Iterable[Exhibits], exhibit: str) -> pd.DataFrame:
     """Relative NDCG@10 (%) of an exhibit's curves: unpooled, on average, at the largest factor.
 
     Returns
@@ -284,7 +287,7 @@ def _with_gain(numbers: pd.DataFrame, key: tuple[str, str, str]) -> list[str]:
     return [f"{x:.1f} ({_points(x - y)})" for x, y in zip(mine, base, strict=True)]
 
 
-def roles_table(paper: Source, rows: pd.DataFrame) -> pd.DataFrame:
+def roles_table(paper: Exhibits, rows: pd.DataFrame) -> pd.DataFrame:
     """Which collection plays which data set's part, how large it is, and both unpooled baselines.
 
     Collections that were not run say so.
@@ -417,7 +420,7 @@ def pooling_loss(per_query: pd.DataFrame) -> str:
 # ---------------------------------------------------------------- a notebook's question answered
 
 
-def answer(sources: Iterable[Source], notebook: str, rows: pd.DataFrame | None = None) -> str:
+def answer(sources: Iterable[Exhibits], notebook: str, rows: pd.DataFrame | None = None) -> str:
     """What was found: each source's answer to a notebook's opening question (Markdown).
 
     Parameters
@@ -444,7 +447,7 @@ def answer(sources: Iterable[Source], notebook: str, rows: pd.DataFrame | None =
     return "\n\n".join(parts) + "\n"
 
 
-def _inference_answer(source: Source) -> list[str]:
+def _inference_answer(source: Exhibits) -> list[str]:
     """Notebook 04: how much is left, and whether it matters how the groups are made."""
     wide = curves(source, "figure1")
     pooled, count = _pooled(wide), wide.index.get_level_values("dataset").nunique()
@@ -473,7 +476,7 @@ def _collections(count: int) -> str:
     return f"{count} collection{'s' if count > 1 else ''}"
 
 
-def _training_answer(source: Source) -> list[str]:
+def _training_answer(source: Exhibits) -> list[str]:
     """Notebook 05: what comes back of what pooling costs, and whether one model serves all."""
     sentences = []
     for where, lines in _own_method(source).groupby("where", sort=False):
@@ -495,7 +498,7 @@ def _training_answer(source: Source) -> list[str]:
     return sentences + _one_for_all(source)
 
 
-def _own_method(source: Source) -> pd.DataFrame:
+def _own_method(source: Exhibits) -> pd.DataFrame:
     """Figure 3's models and the baseline under the same method (Figure 1): means by method."""
     base, trained = curves(source, "figure1"), curves(source, "figure3")
     pooled = [factor for factor in _pooled(trained) if factor in base.columns]
@@ -516,7 +519,7 @@ def _own_method(source: Source) -> pd.DataFrame:
 _BY_FACTOR = ("figure2", "table3", "table4")
 
 
-def _control(source: Source) -> list[str]:
+def _control(source: Exhibits) -> list[str]:
     """FT PF1 less the baseline, pooled, method by method, on SciFact or what plays its part."""
     texts = []
     for exhibit in _BY_FACTOR:
@@ -532,7 +535,7 @@ def _control(source: Source) -> list[str]:
     return texts
 
 
-def _one_for_all(source: Source) -> list[str]:
+def _one_for_all(source: Exhibits) -> list[str]:
     """PF1-6 less the best model for one factor, over all comparisons that there are."""
     gaps = []
     for exhibit in _BY_FACTOR:
@@ -554,7 +557,7 @@ def _one_for_all(source: Source) -> list[str]:
     ]
 
 
-def _across_answer(source: Source) -> list[str]:
+def _across_answer(source: Exhibits) -> list[str]:
     """Notebook 06: gains elsewhere, at home, and the price unpooled."""
     cells = source.frame[source.frame["exhibit"] == "table2"].dropna(subset=["delta"])
     own, pooled = cells["dataset"] == cells["trained_on"], cells["pool_factor"] > 1
@@ -574,7 +577,7 @@ def _across_answer(source: Source) -> list[str]:
     return sentences
 
 
-def _plaid_answer(source: Source) -> list[str]:
+def _plaid_answer(source: Exhibits) -> list[str]:
     """Notebook 07: what is kept under PLAID, and what training adds there."""
     wide = curves(source, "figure4")
     pooled = _pooled(wide)
@@ -710,7 +713,7 @@ def _named_parts(parts: pd.DataFrame) -> str:
     return "; ".join(texts) + "."
 
 
-def unmeasured(rows: pd.DataFrame, paper: Source, ours: Source) -> str:
+def unmeasured(rows: pd.DataFrame, paper: Exhibits, ours: Exhibits) -> str:
     """Everything of the paper's exhibits that the run lacks, an exhibit a line (Markdown)."""
     exhibits = list(dict.fromkeys(paper.frame["exhibit"]))
     gaps = {exhibit: missing(ours, exhibit) for exhibit in exhibits}
