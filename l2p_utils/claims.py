@@ -403,32 +403,19 @@ def _sum_of_means(*groups: np.ndarray, axis: int) -> np.ndarray:
     return sum(np.mean(group, axis=axis) for group in groups)
 
 
-def intervals(groups: list[np.ndarray], seed: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Simultaneous 95 % intervals of the sums over collections of means over queries.
+def intervals(groups: list[np.ndarray], seed: int, resamples: int) -> tuple:
+    """Simultaneous 95 % intervals of sums over collections of means over queries: (low, high).
 
-    Parameters
-    ----------
-    groups
-        Per collection (comparisons, queries). Queries are drawn within each; a draw serves all
-        comparisons. NaN ends where a collection has a single query.
-
-    Returns
-    -------
-    (low, high), each (comparisons,); percentiles at 1 − .05 / comparisons (Bonferroni).
+    `groups` are (comparisons, queries) per collection. Queries are drawn within each, and a draw
+    serves all comparisons. The ends, each (comparisons,), are percentiles at 1 − .05 / comparisons
+    (Bonferroni); NaN where a collection has a single query.
     """
     count = len(groups[0])
     if min(group.shape[1] for group in groups) < 2:
         return np.full(count, np.nan), np.full(count, np.nan)
-    interval = bootstrap(
-        groups,
-        _sum_of_means,
-        n_resamples=resamples,
-        batch=1_000,  # resamples in memory at a time
-        axis=-1,
-        confidence_level=1 - 0.05 / count,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    options = {"n_resamples": resamples, "batch": 5_000, "axis": -1, "method": "percentile"}
+    options |= {"confidence_level": 1 - 0.05 / count, "rng": np.random.default_rng(seed)}
+    interval = bootstrap(groups, _sum_of_means, **options).confidence_interval
     return interval.low, interval.high
 
 
@@ -517,11 +504,3 @@ def _interval(part) -> str:
     numbers = [f"{x:+.{digits}f}" for x in (part.difference, part.low, part.high)]
     middle, low, high = (n.replace("-", "−").replace("+nan", "–") for n in numbers)
     return middle if low == "–" else f"{middle} [{low}, {high}]"
-
-
-def summary(claims: pd.DataFrame) -> pd.DataFrame:
-    """Per finding its sentence and how many parts hold, fail, are undecided or were not run."""
-    counts = pd.crosstab(claims["finding"], claims["verdict"])
-    counts = counts.reindex(columns=[HOLDS, FAILS, UNDECIDED, NOT_RUN], fill_value=0)
-    counts.insert(0, "statement", counts.index.map(FINDINGS))
-    return counts
