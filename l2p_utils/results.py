@@ -17,9 +17,9 @@ from scipy.stats import bootstrap
 
 from l2p_utils.files import UserError, atomic_path
 
-# Columns of a result row, in order, with their types (integers are nullable). Measures are means over
-# queries, in 0–1; bytes are those of float32 vectors; index_bytes is PLAID's index on disk, exact
-# search has none; query_ms is the search alone, per query; lengths are in word pieces.
+# Columns of a result row, in order, with their types (integers are nullable). Measures are means
+# over queries, in 0–1; bytes are those of float32 vectors; index_bytes is PLAID's index on disk,
+# exact search has none; query_ms is the search alone, per query; lengths are in word pieces.
 _TYPES = {
     "model": "str", "train_collection": "str", "train_method": "str", "train_factors": "str",
     "seed": "Int64", "collection": "str", "engine": "str", "pool_method": "str",
