@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 
 from l2p_utils.collection import Collection, load_collection, subset
 from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, versions, write_json
-from l2p_utils.hub import Snapshot, snapshot
+from l2p_utils.hub import snapshot
 from l2p_utils.model import (
     PooledColBERT,
     encode,
@@ -89,7 +90,7 @@ def encode_collection(
     )
 
 
-def cut_documents(model: PooledColBERT, collection: Collection) -> dict[str, str | int | float]:
+def cut_documents(model: PooledColBERT, collection: Collection) -> dict[str, Any]:
     """How much of a collection the model does not read, because documents end at its length.
 
     Returns
@@ -222,27 +223,26 @@ def evaluate_collection(
 # --- a profile's model ----------------------------------------------------------------------------
 
 
-def describe_model(profile: Profile, name: str) -> dict[str, object]:
+def describe_model(profile: Profile, name: str) -> dict[str, Any]:
     """The columns of a result row that say which model it is about.
 
     A released model's training is read from its name. The baseline at another document length has
     the training method "none", which tells it from the baseline itself.
     """
-    columns = ("train_collection", "train_method", "train_factors", "seed")
+    seed = profile.seed
     if name == BASELINE:
-        values = ("", "", "", profile.seed)
+        training = ("", "", "")
     elif name in profile.prepared_names:
         found = re.search(r"-([a-z0-9]+)-(span|kmeans|hierarchical)-pf([0-9+-]+)$", name)
-        collection = name if name.startswith("released-") else ""
-        trained = (RELEASED + found[1], found[2], found[3]) if found else (collection, "none", "")
-        values = (*trained, profile.seed)
+        training = (name if name.startswith("released-") else "", "none", "")
+        if found:
+            training = (RELEASED + found[1], found[2], found[3])
     else:
         run = profile.find_run(name)
-        seed = profile.seed if run.seed is None else run.seed
-        values = (
-            plain_name(run.collection), run.pool_method, factors_name(run.pool_factors), seed
-        )  # fmt: skip
-    return {"model": name, **dict(zip(columns, values, strict=True))}
+        training = (plain_name(run.collection), run.pool_method, factors_name(run.pool_factors))
+        seed = seed if run.seed is None else run.seed
+    columns = ("train_collection", "train_method", "train_factors")
+    return {"model": name, **dict(zip(columns, training, strict=True)), "seed": seed}
 
 
 def load_evaluated(profile: Profile, name: str) -> PooledColBERT:
@@ -257,35 +257,26 @@ def load_evaluated(profile: Profile, name: str) -> PooledColBERT:
         When the profile has no such model, it was not trained or fetched yet, or a checkpoint is
         not what the profile expects.
     """
-    if name not in profile.prepared_names:
-        return load_model(_folder(profile, name))
+    source, folder = _weights(profile, name)
+    if not source:
+        return load_model(folder)
     settings = profile.model
     lengths = {length_name(length): length for length in settings.other_document_lengths}
-    found = _snapshot(profile, name)
-    return load_checkpoint(
-        found.folder,
-        found.name,
-        settings.model_dump(include=EXPECTED),
-        settings.query_length,
-        lengths.get(name, settings.document_length),
-    )
+    expected = settings.model_dump(include=EXPECTED)
+    document_length = lengths.get(name, settings.document_length)
+    return load_checkpoint(folder, source, expected, settings.query_length, document_length)
 
 
-def _snapshot(profile: Profile, name: str) -> Snapshot:
-    """Where the weights of a model that is not trained here come from."""
-    released = {released_name(source): source for source in profile.released_models}
-    base = (profile.model.base, profile.model.revision)
-    source, revision = pinned(released[name]) if name in released else base
-    return snapshot(source, "model", revision)
-
-
-def _folder(profile: Profile, name: str) -> Path:
-    """The folder of the model's weights."""
+def _weights(profile: Profile, name: str) -> tuple[str, Path]:
+    """Where a model's weights are: the hub repository ("" for a trained model) and the folder."""
     if name in profile.prepared_names:
-        return Path(_snapshot(profile, name).folder)
+        released = {released_name(source): source for source in profile.released_models}
+        base = (profile.model.base, profile.model.revision)
+        source, revision = pinned(released[name]) if name in released else base
+        return source, Path(snapshot(source, "model", revision).folder)
     if name != BASELINE:
         profile.find_run(name)  # refuses an unknown name
-    return profile.folder / "models" / name
+    return "", profile.folder / "models" / name
 
 
 @dataclass(frozen=True)
@@ -305,10 +296,8 @@ def evaluation_tasks(profile: Profile, name: str) -> list[Task]:
     Raises
     ------
     UserError
-        When the profile has no such model, or gives one PLAID index two numbers of queries.
+        When the profile gives one PLAID index two numbers of queries.
     """
-    if name not in profile.prepared_names and name != BASELINE:
-        profile.find_run(name)
     settings = profile.evaluation
     others = settings.baseline_variants if name == BASELINE else []
     variants = list(dict.fromkeys([profile.hierarchical, *others]))
@@ -358,7 +347,7 @@ def evaluate_model(
     """
     use_threads(profile.threads)
     tasks = evaluation_tasks(profile, name)
-    weights = fingerprint(_folder(profile, name))
+    weights = fingerprint(_weights(profile, name)[1])
     parts = []
     with tqdm(total=len(tasks), desc=f"Evaluating {name}", disable=not progress) as bar:
         for collection, group in itertools.groupby(tasks, key=lambda task: task.collection):
@@ -404,7 +393,7 @@ def _run_tasks(
         }
         if not settings_match(folder, settings):
             if encoded is None:
-                _print_cut(cut_documents(model, whole))
+                _print_cut(**cut_documents(model, whole))
                 encoded = encode_collection(model, whole, precision, progress=False)
             rows, per_query = evaluate_collection(
                 _restrict(encoded, collection),
@@ -432,10 +421,12 @@ def _restrict(encoded: Encoded, collection: Collection) -> Encoded:
     return Encoded(collection, [by_id[query] for query in collection.queries], encoded.documents)
 
 
-def _print_cut(found: dict[str, str | int | float]) -> None:
-    if found["cut"]:
+def _print_cut(
+    collection: str, documents: int, document_length: int, cut: int, lost: float
+) -> None:
+    if cut:
         tqdm.write(
-            f"{found['collection']}: {found['cut']} of {found['documents']} documents are longer "
-            f"than document_length = {found['document_length']} word pieces and end there: "
-            f"{found['lost']} % of their word pieces are not read."
+            f"{collection}: {cut} of {documents} documents are longer than document_length = "
+            f"{document_length} word pieces and end there: {lost} % of their word pieces are not "
+            "read."
         )

@@ -6,16 +6,20 @@ pooled in one way. What was not measured is NaN, never 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.stats import bootstrap
 
 from l2p_utils.files import UserError, atomic_path
 
-# Columns of a result row, in order, with their types. Integers are nullable: no index, no size.
+# Columns of a result row, in order, with their types (integers are nullable). Measures are means
+# over queries, in 0–1; bytes are those of float32 vectors; index_bytes is PLAID's index on disk,
+# exact search has none; query_ms is the search alone, per query; lengths are in word pieces.
 _TYPES = {
     "model": "str", "train_collection": "str", "train_method": "str", "train_factors": "str",
     "seed": "Int64", "collection": "str", "engine": "str", "pool_method": "str",
@@ -50,18 +54,8 @@ VARIANTS = {
 MERGED_ROWS, MERGED_PER_QUERY = "rows.csv", "per_query.parquet"
 
 
-# ---------------------------------------------------------------- checking
-
-
 def validate_rows(rows: pd.DataFrame, source: str | Path = "rows") -> pd.DataFrame:
-    """Result rows with columns in order, typed, sorted by setting.
-
-    Parameters
-    ----------
-    rows
-        One row per measurement, the columns of `ROW_COLUMNS` in any order.
-    source
-        The file that they come from, for error messages.
+    """Result rows with columns in order, typed, sorted by setting; `source` is for messages.
 
     Raises
     ------
@@ -72,10 +66,7 @@ def validate_rows(rows: pd.DataFrame, source: str | Path = "rows") -> pd.DataFra
 
 
 def validate_per_query(per_query: pd.DataFrame, source: str | Path = "values") -> pd.DataFrame:
-    """Per-query values with columns in order, typed, sorted by setting and query.
-
-    `FURTHER_MEASURES` are optional. Errors as in `validate_rows`.
-    """
+    """As `validate_rows`, of per-query values, where `FURTHER_MEASURES` are optional."""
     optional = [measure for measure in FURTHER_MEASURES if measure not in per_query]
     types = {column: kind for column, kind in _VALUE_TYPES.items() if column not in optional}
     return _validate(per_query, types, [*SETTING, "query_id"], source)
@@ -103,9 +94,6 @@ def _validate(
             f"{twice.iloc[0][key].to_dict()}. Delete the file that should not be there."
         )
     return typed.sort_values(key, kind="stable", ignore_index=True)
-
-
-# ---------------------------------------------------------------- storing
 
 
 def write_rows(
@@ -154,17 +142,17 @@ def read_rows(folder: str | Path) -> pd.DataFrame:
     UserError
         When there are none, or a file is not a result.
     """
-    frames = [_read_csv(file) for file in _existing_row_files(Path(folder))]
+    frames = [_read_csv(file) for file in _row_files(Path(folder), needed=True)]
     return validate_rows(pd.concat(frames, ignore_index=True), folder)
 
 
 def read_per_query(folder: str | Path) -> pd.DataFrame:
     """All per-query values of `folder`, sorted by setting and query; errors as in `read_rows`."""
-    frames = [_read_parquet(_values_of(file)) for file in _existing_row_files(Path(folder))]
+    frames = [_read_parquet(_values_of(file)) for file in _row_files(Path(folder), needed=True)]
     return validate_per_query(pd.concat(frames, ignore_index=True), folder)
 
 
-def _row_files(folder: Path) -> list[Path]:
+def _row_files(folder: Path, needed: bool = False) -> list[Path]:
     # A leading dot marks a file that is being written.
     files = sorted(file for file in folder.glob("*.csv") if not file.name.startswith("."))
     if folder / MERGED_ROWS in files and len(files) > 1:
@@ -172,16 +160,10 @@ def _row_files(folder: Path) -> list[Path]:
             f"{folder} holds both a merged {MERGED_ROWS} and {len(files) - 1} other CSV file(s). "
             "Move one or the other away, so that nothing counts twice."
         )
-    return files
-
-
-def _existing_row_files(folder: Path) -> list[Path]:
-    files = _row_files(folder)
-    if not files:
-        state = "holds no" if folder.is_dir() else "does not exist, so there are no"
+    if needed and not files:
         name = folder.parent.name if folder.name == "results" else "quick"
         raise UserError(
-            f"{folder} {state} result rows (*.csv). `PROFILE={name} make run` makes "
+            f"{folder} has no result rows (*.csv). `PROFILE={name} make run` makes "
             f"runs/{name}/results; the reference run's are in data/offline."
         )
     return files
@@ -193,13 +175,11 @@ def _values_of(csv: Path) -> Path:
 
 
 def _read_csv(file: Path) -> pd.DataFrame:
-    numbers = [column for column, kind in _TYPES.items() if kind in ("Int64", "float64")]
+    # Only in numbers does "" mean "not measured"; train_factors "1" stays text.
+    numbers = {column: [""] for column, kind in _TYPES.items() if kind in ("Int64", "float64")}
     try:
-        # Only in numbers does "" mean "not measured"; train_factors "1" stays text.
-        frame = pd.read_csv(
-            file, dtype=_TYPES, keep_default_na=False, na_values=dict.fromkeys(numbers, [""])
-        )
-    except (ValueError, TypeError) as error:  # UnicodeDecodeError and pandas' own are ValueErrors
+        frame = pd.read_csv(file, dtype=_TYPES, keep_default_na=False, na_values=numbers)
+    except (ValueError, TypeError) as error:  # also pandas' own and UnicodeDecodeError
         raise UserError(
             f"{file} cannot be read as result rows ({error}). Move it away if it is something "
             "else, or delete it and evaluate that model again."
@@ -210,16 +190,18 @@ def _read_csv(file: Path) -> pd.DataFrame:
 def _read_parquet(file: Path) -> pd.DataFrame:
     try:
         frame = pd.read_parquet(file)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{file} is missing beside its CSV. Put it back (git restore), or evaluate again."
-        ) from error
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise UserError(f"{file} cannot be read ({error}). Evaluate that model again.") from error
+        raise UserError(
+            f"{file}, which belongs to the CSV beside it, cannot be read ({error}). Put it back "
+            "(git restore), or evaluate that model again."
+        ) from error
     return validate_per_query(frame, file)
 
 
-# ---------------------------------------------------------------- selecting
+def _select(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    """Rows that have these values in these columns."""
+    same = [frame[column] == value for column, value in values.items()]
+    return frame[np.logical_and.reduce(same)]
 
 
 def default_variant(frame: pd.DataFrame, pool_method: str) -> str:
@@ -230,7 +212,7 @@ def default_variant(frame: pd.DataFrame, pool_method: str) -> str:
     """
     if pool_method not in VARIANTS:
         raise UserError(f"pool_method {pool_method!r} is none of {list(VARIANTS)}.")
-    measured = frame[frame["pool_method"] == pool_method]
+    measured = _select(frame, pool_method=pool_method)
     models = measured.groupby("pool_variant")["model"].nunique()
     return max(VARIANTS[pool_method], key=lambda variant: models.get(variant, 0))
 
@@ -242,11 +224,8 @@ def find_models(
 
     ``train_method="none", train_factors="1"`` is FT PF1; three empty strings are the baseline.
     """
-    trained = rows[
-        (rows["train_collection"] == train_collection)
-        & (rows["train_method"] == train_method)
-        & (rows["train_factors"] == train_factors)
-    ]
+    training = {"train_method": train_method, "train_factors": train_factors}
+    trained = _select(rows, train_collection=train_collection, **training)
     # Released checkpoints and the baseline at other lengths have no training collection either.
     names = set(trained["model"]) if train_collection else {BASELINE} & set(trained["model"])
     return sorted(names)
@@ -267,7 +246,7 @@ def relative_ndcg(rows: pd.DataFrame, partial: bool = False) -> pd.DataFrame:
     UserError
         When a collection and engine have no unpooled baseline above 0, unless `partial`.
     """
-    unpooled = rows[(rows["model"] == BASELINE) & (rows["pool_method"] == "none")]
+    unpooled = _select(rows, model=BASELINE, pool_method="none")
     reference = unpooled.set_index(["collection", "engine"])["ndcg@10"]
     pairs = pd.MultiIndex.from_frame(rows[["collection", "engine"]])
     denominator = reference.where(reference > 0).reindex(pairs).to_numpy(dtype=float)
@@ -294,7 +273,7 @@ def kept_ndcg(rows: pd.DataFrame) -> pd.DataFrame:
         The pooled rows, and for each method that pools a collection its unpooled row as the
         method's point at factor 1. NaN where the unpooled NDCG@10 is 0.
     """
-    unpooled = rows[rows["pool_method"] == "none"]
+    unpooled = _select(rows, pool_method="none")
     pooled = rows[rows["pool_method"] != "none"]
     pairs = pooled[["collection", "pool_method"]].drop_duplicates()
     starts = unpooled.drop(columns="pool_method").merge(pairs, on="collection")
@@ -327,11 +306,10 @@ def series(
         Indexed by `factors`; NaN where a factor was not measured.
     """
     variant = default_variant(rows, pool_method) if variant is None else variant
-    same = (
-        (rows["model"] == model) & (rows["collection"] == collection) & (rows["engine"] == engine)
-    )
-    pooled = (rows["pool_method"] == pool_method) & (rows["pool_variant"] == variant)
-    chosen = rows[same & (pooled | (rows["pool_method"] == "none"))]
+    measured = _select(rows, model=model, collection=collection, engine=engine)
+    unpooled = _select(measured, pool_method="none")
+    pooled = _select(measured, pool_method=pool_method, pool_variant=variant)
+    chosen = pd.concat([unpooled, pooled]) if pool_method != "none" else unpooled
     curve = pd.Series(
         chosen[value].to_numpy(dtype=float), index=chosen["pool_factor"].to_numpy(dtype=int)
     )
@@ -354,25 +332,13 @@ def query_values(
     if pool_factor == 1:
         pool_method, variant = "none", ""
     variant = default_variant(per_query, pool_method) if variant is None else variant
-    chosen = per_query[
-        (per_query["model"] == model)
-        & (per_query["collection"] == collection)
-        & (per_query["engine"] == engine)
-        & (per_query["pool_method"] == pool_method)
-        & (per_query["pool_variant"] == variant)
-        & (per_query["pool_factor"] == pool_factor)
-    ]
+    pooling = {"pool_method": pool_method, "pool_variant": variant, "pool_factor": pool_factor}
+    chosen = _select(per_query, model=model, collection=collection, engine=engine, **pooling)
     return chosen.set_index("query_id")["ndcg@10"].sort_index()
 
 
-# ---------------------------------------------------------------- comparing
-
-
 def paired_bootstrap(
-    a: Sequence[float] | np.ndarray,
-    b: Sequence[float] | np.ndarray,
-    seed: int = 42,
-    resamples: int = 10_000,
+    a: ArrayLike, b: ArrayLike, seed: int = 42, resamples: int = 10_000
 ) -> tuple[float, float, float]:
     """Mean of ``a - b`` over queries and its 95 % percentile interval: (difference, low, high).
 
@@ -403,12 +369,8 @@ def paired_bootstrap(
         raise UserError("paired_bootstrap: NaN among the values; leave out what was not measured.")
     if len(difference) == 1:
         return float(difference[0]), np.nan, np.nan
-    interval = bootstrap(
-        (difference,),
-        np.mean,
-        n_resamples=resamples,
-        batch=1_000,  # resamples in memory at a time
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    rng = np.random.default_rng(seed)
+    options = {"n_resamples": resamples, "method": "percentile", "rng": rng}
+    found = bootstrap((difference,), np.mean, batch=1_000, **options)  # resamples in memory
+    interval = found.confidence_interval
     return float(difference.mean()), float(interval.low), float(interval.high)

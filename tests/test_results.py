@@ -164,10 +164,10 @@ def test_the_papers_numbers_are_no_result_rows(folder):
 def test_missing_or_broken_values_are_named(folder):
     file = folder / "baseline.per_query.parquet"
     file.write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"baseline\.per_query\.parquet cannot be read"):
+    with pytest.raises(UserError, match=r"baseline\.per_query\.parquet, .* cannot be read"):
         read_per_query(folder)
     file.unlink()
-    with pytest.raises(UserError, match=r"baseline\.per_query\.parquet is missing"):
+    with pytest.raises(UserError, match=r"baseline\.per_query\.parquet, .* cannot be read"):
         read_per_query(folder)
 
 
