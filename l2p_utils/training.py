@@ -33,7 +33,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.evaluation import SentenceEvaluator
 from torch.utils.data import BatchSampler, Sampler
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from l2p_utils.collection import Collection, carves_dev, load_collection, profile_split, subset
 from l2p_utils.evaluation import encode_collection, measure
@@ -199,7 +199,7 @@ class PooledDistillation(losses.Distillation):
         )
 
     def _divergence(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        low, high = scores.aminmax(dim=1, keepdim=True)
+        low, high = scores.min(1, keepdim=True).values, scores.max(1, keepdim=True).values
         student = ((scores - low) / (high - low + EPSILON)).log_softmax(-1)
         return self.loss_function(student, labels.log_softmax(-1))
 
@@ -261,6 +261,11 @@ class _Trainer(SentenceTransformerTrainer):
     # process, so a resumed training would see other batches
     def get_batch_sampler(self, dataset, batch_size, drop_last, **kwargs):
         return BatchSampler(_EpochOrder(len(dataset), self), batch_size, drop_last)
+
+
+def _processes() -> PartialState:
+    """The processes of this training: those that torchrun started, or this one alone."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def freeze(model: PooledColBERT, layers: int) -> None:
@@ -342,10 +347,14 @@ def fit(
         ),
         callbacks=[_Steps(loss, settings.checkpoint_steps)],
     )
-    with PartialState().main_process_first():  # which deletes what is half-written
+    trainer.remove_callback(PrinterCallback)
+    # transformers divides a part's loss by the number of parts, and accelerate would do it again
+    trainer.accelerator.gradient_accumulation_steps = 1
+    with _processes().main_process_first():  # which deletes what is half-written
         checkpoint = _last_checkpoint(folder)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with quiet_loading():
+            trainer.train(resume_from_checkpoint=checkpoint)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"Out of memory in training: {error}. Set training.micro_batch to fewer rows at a time "
@@ -377,7 +386,7 @@ def _arguments(
     progress: bool,
     device: torch.device,
 ) -> SentenceTransformerTrainingArguments:
-    processes = PartialState().num_processes
+    processes = _processes().num_processes
     at_once, parts = divide_batch(settings.batch_size, processes, settings.micro_batch)
     steps = math.ceil(rows / settings.batch_size) * settings.epochs
     arguments = SentenceTransformerTrainingArguments(
@@ -407,6 +416,9 @@ def _arguments(
     )
     # one GPU per process: otherwise a single process would use all GPUs, with a larger batch
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if device.type == "cpu":
+        # several processes would have "cpu:0", which torch.load refuses: they could not resume
+        arguments._setup_devices = device
     return arguments
 
 
@@ -528,7 +540,7 @@ def make_baseline(profile: Profile, progress: bool = True) -> Path:
     hash of everything that makes it; profiles with the same model and adaptation share it.
     """
     target = profile.folder / "models" / BASELINE
-    processes = PartialState()
+    processes = _processes()
     if profile.adaptation is None:
         with processes.main_process_first():
             _save_base(profile, target)
@@ -645,7 +657,7 @@ def _fit_and_save(
     progress: bool,
 ) -> None:
     """Train from the model in `start` and save the best epoch in `target`."""
-    processes = PartialState()
+    processes = _processes()
     recipe = profile.recipe(run.collection)
     with processes.main_process_first():
         if not settings_match(checkpoints, settings):
@@ -707,7 +719,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="of the rows' order and the factors")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
-    processes = PartialState()
+    processes = _processes()
     try:
         folder = train(
             load_profile(options.profile),
