@@ -36,7 +36,7 @@ from torch.utils.data import BatchSampler, Sampler
 from transformers import PrinterCallback, TrainerCallback
 
 from l2p_utils.collection import Collection, carves_dev, load_collection, profile_split, subset
-from l2p_utils.evaluation import encode_collection, measure
+from l2p_utils.evaluation import encode_collection, load_evaluated, measure
 from l2p_utils.files import (
     PROVENANCE,
     UserError,
@@ -55,7 +55,6 @@ from l2p_utils.model import (
     PooledColBERT,
     fingerprint,
     forward_precision,
-    load_checkpoint,
     load_model,
     quiet_loading,
     save_model,
@@ -79,7 +78,6 @@ from l2p_utils.profile import (
     check_run,
     check_seed,
     load_profile,
-    model_name,
     parse_factors,
 )
 from l2p_utils.search import exact_search
@@ -90,7 +88,6 @@ DEV_METRIC = "dev_ndcg@10"
 LOG_FILE = "training_log.csv"
 LOG_COLUMNS = ["step", "epoch", "loss", "learning_rate", DEV_METRIC]
 WORKERS = 2  # tokenise the next batches while a GPU computes
-EXPECTED = {"dim", "query_prefix", "document_prefix", "do_query_expansion", "skiplist"}
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -163,40 +160,28 @@ class PooledDistillation(losses.Distillation):
         """
         sentence_features = list(sentence_features)
         model = getattr(self.model, "module", self.model)  # a data-parallel one is wrapped
-        queries, documents = (
+        queries, documents = (  # (batch, tokens, dim), (batch · n_ways, tokens, dim)
             torch.nn.functional.normalize(self.model(features)["token_embeddings"], p=2, dim=-1)
             for features in sentence_features
         )
         query_mask, document_mask = extract_skiplist_mask(sentence_features, model.skiplist)
-        query_mask = None if model.do_query_expansion else query_mask
         with torch.autocast(queries.device.type, enabled=False):
-            scores = self._scores(queries.float(), documents.float(), query_mask, document_mask)
+            documents, document_mask = pool_padded(
+                documents.float(),
+                document_mask,
+                sample_pool_factor(self.pool_factors, self.seed, self.step),
+                self.pool_method,
+                self.protected_tokens,
+                variant=self.variant,
+                use_sklearn=self.use_sklearn,
+            )
+            scores = self.score_metric(  # MaxSim: (batch, n_ways)
+                queries.float(),
+                documents.unflatten(0, labels.shape),  # (batch, n_ways, vectors, dim)
+                queries_mask=None if model.do_query_expansion else query_mask,
+                documents_mask=document_mask.unflatten(0, labels.shape),
+            )
             return self._divergence(scores, labels.float())
-
-    def _scores(
-        self,
-        queries: torch.Tensor,
-        documents: torch.Tensor,
-        query_mask: torch.Tensor | None,
-        document_mask: torch.Tensor,
-    ) -> torch.Tensor:
-        """MaxSim with the pooled documents: (batch, n_ways)."""
-        documents, document_mask = pool_padded(
-            documents,
-            document_mask,
-            sample_pool_factor(self.pool_factors, self.seed, self.step),
-            self.pool_method,
-            self.protected_tokens,
-            variant=self.variant,
-            use_sklearn=self.use_sklearn,
-        )
-        ways = (len(queries), -1)
-        return self.score_metric(
-            queries,
-            documents.unflatten(0, ways),  # (batch, n_ways, vectors, dim)
-            queries_mask=query_mask,
-            documents_mask=document_mask.unflatten(0, ways),
-        )
 
     def _divergence(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         low, high = scores.min(1, keepdim=True).values, scores.max(1, keepdim=True).values
@@ -311,33 +296,23 @@ def fit(
     Parameters
     ----------
     rows
-        As `training_rows` gives them; ordered by the loss's seed.
+        As `training_rows` gives them; their order depends on the loss's seed.
     dev
         Measured after every epoch; the best epoch is kept.
-    folder
-        For checkpoints.
 
     Returns
     -------
-    model
-        The best epoch's.
-    log
-        One row per step: step, epoch, loss, learning_rate, pool_factor; one per evaluation with
-        `dev_ndcg@10`.
-    best
-        The best `epoch` and its `dev_ndcg@10`.
-
-    Raises
-    ------
-    UserError
-        When a GPU's memory does not suffice.
+    tuple
+        The best epoch's model; a log with one row per step (step, epoch, loss, learning_rate,
+        pool_factor) and one per evaluation (`dev_ndcg@10`); the best `epoch` and its score.
     """
-    model = loss.model
-    model.float()  # a checkpoint may be stored in half precision, where small updates are lost
+    model = loss.model.float()  # in half precision, where it may be stored, small updates are lost
     freeze(model, settings.frozen_layers)
+    arguments = _arguments(settings, len(rows), loss.seed, folder, precision, model.device)
+    arguments.disable_tqdm = not progress
     trainer = _Trainer(
         model=model,
-        args=_arguments(settings, len(rows), loss.seed, folder, precision, progress, model.device),
+        args=arguments,
         train_dataset=rows,
         loss=loss,
         evaluator=DevEvaluator(dev, precision),
@@ -358,23 +333,18 @@ def fit(
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"Out of memory in training: {error}. Set training.micro_batch to fewer rows at a time "
-            f"(now {trainer.args.per_device_train_batch_size}; a step keeps its "
+            f"(now {arguments.per_device_train_batch_size}; a step keeps its "
             f"{settings.batch_size}), or freeze layers (training.frozen_layers)."
         ) from error
-    best = trainer.state.best_global_step
     log = pd.DataFrame(trainer.state.log_history).rename(columns={f"eval_{DEV_METRIC}": DEV_METRIC})
-    log = log[LOG_COLUMNS].dropna(subset=["loss", DEV_METRIC], how="all")
-    factors = [
+    log = log[LOG_COLUMNS].dropna(subset=["loss", DEV_METRIC], how="all", ignore_index=True)
+    log["pool_factor"] = [
         sample_pool_factor(loss.pool_factors, loss.seed, int(step) - 1) for step in log["step"]
     ]
-    return (
-        load_model(folder / f"checkpoint-{best}", str(model.device)),
-        log.assign(pool_factor=factors).reset_index(drop=True),
-        {
-            DEV_METRIC: trainer.state.best_metric,
-            "epoch": float(log.loc[log["step"] == best, "epoch"].iloc[0]),
-        },
-    )
+    best = trainer.state.best_global_step
+    epoch = float(log.loc[log["step"] == best, "epoch"].iloc[0])
+    kept = load_model(folder / f"checkpoint-{best}", str(model.device))
+    return kept, log, {DEV_METRIC: trainer.state.best_metric, "epoch": epoch}
 
 
 def _arguments(
@@ -383,10 +353,9 @@ def _arguments(
     seed: int,
     folder: Path,
     precision: str,
-    progress: bool,
     device: torch.device,
 ) -> SentenceTransformerTrainingArguments:
-    processes = _processes().num_processes
+    processes, cuda = _processes().num_processes, device.type == "cuda"
     at_once, parts = divide_batch(settings.batch_size, processes, settings.micro_batch)
     steps = math.ceil(rows / settings.batch_size) * settings.epochs
     arguments = SentenceTransformerTrainingArguments(
@@ -407,16 +376,15 @@ def _arguments(
         greater_is_better=True,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        disable_tqdm=not progress,
         report_to="none",
         dataloader_drop_last=processes > 1,
-        use_cpu=device.type == "cpu",
-        dataloader_num_workers=WORKERS if device.type == "cuda" else 0,
-        dataloader_pin_memory=device.type == "cuda",
+        dataloader_num_workers=WORKERS if cuda else 0,
+        dataloader_pin_memory=cuda,
+        use_cpu=not cuda,
     )
     # one GPU per process: otherwise a single process would use all GPUs, with a larger batch
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    if device.type == "cpu":
+    if not cuda:
         # several processes would have "cpu:0", which torch.load refuses: they could not resume
         arguments._setup_devices = device
     return arguments
@@ -450,11 +418,6 @@ def training_rows(mined: Dataset, collection: Collection, max_rows: int | None =
     -------
     datasets.Dataset
         `query` (str), `documents` (list of str), `scores` (list of float).
-
-    Raises
-    ------
-    UserError
-        When the collection lacks a row's query or one of its documents.
     """
     if max_rows is not None and max_rows < len(mined):
         mined = mined.select(np.linspace(0, len(mined) - 1, max_rows).round().astype(int))
@@ -490,14 +453,7 @@ def train(
     -------
     pathlib.Path
         The model's folder: weights, `provenance.json`, and the log of the training.
-
-    Raises
-    ------
-    UserError
-        When the rows were not mined, method and factors do not fit together, or the seed cannot be
-        one.
     """
-    use_threads(profile.threads)
     factors = list(pool_factors)
     check_run(pool_method, factors)
     seed = profile.seed if seed is None else seed
@@ -509,49 +465,60 @@ def train(
                 f"{pool_method!r}. Pass pool_method none and pool_factors 1."
             )
         return make_baseline(profile, progress)
-    run = Run(collection=collection, pool_method=pool_method, pool_factors=factors, seed=seed)
-    name = model_name(collection, pool_method, factors, seed)
     mined = load_mined(mined_folder(profile, collection))
     start = make_baseline(profile, progress)
+    run = Run(collection=collection, pool_method=pool_method, pool_factors=factors, seed=seed)
+    name = profile.run_name(run)
     settings = {
         "model": name,
-        "run": run.model_dump(),
-        "code": CACHE_VERSION,
+        **_settings(profile, run),
         "pooling": stored_variant(pool_method, profile.hierarchical, profile.use_sklearn),
-        "training": profile.training.model_dump(),
         "start": fingerprint(start),
         "rows": mined_fingerprint(mined),
-        "precision": _precision(profile),
-        **_lengths(profile, collection),
-        **_dev(profile, collection),
     }
+    if not profile.model.bundled or collection in profile.model.query_lengths:
+        settings["lengths"] = {
+            "query_length": profile.model.query_length_on(collection),
+            "document_length": profile.model.document_length,
+        }
     target = profile.folder / "models" / name
     if not settings_match(target, settings):
         checkpoints = profile.folder / "checkpoints" / name
-        _fit_and_save(profile, start, mined, run, settings, target, checkpoints, progress)
+        _fit_and_save(profile, settings, start, mined, target, checkpoints, progress)
     return target
 
 
 def make_baseline(profile: Profile, progress: bool = True) -> Path:
-    """The model that all trainings start from, in `models/baseline`; reused where it is there.
+    """The model that all trainings start from, in `models/baseline`; reused if it is up to date.
 
     A base from the hub is saved as it is. The bundled encoder is adapted: its collection is mined
-    and it is trained on it, unpooled. That is done once per machine and kept in the cache, under a
-    hash of everything that makes it; profiles with the same model and adaptation share it.
+    and it is trained on it, unpooled. That is done once per machine and cached under a hash of
+    everything that makes it; profiles with the same model and adaptation share it.
     """
     target = profile.folder / "models" / BASELINE
-    processes = _processes()
+    base = profile.model
     if profile.adaptation is None:
-        with processes.main_process_first():
-            _save_base(profile, target)
+        with _processes().main_process_first():
+            commit = snapshot(base.base, "model", base.revision).commit
+            origin = {"revision": base.revision, "commit": commit}
+            settings = {"model": BASELINE, "origin": origin, "base": base.model_dump()}
+            if not settings_match(target, settings):
+                save_model(load_evaluated(profile, BASELINE), target, settings)
         return target
-    settings = _baseline_settings(profile)
+    run = Run(collection=profile.adaptation.collection, pool_method="none", seed=profile.seed)
+    makes_it = {"model", "mining", "scoring", "training_data", "released_rows"}
+    settings = {
+        "model": BASELINE,
+        **_settings(profile, run),
+        "profile": profile.model_dump(mode="json", include=makes_it),
+        "fingerprint": profile_split(profile, run.collection).fingerprint,
+    }
     if settings_match(target, settings):
         return target
-    if processes.num_processes > 1:
+    if _processes().num_processes > 1:
         raise UserError(
             "There is no baseline yet, and it is made in one process. Run `python -m "
-            f"l2p_utils.training --profile … --collection {profile.adaptation.collection}` first."
+            f"l2p_utils.training --profile … --collection {run.collection}` first."
         )
     text = json.dumps([settings, profile.threads, versions()], sort_keys=True)
     cached = cache_folder() / "baselines" / hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -564,77 +531,33 @@ def make_baseline(profile: Profile, progress: bool = True) -> Path:
     return target
 
 
-def _save_base(profile: Profile, target: Path) -> None:
-    """Save the profile's base, checked, as the baseline."""
-    model = profile.model
-    found = snapshot(model.base, "model", model.revision)
-    expected = model.model_dump(include=EXPECTED)
-    lengths = {"query_length": model.query_length, "document_length": model.document_length}
-    settings = {
-        "model": BASELINE,
-        "source": model.base,
-        "origin": {"revision": model.revision, "commit": found.commit},
-        "expected": expected,
-        **lengths,
-    }
-    if not settings_match(target, settings):
-        checkpoint = load_checkpoint(found.folder, found.name, expected, **lengths)
-        save_model(checkpoint, target, settings)
-
-
-def _baseline_settings(profile: Profile) -> dict[str, Any]:
-    """What the adapted model depends on, known before anything is mined."""
-    adaptation = profile.adaptation
-    run = Run(collection=adaptation.collection, pool_method="none", seed=profile.seed)
-    names = {"model", "mining", "scoring", "training_data", "released_rows"}
+def _settings(profile: Profile, run: Run) -> dict[str, Any]:
+    """What every trained model depends on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    other = profile.dev_collections.get(run.collection)
     return {
-        "model": BASELINE,
         "run": run.model_dump(),
         "code": CACHE_VERSION,
-        "training": adaptation.model_dump(),
-        "profile": profile.model_dump(mode="json", include=names),
-        "collection": profile_split(profile, adaptation.collection).fingerprint,
-        "precision": _precision(profile),
-        **_dev(profile, adaptation.collection),
+        "training": profile.recipe(run.collection).model_dump(),
+        "precision": forward_precision(profile.precision, device),
+        **({"dev": f"{other}, test split"} if other else {}),
     }
 
 
 def _adapt(profile: Profile, settings: dict[str, Any], target: Path, progress: bool) -> None:
     """Mine the adaptation's collection and train the bundled model on it."""
-    run = Run(**settings["run"])
+    collection = profile.adaptation.collection
     print(
-        f"Making the baseline, once: {run.collection} is mined and the bundled model adapted to "
+        f"Making the baseline, once: {collection} is mined and the bundled model adapted to "
         "late interaction on it. This takes some minutes.",
         flush=True,
     )
     work = target.with_name(f"{target.name}-unfinished")
-    mined = mine(profile, run.collection, progress, work / "mined")
+    mined = mine(profile, collection, progress, work / "mined")
     untrained_model(profile)
     start = profile.folder / "models" / "bundled"
-    _fit_and_save(profile, start, mined, run, settings, target, work / "checkpoints", progress)
+    _fit_and_save(profile, settings, start, mined, target, work / "checkpoints", progress)
     remove(work)
-
-
-def _precision(profile: Profile) -> str:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return forward_precision(profile.precision, torch.device(device))
-
-
-def _lengths(profile: Profile, collection: str) -> dict[str, Any]:
-    """Lengths that this training sets; the bundled model is made with its own."""
-    if profile.model.bundled and collection not in profile.model.query_lengths:
-        return {}
-    lengths = {
-        "query_length": profile.model.query_length_on(collection),
-        "document_length": profile.model.document_length,
-    }
-    return {"lengths": lengths}
-
-
-def _dev(profile: Profile, collection: str) -> dict[str, str]:
-    """Where the epoch is picked, when it is another collection's test queries."""
-    other = profile.dev_collections.get(collection)
-    return {"dev": f"{other}, test split"} if other else {}
 
 
 def _load_dev(profile: Profile, collection: str, settings: TrainingSettings) -> Collection:
@@ -648,16 +571,17 @@ def _load_dev(profile: Profile, collection: str, settings: TrainingSettings) -> 
 
 def _fit_and_save(
     profile: Profile,
+    settings: dict[str, Any],
     start: Path,
     mined: Dataset,
-    run: Run,
-    settings: dict[str, Any],
     target: Path,
     checkpoints: Path,
     progress: bool,
 ) -> None:
-    """Train from the model in `start` and save the best epoch in `target`."""
-    processes = _processes()
+    """Train from the model in `start`; save the best epoch, the log and the provenance."""
+    began = time.perf_counter()
+    use_threads(profile.threads)
+    run, processes = Run(**settings["run"]), _processes()
     recipe = profile.recipe(run.collection)
     with processes.main_process_first():
         if not settings_match(checkpoints, settings):
@@ -666,39 +590,31 @@ def _fit_and_save(
     dev = _load_dev(profile, run.collection, recipe)
     rows = training_rows(mined, profile_split(profile, run.collection), recipe.max_rows)
     model = load_model(start)
-    if lengths := settings.get("lengths"):
-        model.query_length = lengths["query_length"]
-        model.document_length = lengths["document_length"]
-    loss = PooledDistillation(
-        model,
-        run.pool_method,
-        run.pool_factors,
-        run.seed,
-        use_sklearn=profile.use_sklearn,
-        variant=profile.hierarchical,
-    )
-    began = time.perf_counter()
+    for length, value in settings.get("lengths", {}).items():
+        setattr(model, length, value)
+    pooling = {"use_sklearn": profile.use_sklearn, "variant": profile.hierarchical}
+    loss = PooledDistillation(model, run.pool_method, run.pool_factors, run.seed, **pooling)
     best, log, epoch = fit(loss, rows, dev, recipe, checkpoints, profile.precision, progress)
     processes.wait_for_everyone()  # all have read the best epoch
     if processes.is_main_process:
+        provenance = {
+            "settings": settings,
+            "rows": len(rows),
+            "dev": {
+                "collection": settings.get("dev", f"{dev.name}, dev split"),
+                "looks_at_test_queries": "dev" in settings,
+                "fingerprint": dev.fingerprint,
+                "query_length": best.query_length,
+            },
+            "epoch": epoch,
+            "seconds": round(time.perf_counter() - began, 1),  # since it was last resumed
+            "processes": processes.num_processes,
+            "device": torch.cuda.get_device_name() if best.device.type == "cuda" else "cpu",
+            "versions": versions(),
+        }
         with atomic_path(target) as temporary, quiet_loading():
             best.save(str(temporary), create_model_card=False)
             log.to_csv(temporary / LOG_FILE, index=False)
-            provenance = {
-                "settings": settings,
-                "rows": len(rows),
-                "dev": {
-                    "collection": settings.get("dev", f"{dev.name}, dev split"),
-                    "looks_at_test_queries": "dev" in settings,
-                    "fingerprint": dev.fingerprint,
-                    "query_length": best.query_length,
-                },
-                "epoch": epoch,
-                "seconds": round(time.perf_counter() - began, 1),  # since it was last resumed
-                "processes": processes.num_processes,
-                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                "versions": versions(),
-            }
             write_json(temporary / PROVENANCE, provenance)
         remove(checkpoints)
     processes.wait_for_everyone()

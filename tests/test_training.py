@@ -18,8 +18,8 @@ from datasets import Dataset
 from pylate import losses
 from tiny import tiny_colbert
 
-from l2p_utils import pooling, training
 from l2p_utils import profile as profiles
+from l2p_utils import training
 from l2p_utils.collection import Collection
 from l2p_utils.files import PROVENANCE, UserError, read_json, write_json
 from l2p_utils.model import load_model, quiet_loading
