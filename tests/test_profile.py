@@ -1,8 +1,6 @@
 """Profiles: the ones that ship load; what is misspelt or impossible is refused by its key."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -14,7 +12,6 @@ from l2p_utils.profile import (
     PROFILES,
     ModelSettings,
     Profile,
-    describe_keys,
     factors_name,
     load_profile,
     model_name,
@@ -52,7 +49,7 @@ def refusal(path):
     return str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["smoke", "quick", "offline"])
+@pytest.mark.parametrize("name", ["smoke", "quick", "offline", "paper"])
 def test_shipped_profiles_load(name):
     profile = load_profile(name)
     assert isinstance(profile, Profile)
@@ -72,6 +69,13 @@ def test_file_of_ones_own_loads_under_its_name(write):
     profile = load_profile(write({}))
     assert profile.name == "mine"
     assert profile.runs[1].pool_factors == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("my own runs.yaml", "my-own-runs"), ("合同 v1.yml", "合同-v1")]
+)
+def test_a_file_name_with_a_space_makes_a_profile_name_without(write, file, name):
+    assert load_profile(write({}, file)).name == name
 
 
 @pytest.mark.parametrize(
@@ -118,6 +122,7 @@ def test_misspelt_key_is_named(write, key, value):
         ("mining.threshold", 0.0),
         ("mining.threshold", float("nan")),
         ("training.batch_size", 0),
+        ("training.micro_batch", 0),
         ("training.learning_rate", -1e-5),
         ("training.learning_rate", float("inf")),
         ("training.warmup_ratio", 1.0),
@@ -172,12 +177,12 @@ def test_plaid_of_an_unknown_model_is_refused(write):
 
 
 def test_plaid_setting_listed_in_two_jobs_is_refused(write):
-    assert "plaid: listed twice" in refusal(write({"plaid": [QUICK["plaid"][0]] * 2}))
+    assert "listed twice: plaid: baseline" in refusal(write({"plaid": [QUICK["plaid"][0]] * 2}))
 
 
 def test_training_on_the_adaptation_collection_is_refused(write):
     message = refusal(write({"runs.0.collection": "docs:transformers", "plaid": []}))
-    assert "runs: 'docs:transformers' is kept for the warm-up" in message
+    assert "runs: 'docs:transformers' is kept for the adaptation" in message
 
 
 @pytest.mark.parametrize(
@@ -255,6 +260,9 @@ def test_run_is_found_by_its_models_name():
         ("nano:fiqa", "nano-fiqa"),
         ("beir:scifact@refs/pr/1", "beir-scifact"),
         ("folder@2", "folder-2"),
+        ("path/to/коллекция", "коллекция"),
+        ("合同 v1", "合同-v1"),
+        ("e\u0301te\u0301", "été"),
     ],
 )
 def test_slug_is_safe_in_file_names(collection, expected):
@@ -361,28 +369,3 @@ def test_a_revision_is_no_part_of_a_released_models_name():
 )
 def test_an_empty_revision_is_refused(write, change):
     assert "its revision is empty; expected owner/name@<revision>" in refusal(write(change))
-
-
-def test_no_key_lacks_a_description():
-    heads, texts = list(describe_keys())[::2], list(describe_keys())[1::2]
-    assert [head for head, text in zip(heads, texts, strict=True) if text.strip() == "None"] == []
-
-
-def test_every_key_has_a_short_line_with_its_type_and_its_default_as_yaml():
-    assert max(map(len, describe_keys())) <= 100
-    heads = [line.split() for line in list(describe_keys())[::2]]
-    keys = {key: rest for key, *rest in heads}
-    assert len(keys) == len(heads) > 80
-    assert {"seed", "model.base", "adaptation.collection", "plaid[].model"} < keys.keys()
-    assert keys["training.learning_rate"] == ["float", ">", "0", "5.0e-05"]
-    assert keys["runs[].collection"] == ["str", "required"]
-    assert keys["runs[].seed"] == ["int", "|", "null", "≥", "0,", "≤", "4294967295", "null"]
-    assert keys["model.query_lengths"] == ["dict[str,", "int]", "{}"]
-
-
-def test_the_keys_are_printed():
-    printed = subprocess.run(
-        [sys.executable, "-m", "l2p_utils.profile"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (printed.stderr, printed.returncode) == ("", 0)
-    assert printed.stdout.splitlines() == list(describe_keys())
