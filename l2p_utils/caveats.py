@@ -12,8 +12,8 @@ from collections.abc import Callable
 import pandas as pd
 
 from l2p_utils.files import UserError
-from l2p_utils.profile import BUNDLED
 from l2p_utils.paper import roles_of
+from l2p_utils.profile import BUNDLED
 from l2p_utils.results import BASELINE, RELEASED
 
 #: Points by which two models differ on a single query (standard deviation; data/offline: 15 to 19).
