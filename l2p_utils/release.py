@@ -341,7 +341,7 @@ def _training_rows(profile: Profile, run: Run, provenance: dict[str, Any]) -> di
 
 
 def _check_measured(profile: Profile, name: str, weights: str) -> None:
-    """The stored rows must be there, and measured of these weights."""
+    """Result rows must exist, and be measured of these weights."""
     results = profile.folder / "results"
     if name not in set(read_rows(results)["model"]):
         raise UserError(
