@@ -34,6 +34,7 @@ from l2p_utils.notebooks import (
 )
 from l2p_utils.profile import load_profile, parse_factors
 
+KERNEL = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
 STORED = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -41,7 +42,8 @@ def make_notebook(path, *sources, parameters="size = 2"):
     """A notebook with a title, a cell of parameters, then a cell for each of `sources`."""
     cells = [new_markdown_cell("# Title"), new_code_cell(parameters)]
     cells[1].metadata["tags"] = ["parameters"]
-    nbformat.write(new_notebook(cells=cells + [new_code_cell(source) for source in sources]), path)
+    cells += [new_code_cell(source) for source in sources]
+    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), path)
     return path
 
 
@@ -239,7 +241,7 @@ evaluation: {collections: [FOLDER]}
 
 @pytest.fixture
 def own(tmp_path):
-    """A profile, in a file with a space in its name, of a folder with no Latin letter in its own."""
+    """A profile in a file `my own.yaml`, of a folder whose name has no Latin letter but one."""
     folder = tmp_path / "合同 v1"
     (folder / "qrels").mkdir(parents=True)
     for kind, count in {"corpus": 6, "queries": 6}.items():
