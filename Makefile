@@ -44,8 +44,9 @@ lab: setup  ## open the notebooks in JupyterLab; LAB="--port 9999 --ip 0.0.0.0":
 	@$(PY) -m jupyter lab --ServerApp.root_dir="$(CURDIR)/notebooks" \
 		--AsyncMappingKernelManager.root_dir="$(CURDIR)" $(LAB)
 
-figures: setup  ## redraw figures/paper and figures/offline from data/
+figures: setup  ## redraw figures/ from data/
 	@$(PY) -m l2p_utils.figures
+	@$(PY) -m l2p_utils.benchmark
 
 notebooks: setup  ## execute the stored notebooks again from data/; copy 01-03 from a finished quick
 	@$(NOTEBOOKS) refresh

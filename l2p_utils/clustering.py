@@ -1,9 +1,9 @@
 """Clustering many small sets of vectors at once: Ward's trees, and k-means that starts from them.
 
-Takes the squared distances within each set, (sets, n, n), and a mask; gives one label a vector. A
-tree is grown once and cut at any number of places. Both work on distances alone, in compiled code
-on the CPU, threads over the sets: a squared distance to a centre follows from those to its members,
-so k-means never touches the vectors, and a step takes n² additions instead of n · k · dim.
+Squared distances within each set, (sets, n, n), and a mask give one label per vector. A tree is
+grown once and cut at any number of places. Everything works on distances alone, in compiled code on
+the CPU, with threads over the sets: a squared distance to a centre follows from those to its
+members, so k-means never touches the vectors, and a step takes n² additions, not n · k · dim.
 
 Sources: D. Müllner, *Modern hierarchical, agglomerative clustering algorithms* (2011), for the
 nearest-neighbour chain; S. Lloyd, *Least squares quantization in PCM* (1982), for the steps of
@@ -59,9 +59,9 @@ def ward_labels(
         Whether merges of equal height are all made or none, as SciPy's
         ``fcluster(…, criterion="maxclust")`` does, which gives fewer clusters too.
     threads
-        Sets are shared out among so many.
+        Number of threads; each takes some of the sets.
     cosines
-        What `distances` holds.
+        Whether `distances` holds products of unit vectors.
 
     Returns
     -------
@@ -97,7 +97,7 @@ def lloyd(
     labels
         (sets, cuts, n) int64, the start: 0, 1, 2, … inside the mask.
     steps
-        At most so many.
+        Upper limit of their number.
 
     Returns
     -------
@@ -125,13 +125,13 @@ def _ward_labels(
     distances, mask, counts, same, labels, ties, cosines
 ):  # pragma: no cover (compiled)
     # One for all sets: memory that is new each time costs more than growing the tree.
-    room = np.empty(mask.shape[1] ** 2)
+    buffer = np.empty(mask.shape[1] ** 2)
     for i in range(len(mask)):
         members = np.flatnonzero(mask[i])
         n = len(members)
         labels[i] = -1
         # a copy: growing the tree uses it up; float64, for merges round again and again
-        among = room[: n * n].reshape(n, n)
+        among = buffer[: n * n].reshape(n, n)
         _copy_among(distances[i], members, same[i], cosines, among)
         first, second, heights = _nearest_neighbour_chain(among)
         order = np.argsort(heights, kind="mergesort")  # stable: children stay before parents
@@ -147,7 +147,7 @@ def _ward_labels(
 
 @COMPILED
 def _copy_among(distances, members, same, cosines, among):  # pragma: no cover (compiled)
-    """What a tree is grown from, in `among` (n, n): from all of a set's distances or cosines.
+    """Fill `among` (n, n), which a tree is grown from, with the distances between a set's members.
 
     Where the members stand side by side, as they do in documents without masked tokens, a row is
     read as it stands, several numbers at a time.
@@ -181,7 +181,7 @@ def _nearest_neighbour_chain(distances):  # pragma: no cover (compiled)
     n = len(distances)
     name = np.arange(n)  # of the cluster in each slot
     size = np.ones(n)  # floats: they are multiplied with distances
-    empty = np.zeros(n, distances.dtype)  # infinity where a slot is empty, whatever stands there
+    empty = np.zeros(n, distances.dtype)  # infinity where a slot is empty, whatever its distances
     first = np.empty(max(n - 1, 0), np.int64)
     second = np.empty(max(n - 1, 0), np.int64)
     heights = np.empty(max(n - 1, 0), distances.dtype)
@@ -225,7 +225,7 @@ def _nearest_neighbour_chain(distances):  # pragma: no cover (compiled)
 
 @COMPILED
 def _move_together(distances, name, size, empty, chain, slots):  # pragma: no cover (compiled)
-    """Move the clusters to the first slots, in place and in order; how many there are."""
+    """Move the clusters to the first slots, in place and in order; returns their number."""
     used = np.flatnonzero(size[:slots])
     target = np.empty(slots, np.int64)
     for to, i in enumerate(used):
@@ -281,12 +281,12 @@ def _join(first, second, merges, members, labels):  # pragma: no cover (compiled
 
 @COMPILED
 def _lloyd(distances, mask, labels, same, steps):  # pragma: no cover (compiled)
-    room = np.empty(mask.shape[1] ** 2, distances.dtype)
+    buffer = np.empty(mask.shape[1] ** 2, distances.dtype)
     for i in range(len(mask)):
         members = np.flatnonzero(mask[i])
         if len(members) > 1:
             n = len(members)
-            among = room[: n * n].reshape(n, n)
+            among = buffer[: n * n].reshape(n, n)
             for j in range(n):
                 for k in range(n):
                     among[j, k] = distances[i, members[j], members[k]]
@@ -310,17 +310,17 @@ def _refine(distances, labels, same, steps):  # pragma: no cover (compiled)
     nearest = np.empty(n, np.int64)
     least = np.empty(n)  # squared distance to the nearest centre
     for _ in range(steps):
-        spread = np.zeros(clusters)
+        inertia = np.zeros(clusters)
         for j in range(n):
-            spread[labels[j]] += sums[labels[j], j]
+            inertia[labels[j]] += sums[labels[j], j]
         for j in range(n):  # ties go to the present cluster, then to the smaller number
             k = labels[j]
             nearest[j] = k
-            least[j] = sums[k, j] / size[k] - spread[k] / (2 * size[k] ** 2)
+            least[j] = sums[k, j] / size[k] - inertia[k] / (2 * size[k] ** 2)
         for k in range(clusters):
             if size[k] > 0:
                 share = 1 / size[k]
-                half = spread[k] * share * share / 2
+                half = inertia[k] * share * share / 2
                 for j in range(n):
                     squared = sums[k, j] * share - half
                     if squared < least[j]:

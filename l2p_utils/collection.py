@@ -1,33 +1,36 @@
 """Retrieval collections: corpus, queries and relevance judgments, wherever they come from.
 
-Takes a name, ``docs:scipy``, ``nano:scifact``, ``beir:scifact`` or a folder in BEIR's layout, and
-gives a `Collection`; whatever is wrong with the files ends in an error that names file and line.
+A name (``docs:scipy``, ``nano:scifact``, ``beir:scifact``) or a folder in BEIR's layout gives a
+`Collection`. What cannot be read is refused, with file and line; what has no text, or judges what
+does not exist, is left out and counted.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from l2p_utils.files import UserError
-from l2p_utils.profile import HUB, MiningSettings, Profile
+from l2p_utils.files import ROOT, UserError
+from l2p_utils.hub import collection_repository, snapshot
+from l2p_utils.profile import BUNDLED, HUB, MiningSettings, Profile, plain_name
 
 logger = logging.getLogger(__name__)
 
-BUNDLED = "docs:"
-#: A folder without ``qrels/dev.tsv`` gives so much of its training queries to its dev split.
+DOCS = ROOT / "data" / "docs"
+#: A collection without a dev split gives so much of its training queries to it.
 DEV_SHARE, MAX_DEV_QUERIES = 0.10, 100
-Qrels = dict[str, dict[str, int]]
-#: Half of a surrogate pair: JSON can escape it, but it is no character and no UTF-8.
-HALF = re.compile(r"[\ud800-\udfff]")
+#: Judgments of unknown queries or documents are dropped up to this share; ArguAna has some.
+UNKNOWN_SHARE = 0.05
 QRELS_HEADER = ("query-id", "corpus-id", "score")
+Qrels = dict[str, dict[str, int]]
+Judgment = tuple[str, str, Any]  # query id, document id, relevance
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,22 @@ class Collection:
     queries : dict of str to str
         Query id to text, of the queries that the split judges.
     qrels : dict of str to dict of str to int
-        Query id to {document id: relevance}; a relevance of 0 or less means judged irrelevant.
+        Query id to {document id: relevance}; 0 or less means judged irrelevant.
     split : str
         "train", "dev" or "test".
     dropped : int
         Documents that were left out because they have no text.
+    judgments_dropped : int
+        Judgments that were left out because their query or document does not exist.
     """
 
     name: str
     corpus: dict[str, str]
     queries: dict[str, str]
-    qrels: dict[str, dict[str, int]]
+    qrels: Qrels
     split: str = "test"
     dropped: int = 0
+    judgments_dropped: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -66,289 +72,52 @@ class Collection:
 
 
 def load_collection(
-    name: str | Path,
-    split: str = "test",
-    text_only: bool = False,
-    cache: str | Path | None = None,
-    carve_dev: bool | None = None,
+    name: str | Path, split: str = "test", text_only: bool = False, carve_dev: bool | None = None
 ) -> Collection:
     """Load one split of a collection.
 
     Parameters
     ----------
     name : str or path
-        ``docs:<package>``, a bundled collection (see `l2p_utils.docstrings`); ``nano:<set>`` or
-        ``beir:<set>``, perhaps with ``@<revision>``, a collection from the hub (see
-        `l2p_utils.hub_collections`: fetched once, then read from the cache); or a folder in
-        BEIR's layout: ``corpus.jsonl`` (``_id``, ``text``, perhaps ``title``), ``queries.jsonl``
-        (``_id``, ``text``), ``qrels/<split>.tsv`` (header ``query-id corpus-id score``).
+        ``docs:<package>``, a bundled collection; ``nano:<set>`` or ``beir:<set>``, perhaps with
+        ``@<revision>``, from the hub; or a folder in BEIR's layout: ``corpus.jsonl`` (``_id``,
+        ``text``, perhaps ``title``), ``queries.jsonl`` (``_id``, ``text``), both perhaps gzipped
+        (``.jsonl.gz``), ``qrels/<split>.tsv`` (header ``query-id corpus-id score``).
     split : str
-        "test", "train" or "dev", or another one that there are judgments for. NanoBEIR has "test"
-        only.
+        "test", "train" or "dev", or another that there are judgments for. NanoBEIR has "test" only.
     text_only : bool
-        False joins title and text. True takes ``text`` alone: for mining and training where the
-        training queries are the documents' titles. Bundled documents have no title.
-    cache : path, optional
-        Where bundled and hub collections are cached, see `l2p_utils.docstrings.cache_folder`.
+        Take ``text`` without the title: for training queries that are the documents' titles.
     carve_dev : bool, optional
-        What happens where there are training judgments and none for "dev". True: "dev" is a tenth
-        of the training queries, at most 100, picked by hash of their ids, and "train" is without
-        them. False: "train" is whole, "dev" an error. None: True for folders; False for hub
-        collections, since the paper trains on all of BEIR's training queries. Who trains on "train"
-        and picks the epoch on "dev" must give the same value for both. Bundled collections have
-        fixed splits.
-
-    Returns
-    -------
-    Collection
-        Documents without text are dropped, their judgments with them, and counted.
+        Where there are training judgments and none for "dev": True makes "dev" of a tenth of the
+        training queries (at most 100, by the hash of their ids) and leaves them out of "train";
+        False does not. None means True for folders and False for the hub, since the paper trains on
+        all of BEIR's training queries. Pass the same value when loading train and dev.
 
     Raises
     ------
     UserError
-        For a name or split that does not exist, and for anything wrong in the files: says which
-        file and line, what was found and what was expected.
+        For an unknown name or split, anything unreadable (with file and line), and too many
+        judgments of what does not exist.
     """
-    if str(name).startswith(BUNDLED):
-        return _load_bundled(str(name), split, cache)
-    if str(name).startswith(HUB):
-        carve = bool(carve_dev)
-        label, folder = _hub_collections().find_split(str(name), split, cache, carve)
-    else:
-        carve = carve_dev is None or carve_dev
-        label, folder = str(name), _check_folder(name)
-    corpus, dropped = _read_corpus(folder / "corpus.jsonl", text_only)
-    queries = _read_queries(folder / "queries.jsonl")
-    qrels = _read_split(folder, split, queries, corpus.keys() | dropped, carve)
-    qrels = _without_documents(qrels, dropped)
-    if dropped:
-        logger.warning(
-            "%s: %d of %d documents have no text: dropped, with their judgments.",
-            label,
-            len(dropped),
-            len(dropped) + len(corpus),
-        )
-    if not qrels:
-        raise UserError(f"{folder}: no document that the split {split!r} judges has any text.")
-    queries = {query: queries[query] for query in qrels}
-    return Collection(label, corpus, queries, qrels, split, len(dropped))
-
-
-def _docstrings() -> ModuleType:
-    """The module of the bundled collections; it comes after this one in the order of imports."""
-    from l2p_utils import docstrings
-
-    return docstrings
-
-
-def _hub_collections() -> ModuleType:
-    """Likewise of the collections from the hub."""
-    from l2p_utils import hub_collections
-
-    return hub_collections
-
-
-def _load_bundled(name: str, split: str, cache: str | Path | None) -> Collection:
-    entries = _docstrings().load_docstrings(name.removeprefix(BUNDLED), cache)
-    splits = ("train", "dev", "test")
-    if split not in splits:
-        raise UserError(f"{name} has no split {split!r}. It has: {', '.join(splits)}.")
-    corpus = {entry.id: entry.document for entry in entries}
-    queries = {entry.id: entry.query for entry in entries if entry.split == split}
-    return Collection(name, corpus, queries, {key: {key: 1} for key in queries}, split)
-
-
-# --- folders in BEIR's layout ---------------------------------------------------------------------
-
-
-def _check_folder(name: str | Path) -> Path:
-    folder = Path(name).expanduser()
-    wanted = "a folder with corpus.jsonl, queries.jsonl and qrels/<split>.tsv"
-    if not str(name).strip() or not folder.is_dir():
-        found = "is a file" if folder.is_file() else "is no folder that is there"
-        known = ", ".join(BUNDLED + package for package in _docstrings().PACKAGES)
-        raise UserError(
-            f"There is no collection {str(name)!r}: it {found}. "
-            f"Give a bundled collection ({known}), one from the hub (nano:scifact, beir:scifact, "
-            f"…) or {wanted}."
-        )
-    missing = [part for part in ("corpus.jsonl", "queries.jsonl") if not (folder / part).is_file()]
-    if not (folder / "qrels").is_dir():
-        missing.append("folder qrels")
-    if missing:
-        raise UserError(
-            f"{folder} is not a collection: it has no {', no '.join(missing)}. Expected {wanted}."
-        )
-    return folder
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number, line) of a UTF-8 file, from 1, without empty lines."""
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8."
-            ) from error
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield (id, record, "file, line n") of each line; ids are strings and occur once."""
-    first_line: dict[str, int] = {}
-    for number, line in _read_lines(path):
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"{where}: bad JSON ({error}). Expected one JSON object a line."
-            ) from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: expected a JSON object, found {line[:60]!r}.")
-        identifier = _identifier(record, where)
-        if identifier in first_line:
-            raise UserError(
-                f"{where}: the id {identifier!r} is there already, in line "
-                f"{first_line[identifier]}. Ids must differ: rename or delete one of the two."
-            )
-        first_line[identifier] = number
-        yield identifier, record, where
-
-
-def _identifier(record: dict[str, Any], where: str) -> str:
-    value = record.get("_id")
-    if isinstance(value, bool) or not isinstance(value, str | int) or str(value).strip() == "":
-        found = f"found {value!r}" if "_id" in record else f"there is only {sorted(record)}"
-        raise UserError(f'{where}: expected an id, "_id": a string or a whole number; {found}.')
-    return _whole(str(value), "_id", where)
-
-
-def _text(record: dict[str, Any], key: str, where: str) -> str:
-    """A record's text; absent and null count as empty."""
-    value = record.get(key)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f'{where}: expected "{key}" to be a string, found {value!r}.')
-    return _whole((value or "").strip(), key, where)
-
-
-def _whole(text: str, key: str, where: str) -> str:
-    if half := HALF.search(text):
-        raise UserError(
-            f'{where}: "{key}" has {ascii(half[0])[1:-1]}, half of a surrogate pair. Expected '
-            "whole characters: add the other half after it (as JSON escapes it), or delete it."
-        )
-    return text
-
-
-def _read_corpus(path: Path, text_only: bool) -> tuple[dict[str, str], set[str]]:
-    """Return (document id to text, ids of the documents that have none)."""
-    corpus: dict[str, str] = {}
-    dropped = set()
-    for identifier, record, where in _read_jsonl(path):
-        text = _text(record, "text", where)
-        if not text_only:
-            text = f"{_text(record, 'title', where)} {text}".strip()
-        if text:
-            corpus[identifier] = text
-        else:
-            dropped.add(identifier)
-    if not corpus:
-        found = f"none of its {len(dropped)} documents has any text" if dropped else "it is empty"
-        raise UserError(f'{path}: no documents, {found}. Expected lines with "_id" and "text".')
-    return corpus, dropped
-
-
-def _read_queries(path: Path) -> dict[str, str]:
-    queries = {}
-    for identifier, record, where in _read_jsonl(path):
-        queries[identifier] = _text(record, "text", where)
-        if not queries[identifier]:
-            raise UserError(
-                f'{where}: the query {identifier!r} has no text. Give it a "text" or delete it.'
-            )
-    return queries
-
-
-def _read_split(
-    folder: Path, split: str, queries: dict[str, str], documents: set[str], carve: bool
-) -> Qrels:
-    """Read a split's judgments; with `carve`, a dev split that is missing comes out of train."""
-    available = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
-    carved = carve and "dev" not in available and "train" in available
-    source = "train" if split == "dev" and carved else split
-    if source not in available:
-        there = ", ".join(f"{found}.tsv" for found in available) or "nothing"
-        raise UserError(
-            f"{folder} has no split {split!r}: there is no qrels/{source}.tsv. In qrels/ there is: "
-            f"{there}."
-        )
-    qrels = _read_qrels(folder / "qrels" / f"{source}.tsv", queries, documents)
-    if carved and split in ("train", "dev"):
-        dev = _dev_queries(list(qrels))
-        qrels = {query: qrels[query] for query in qrels if (query in dev) == (split == "dev")}
-    if not qrels:
-        raise UserError(
-            f"{folder}: the split {split!r} has no judgments (read from qrels/{source}.tsv)."
-        )
-    return qrels
-
-
-def _dev_queries(train: list[str]) -> set[str]:
-    if len(train) < 2:
-        return set()
-    count = min(max(int(DEV_SHARE * len(train)), 1), MAX_DEV_QUERIES)
-    return set(sorted(train, key=lambda query: hashlib.sha256(query.encode()).hexdigest())[:count])
-
-
-def _read_qrels(path: Path, queries: dict[str, str], documents: set[str]) -> Qrels:
-    qrels: Qrels = {}
-    for number, line in _read_lines(path):
-        where = f"{path}, line {number}"
-        if number == 1 and tuple(line.split("\t")) == QRELS_HEADER:
-            continue
-        query, document, score = _fields(line, number, where)
-        _check_known(query, queries, "query", "queries.jsonl", where)
-        _check_known(document, documents, "document", "corpus.jsonl", where)
-        judged = qrels.setdefault(query, {})
-        if judged.setdefault(document, score) != score:
-            raise UserError(
-                f"{where}: query {query!r} and document {document!r} have the score {score} here "
-                f"and {judged[document]} above. Delete one of the two lines."
-            )
-    return qrels
-
-
-def _fields(line: str, number: int, where: str) -> tuple[str, str, int]:
-    fields = line.split("\t")
-    expected = f"{' '.join(QRELS_HEADER)}, with tabs between" + (" (a header)" * (number == 1))
-    if len(fields) != len(QRELS_HEADER):
-        raise UserError(f"{where}: expected {expected}; found {len(fields)} fields: {line[:80]!r}.")
-    query, document, score = fields
-    if not re.fullmatch(r"[+-]?[0-9]+", score.strip()):
-        raise UserError(f"{where}: expected {expected}, score a whole number; found {score!r}.")
-    return query, document, int(score)
-
-
-def _check_known(
-    identifier: str, known: dict[str, str] | set[str], kind: str, file: str, where: str
-) -> None:
-    if identifier not in known:
-        raise UserError(
-            f"{where}: a judgment of {kind} {identifier!r}, which {file} does not have. "
-            "Add it there or delete the judgment."
-        )
-
-
-def _without_documents(qrels: Qrels, dropped: set[str]) -> Qrels:
-    """Judgments without those of dropped documents, which no search could find."""
-    kept = {
-        query: {document: judged[document] for document in judged if document not in dropped}
-        for query, judged in qrels.items()
-    }
-    return {query: judged for query, judged in kept.items() if judged}
+    name = str(name)
+    if name.startswith(HUB):
+        return _load_hub(name, split, text_only, bool(carve_dev))
+    folder = _bundled_folder(name) if name.startswith(BUNDLED) else _check_folder(name)
+    carve = not name.startswith(BUNDLED) and (carve_dev is None or carve_dev)
+    splits = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
+    source, carved = _source(name, split, splits, carve)
+    collection = _assemble(
+        name,
+        split,
+        _read_jsonl(_jsonl(folder, "corpus")),
+        _read_jsonl(_jsonl(folder, "queries")),
+        _read_qrels(folder / "qrels" / f"{source}.tsv"),
+        text_only,
+        carved,
+    )
+    if split == "train" and "test" in splits:
+        _warn_of_test_queries(collection, folder / "qrels" / "test.tsv")
+    return collection
 
 
 def subset(
@@ -362,8 +131,8 @@ def subset(
     qrels = {query: collection.qrels[query] for query in queries}
     relevant = {d for judged in qrels.values() for d, score in judged.items() if score > 0}
     others = [d for d in sorted(collection.corpus, key=_hash) if d not in relevant]
-    room = len(others) if max_documents is None else max(max_documents - len(relevant), 0)
-    kept = relevant | set(others[:room])
+    left = len(others) if max_documents is None else max(max_documents - len(relevant), 0)
+    kept = relevant | set(others[:left])
     return Collection(
         collection.name,
         {d: text for d, text in collection.corpus.items() if d in kept},
@@ -371,27 +140,23 @@ def subset(
         {q: {d: s for d, s in judged.items() if d in kept} for q, judged in qrels.items()},
         collection.split,
         collection.dropped,
+        collection.judgments_dropped,
     )
-
-
-def _hash(identifier: str) -> str:
-    return hashlib.sha256(identifier.encode()).hexdigest()
 
 
 def training_split(
     name: str, settings: MiningSettings, carve_dev: bool | None = None
 ) -> Collection:
     """A collection's training split, limited to `max_queries` and `max_documents` (by id hash)."""
-    collection = load_collection(
-        name, split="train", text_only=settings.text_only, carve_dev=carve_dev
-    )
+    collection = load_collection(name, "train", settings.text_only, carve_dev)
     return subset(collection, settings.max_queries, settings.max_documents)
 
 
 def carves_dev(profile: Profile, name: str) -> bool | None:
-    """`carve_dev` of `load_collection`: whether training queries are kept back to pick the epoch.
+    """`carve_dev` of `load_collection` in a profile's training.
 
-    None are where another collection picks it; else some, of a hub collection too.
+    Where another collection picks the epoch, no training queries are held out; else some are, of a
+    hub collection too.
     """
     if name in profile.dev_collections:
         return False
@@ -401,3 +166,240 @@ def carves_dev(profile: Profile, name: str) -> bool | None:
 def profile_split(profile: Profile, name: str) -> Collection:
     """The training split of a collection as a profile mines it and trains on it."""
     return training_split(name, profile.mining, carves_dev(profile, name))
+
+
+# --- what all sources share -----------------------------------------------------------------------
+
+
+def _source(name: str, split: str, splits: list[str], carve: bool) -> tuple[str, bool]:
+    """The split whose judgments are read for `split`, and whether dev is carved out of them."""
+    carved = carve and "dev" not in splits and "train" in splits and split in ("train", "dev")
+    source = "train" if carved else split
+    if source not in splits:
+        raise UserError(f"{name} has no split {split!r}. It has: {', '.join(splits) or 'none'}.")
+    return source, carved
+
+
+def _assemble(
+    name: str,
+    split: str,
+    documents: Iterable[tuple[str, dict[str, Any]]],
+    queries: Iterable[tuple[str, dict[str, Any]]],
+    judgments: Iterable[Judgment],
+    text_only: bool,
+    carved: bool,
+) -> Collection:
+    """A collection from (where, record) pairs and judgments, with what cannot be used counted."""
+    corpus = _texts(documents, () if text_only else ("title",))
+    texts = _texts(queries)
+    if not any(corpus.values()):
+        raise UserError(f'{name}: no document has any text. Expected lines with "_id" and "text".')
+    qrels: Qrels = {}
+    unknown, total = [], 0
+    for query, document, score in judgments:
+        total += 1
+        if query not in texts or document not in corpus:
+            unknown.append(f"{query} {document}")
+            continue
+        if not (texts[query] and corpus[document]):
+            continue
+        if qrels.setdefault(query, {}).setdefault(document, score) != score:
+            raise UserError(
+                f"{name}: query {query!r} and document {document!r} are judged twice, {score} and "
+                f"{qrels[query][document]}. Delete one of the two lines."
+            )
+    if len(unknown) > UNKNOWN_SHARE * total:
+        raise UserError(
+            f"{name}: {len(unknown)} of {total} judgments in {split!r} name a query or a document "
+            f"that does not exist, for instance {'; '.join(unknown[:3])}. Up to "
+            f"{UNKNOWN_SHARE:.0%} are dropped with a notice. Do the ids of qrels, queries and "
+            "corpus belong together?"
+        )
+    if carved:
+        dev = _dev_queries(list(qrels))
+        qrels = {query: qrels[query] for query in qrels if (query in dev) == (split == "dev")}
+    if not qrels:
+        raise UserError(f"{name}: the split {split!r} judges no query and document with any text.")
+    empty = [sum(not text for text in mapping.values()) for mapping in (corpus, texts)]
+    for count, what in [
+        (empty[0], f"of {len(corpus)} documents have no text"),
+        (empty[1], f"of {len(texts)} queries have no text"),
+        (len(unknown), f"of {total} judgments name a query or a document that does not exist"),
+    ]:
+        if count:
+            logger.warning("%s: %d %s; left out.", name, count, what)
+    kept = {identifier: text for identifier, text in corpus.items() if text}
+    chosen = {query: texts[query] for query in qrels}
+    return Collection(plain_name(name), kept, chosen, qrels, split, empty[0], len(unknown))
+
+
+def _texts(
+    records: Iterable[tuple[str, dict[str, Any]]], before: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Id → text, "" where there is none; the fields `before` come first in the text."""
+    texts: dict[str, str] = {}
+    for where, record in records:
+        identifier = record.get("_id")
+        if isinstance(identifier, bool) or not isinstance(identifier, str | int):
+            raise UserError(f'{where}: expected "_id", a string or a whole number; {record!r:.80}.')
+        parts = [record.get(key) or "" for key in (*before, "text")]
+        if not all(isinstance(part, str) for part in parts):
+            raise UserError(f'{where}: expected "text" and "title" to be strings; {record!r:.80}.')
+        identifier, text = str(identifier), " ".join(part.strip() for part in parts).strip()
+        if not identifier.strip() or identifier in texts:
+            raise UserError(f"{where}: the id {identifier!r} is empty, or occurs a second time.")
+        try:
+            f"{identifier} {text}".encode()
+        except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
+            raise UserError(f"{where}: {error.object[error.start]!a} is no character.") from error
+        texts[identifier] = text
+    return texts
+
+
+def _dev_queries(train: list[str]) -> set[str]:
+    if len(train) < 2:
+        return set()
+    count = min(max(int(DEV_SHARE * len(train)), 1), MAX_DEV_QUERIES)
+    return set(sorted(train, key=_hash)[:count])
+
+
+def _hash(identifier: str) -> str:
+    return hashlib.sha256(identifier.encode()).hexdigest()
+
+
+def _warn_of_test_queries(train: Collection, test: Path) -> None:
+    both = {query for query, _, _ in _read_qrels(test)} & train.queries.keys()
+    if both:
+        logger.warning(
+            "%s: %d of %d training queries are test queries, too: the model will have seen them.",
+            train.name,
+            len(both),
+            len(train.queries),
+        )
+
+
+# --- folders in BEIR's layout ---------------------------------------------------------------------
+
+
+def _bundled_folder(name: str) -> Path:
+    known = sorted(path.name for path in DOCS.glob("*") if path.is_dir())
+    if not known:
+        raise UserError(
+            f"The bundled collections are not in {DOCS}. They are part of the project's folder: "
+            "install it from a clone with `pip install -e .` (make setup)."
+        )
+    if name.removeprefix(BUNDLED) not in known:
+        names = ", ".join(BUNDLED + package for package in known)
+        raise UserError(f"There is no collection {name}. Known are: {names}.")
+    return DOCS / name.removeprefix(BUNDLED)
+
+
+def _check_folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if not name.strip() or not folder.is_dir():
+        found = "a file" if folder.is_file() else "not there"
+        raise UserError(
+            f"There is no collection {name!r}: this folder is {found}. Expected a bundled "
+            "collection (docs:scipy, …), one from the hub (nano:scifact, beir:scifact, …) or a "
+            "folder with corpus.jsonl, queries.jsonl and qrels/<split>.tsv."
+        )
+    for part in ("corpus", "queries"):
+        _jsonl(folder, part)
+    if not (folder / "qrels").is_dir():
+        raise UserError(f"{folder} is not a collection: it has no folder qrels with <split>.tsv.")
+    return folder
+
+
+def _jsonl(folder: Path, part: str) -> Path:
+    for path in (folder / f"{part}.jsonl", folder / f"{part}.jsonl.gz"):
+        if path.is_file():
+            return path
+    raise UserError(f"{folder} is not a collection: it has no {part}.jsonl (or {part}.jsonl.gz).")
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield ("file, line n", line) of a UTF-8 file, perhaps gzipped, without empty lines."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}, line {number}", line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is not a whole gzip file ({error}).") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, line in _read_lines(path):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{where}: bad JSON ({error}). Expected one object per line."
+            ) from error
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: expected a JSON object, found {line[:60]!r}.")
+        yield where, record
+
+
+def _read_qrels(path: Path) -> Iterator[Judgment]:
+    for number, (where, line) in enumerate(_read_lines(path)):
+        fields = line.split("\t")
+        if number == 0 and tuple(fields) == QRELS_HEADER:
+            continue
+        if len(fields) != len(QRELS_HEADER):
+            raise UserError(
+                f"{where}: expected {', '.join(QRELS_HEADER)} with tabs between; found "
+                f"{line[:80]!r}."
+            )
+        yield fields[0], fields[1], _relevance(fields[2], where)
+
+
+def _relevance(value: Any, where: str) -> int:
+    """A whole number that 64 bits hold, also written as 1.0."""
+    try:
+        number = float(value)
+        whole = int(value) if re.fullmatch(r"\s*[+-]?\d+\s*", str(value)) else int(number)
+    except (ValueError, OverflowError):
+        number, whole = 0.5, 0
+    if whole != number or abs(whole) >= 2**63:
+        raise UserError(f"{where}: expected a whole number as the score; found {value!r}.")
+    return whole
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+def _load_hub(name: str, split: str, text_only: bool, carve: bool) -> Collection:
+    """NanoBEIR: configs corpus, queries, qrels. BEIR through mteb: corpus, queries, default."""
+    from datasets import disable_progress_bars, load_dataset, load_dataset_builder
+
+    repository, revision = collection_repository(name)
+    folder = str(snapshot(repository, "dataset", revision).folder)
+    nano = name.startswith("nano:")
+    disable_progress_bars()
+    try:
+        judged = "qrels" if nano else "default"
+        splits = (
+            ["test"] if nano else sorted(load_dataset_builder(folder, judged).info.splits or ())
+        )
+        if not nano and not splits:
+            splits = sorted(load_dataset(folder, judged))
+        source, carved = _source(name, split, splits, carve)
+        texts = [
+            load_dataset(folder, config, split="train" if nano else config)
+            for config in ("corpus", "queries")
+        ]
+        qrels = load_dataset(folder, judged, split="train" if nano else source)
+    except (ValueError, FileNotFoundError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name}: {repository} is not laid out as expected: {error}") from error
+    where = f"{repository} ({judged})"
+    scores = qrels["score"] if "score" in qrels.column_names else [1] * len(qrels)
+    pairs = zip(map(str, qrels["query-id"]), map(str, qrels["corpus-id"]), scores, strict=True)
+    judgments = ((query, document, _relevance(score, where)) for query, document, score in pairs)
+    documents, queries = (((repository, record) for record in table) for table in texts)
+    return _assemble(name, split, documents, queries, judgments, text_only, carved)

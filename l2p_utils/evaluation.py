@@ -1,15 +1,17 @@
-"""Evaluation: encode a collection once, pool it many ways, search, measure.
+"""Evaluation: encode a collection once, pool it in every way, search, measure.
 
-Takes a model and a collection; gives result rows and per-query values. Each collection's result is
-kept as soon as it is there, so that a killed evaluation goes on where it was.
+`evaluate_model` runs what a profile asks for and keeps the result of each collection and engine as
+soon as it is measured, so that an interrupted evaluation resumes there.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,15 +21,36 @@ from tqdm.auto import tqdm
 
 from l2p_utils.collection import Collection, load_collection, subset
 from l2p_utils.files import PROVENANCE, UserError, atomic_path, settings_match, versions, write_json
-from l2p_utils.model import PooledColBERT, encode, fingerprint, forward_precision, use_threads
-from l2p_utils.pooling import CODE, DEFAULT_VARIANT, pool_sweep, stored_variant
-from l2p_utils.profile import BASELINE, HUB, Profile, factors_name, plain_name, slug
-from l2p_utils.results import write_rows
+from l2p_utils.hub import snapshot
+from l2p_utils.model import (
+    PooledColBERT,
+    encode,
+    fingerprint,
+    forward_precision,
+    load_checkpoint,
+    load_model,
+    use_threads,
+)
+from l2p_utils.pooling import CACHE_VERSION, DEFAULT_VARIANT, pool_sweep, stored_variant
+from l2p_utils.profile import (
+    BASELINE,
+    HUB,
+    Profile,
+    factors_name,
+    length_name,
+    pinned,
+    plain_name,
+    released_name,
+    slug,
+)
+from l2p_utils.results import RELEASED, write_rows
 from l2p_utils.search import Ranking, exact_search, plaid_search
 
 METRICS = ["ndcg@10", "recall@10", "mrr@10"]
 TOP_K = 20
 BYTES_PER_VALUE = 4  # float32, as exact search holds the vectors
+# What a profile can demand of a checkpoint.
+EXPECTED = {"dim", "query_prefix", "document_prefix", "do_query_expansion", "skiplist"}
 
 
 @dataclass(frozen=True)
@@ -46,17 +69,20 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of storing and searching the documents."""
+    """One way of pooling the documents."""
 
     pool_method: str
     pool_variant: str
     pool_factor: int
 
 
+# --- one collection -------------------------------------------------------------------------------
+
+
 def encode_collection(
     model: PooledColBERT, collection: Collection, precision: str = "auto", progress: bool = True
 ) -> Encoded:
-    """Encode queries and documents of a collection, once for all settings."""
+    """Encode the queries and documents of a collection, once for all settings."""
     return Encoded(
         collection,
         encode(model, list(collection.queries.values()), True, precision),
@@ -64,12 +90,35 @@ def encode_collection(
     )
 
 
+def cut_documents(model: PooledColBERT, collection: Collection) -> dict[str, Any]:
+    """How much of a collection the model does not read, because documents end at its length.
+
+    Returns
+    -------
+    dict
+        ``collection``, ``documents``, ``document_length``; ``cut``, the number of longer documents;
+        ``lost``, the percentage of those documents' word pieces that come after the cut.
+    """
+    kept = model.document_length - model.tokenize([""], is_query=False)["input_ids"].shape[1]
+    lengths = [
+        len(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        for text in collection.corpus.values()
+    ]
+    long = np.array([length for length in lengths if length > kept])
+    return {
+        "collection": collection.name,
+        "documents": len(lengths),
+        "document_length": model.document_length,
+        "cut": len(long),
+        "lost": round(100 * (1 - kept * len(long) / long.sum()), 1) if len(long) else 0.0,
+    }
+
+
 def measure(collection: Collection, ranking: Ranking) -> pd.DataFrame:
     """NDCG@10, recall@10 and MRR@10 of each query, through ranx, in [0, 1].
 
-    A query whose id and text are also a document's (ArguAna, Quora) does not find itself: that
-    document is taken out of its ranking unless it is judged relevant. Of the hub's collections the
-    id alone decides. Judgments below 0 count as 0.
+    The document that is the query itself (ArguAna, Quora) is ignored, as BEIR does, unless it is
+    judged relevant. Judgments below 0 count as 0.
 
     Returns
     -------
@@ -96,11 +145,10 @@ def measure(collection: Collection, ranking: Ranking) -> pd.DataFrame:
 
 
 def _without_itself(collection: Collection, query: str, found: list[str]) -> list[str]:
+    """`found` without the document that has the query's id and text (on the hub: its id)."""
     text = collection.corpus.get(query)
-    hub = collection.name.startswith(
-        HUB
-    )  # there one id names one text, as BEIR's own tools have it
-    same = text is not None and (hub or collection.queries[query].strip() in text)
+    same_id_is_enough = collection.name.startswith(HUB)
+    same = text is not None and (same_id_is_enough or collection.queries[query].strip() in text)
     if same and collection.qrels[query].get(query, 0) <= 0:
         return [document for document in found if document != query]
     return found
@@ -141,13 +189,13 @@ def evaluate_collection(
     engine
         ``exact``, or ``plaid`` (an index is built for each setting).
     variants, use_sklearn
-        See `l2p_utils.pooling.pool`; of hierarchical, and of kmeans.
+        Of hierarchical and of kmeans, see `l2p_utils.pooling.pool`.
 
     Returns
     -------
     tuple of pandas.DataFrame
-        One row a setting (the columns of `l2p_utils.results.ROW_COLUMNS` that are known here), and
-        one row a setting and query.
+        One row per setting (the columns of `l2p_utils.results.ROW_COLUMNS` that are known here),
+        and one row per setting and query.
     """
     search = {"exact": exact_search, "plaid": plaid_search}[engine]
     rows, per_query = [], []
@@ -155,49 +203,80 @@ def evaluate_collection(
     for setting, documents in settings:
         ranking = search(encoded.queries, documents, encoded.document_ids, TOP_K)
         values = measure(encoded.collection, ranking)
-        where = {"collection": encoded.collection.name, "engine": engine, **vars(setting)}
-        rows.append({**where, **_measurements(encoded, documents, ranking, values)})
-        per_query.append(values.assign(**where))
+        key = {"collection": encoded.collection.name, "engine": engine, **vars(setting)}
+        vectors = float(np.mean([len(document) for document in documents]))
+        row = {
+            "renormalized": False,
+            **values[METRICS].mean().round(6).to_dict(),
+            "queries": len(encoded.queries),
+            "documents": len(documents),
+            "vectors_per_document": round(vectors, 3),
+            "bytes_per_document": round(vectors * documents[0].shape[1] * BYTES_PER_VALUE, 1),
+            "index_bytes": ranking.index_bytes,
+            "query_ms": round(1000 * ranking.seconds / max(len(encoded.queries), 1), 3),
+        }
+        rows.append(key | row)
+        per_query.append(values.assign(**key))
     return pd.DataFrame(rows), pd.concat(per_query, ignore_index=True)
 
 
-def _measurements(
-    encoded: Encoded, documents: list[torch.Tensor], ranking: Ranking, values: pd.DataFrame
-) -> dict[str, object]:
-    vectors = float(np.mean([len(document) for document in documents]))
-    return {
-        "renormalized": False,
-        **values[METRICS].mean().round(6).to_dict(),
-        "queries": len(encoded.queries),
-        "documents": len(documents),
-        "vectors_per_document": round(vectors, 3),
-        "bytes_per_document": round(vectors * documents[0].shape[1] * BYTES_PER_VALUE, 1),
-        "index_bytes": ranking.index_bytes,
-        "query_ms": round(1000 * ranking.seconds / max(len(encoded.queries), 1), 3),
-    }
+# --- a profile's model ----------------------------------------------------------------------------
 
 
-def describe_model(profile: Profile, name: str) -> dict[str, object]:
-    """The columns of a result row that tell which model it is about.
+def describe_model(profile: Profile, name: str) -> dict[str, Any]:
+    """The columns of a result row that say which model it is about.
 
-    A released model's training is what its name says; the baseline at another document length has
-    the method "none", which tells it from the baseline itself.
+    A released model's training is read from its name. The baseline at another document length has
+    the training method "none", which tells it from the baseline itself.
     """
-    if name in profile.prepared_names or name == BASELINE:
+    seed = profile.seed
+    if name == BASELINE:
+        training = ("", "", "")
+    elif name in profile.prepared_names:
         found = re.search(r"-([a-z0-9]+)-(span|kmeans|hierarchical)-pf([0-9+-]+)$", name)
-        trained = ("", "" if name == BASELINE else "none", "")
-        if name.startswith("released-"):
-            trained = (f"released:{found[1]}", found[2], found[3]) if found else (name, "none", "")
-        columns = ("train_collection", "train_method", "train_factors")
-        return {"model": name, **dict(zip(columns, trained, strict=True)), "seed": profile.seed}
-    run = profile.find_run(name)
-    return {
-        "model": name,
-        "train_collection": plain_name(run.collection),
-        "train_method": run.pool_method,
-        "train_factors": factors_name(run.pool_factors),
-        "seed": profile.seed if run.seed is None else run.seed,
-    }
+        training = (name if name.startswith("released-") else "", "none", "")
+        if found:
+            training = (RELEASED + found[1], found[2], found[3])
+    else:
+        run = profile.find_run(name)
+        training = (plain_name(run.collection), run.pool_method, factors_name(run.pool_factors))
+        seed = seed if run.seed is None else run.seed
+    columns = ("train_collection", "train_method", "train_factors")
+    return {"model": name, **dict(zip(columns, training, strict=True)), "seed": seed}
+
+
+def load_evaluated(profile: Profile, name: str) -> PooledColBERT:
+    """Load a model that the profile evaluates.
+
+    A trained one comes from its folder. A baseline from the hub, at any document length, and a
+    released model come from their snapshot, with the profile's lengths.
+
+    Raises
+    ------
+    UserError
+        When the profile has no such model, it was not trained or fetched yet, or a checkpoint is
+        not what the profile expects.
+    """
+    source, folder = _weights(profile, name)
+    if not source:
+        return load_model(folder)
+    settings = profile.model
+    lengths = {length_name(length): length for length in settings.other_document_lengths}
+    expected = settings.model_dump(include=EXPECTED)
+    document_length = lengths.get(name, settings.document_length)
+    return load_checkpoint(folder, source, expected, settings.query_length, document_length)
+
+
+def _weights(profile: Profile, name: str) -> tuple[str, Path]:
+    """Where a model's weights are: the hub repository ("" for a trained model) and the folder."""
+    if name in profile.prepared_names:
+        released = {released_name(source): source for source in profile.released_models}
+        base = (profile.model.base, profile.model.revision)
+        source, revision = pinned(released[name]) if name in released else base
+        return source, Path(snapshot(source, "model", revision).folder)
+    if name != BASELINE:
+        profile.find_run(name)  # refuses an unknown name
+    return "", profile.folder / "models" / name
 
 
 @dataclass(frozen=True)
@@ -212,31 +291,27 @@ class Task:
 
 
 def evaluation_tasks(profile: Profile, name: str) -> list[Task]:
-    """What the profile wants measured of the model `name`: a collection's tasks one after another.
-
-    Exact search comes before PLAID.
+    """What the profile measures of the model `name`, ordered by collection, exact before PLAID.
 
     Raises
     ------
     UserError
-        When the profile has no such model, or gives one PLAID index two numbers of queries.
+        When the profile gives one PLAID index two numbers of queries.
     """
-    if name not in profile.prepared_names and name != BASELINE:
-        profile.find_run(name)
     settings = profile.evaluation
     others = settings.baseline_variants if name == BASELINE else []
     variants = list(dict.fromkeys([profile.hierarchical, *others]))
-    exact = [
+    tasks = [
         Task(collection, "exact", list(settings.pool_methods), variants, None)
         for collection in settings.collections
     ]
-    plaid = _plaid_tasks(profile, name)
-    order = list(dict.fromkeys(task.collection for task in exact + plaid))
-    return sorted(exact + plaid, key=lambda task: order.index(task.collection))
+    tasks += _plaid_tasks(profile, name)
+    order = list(dict.fromkeys(task.collection for task in tasks))
+    return sorted(tasks, key=lambda task: order.index(task.collection))
 
 
 def _plaid_tasks(profile: Profile, name: str) -> list[Task]:
-    """One task a collection, also where several PLAID jobs name it: it is unpooled only once."""
+    """One task per collection, also where several PLAID jobs name it: unpooled only once."""
     jobs = [job for job in profile.plaid if job.model == name]
     tasks = []
     for collection in dict.fromkeys(c for job in jobs for c in job.collections):
@@ -257,7 +332,8 @@ def evaluate_model(
 ) -> pd.DataFrame:
     """Run every evaluation task of one model; write `results/<model>.csv` and the per-query file.
 
-    Finished tasks are reused when model, collection and settings are the same.
+    Finished tasks are reused when model, collection and settings are the same. Prints of each
+    collection that it encodes how many documents the model's length cuts.
 
     Returns
     -------
@@ -271,13 +347,14 @@ def evaluate_model(
     """
     use_threads(profile.threads)
     tasks = evaluation_tasks(profile, name)
-    identity = {"model": fingerprint(profile.folder / "models" / name), "versions": versions()}
+    weights = fingerprint(_weights(profile, name)[1])
     parts = []
-    encoded: dict[str, Encoded] = {}
-    with tqdm(tasks, desc=f"Evaluating {name}", disable=not progress) as bar:
-        for task in bar:
-            bar.set_postfix_str(f"{task.collection}, {task.engine}")
-            parts.append(_run_task(profile, name, model, task, identity, encoded))
+    with tqdm(total=len(tasks), desc=f"Evaluating {name}", disable=not progress) as bar:
+        for collection, group in itertools.groupby(tasks, key=lambda task: task.collection):
+            bar.set_postfix_str(collection)
+            for part in _run_tasks(profile, name, model, weights, list(group)):
+                parts.append(part)
+                bar.update()
     model_columns = describe_model(profile, name) | {
         "document_length": model.document_length,
         "profile": profile.name,
@@ -289,58 +366,67 @@ def evaluate_model(
     return rows
 
 
-def _run_task(
-    profile: Profile,
-    name: str,
-    model: PooledColBERT,
-    task: Task,
-    identity: dict[str, str],
-    encoded: dict[str, Encoded],
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One task's rows and per-query values, from its folder or made now."""
+def _run_tasks(
+    profile: Profile, name: str, model: PooledColBERT, weights: str, tasks: list[Task]
+) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    """Rows and per-query values of one collection's tasks, read from their folders or measured."""
     limits = profile.evaluation
-    everything = subset(load_collection(task.collection), limits.max_queries, limits.max_documents)
-    collection = subset(everything, task.max_queries, None)
-    if not profile.model.bundled:  # the bundled one has one length, from the beginning
-        model.query_length = profile.model.query_length_on(task.collection)
-    precision = profile.evaluation.precision or profile.precision
-    folder = profile.folder / "evaluated" / name / f"{slug(task.collection)}-{task.engine}"
-    settings = {
-        **identity,
-        **vars(task),
-        "code": CODE,
-        "pool_factors": list(limits.pool_factors),
-        "kmeans": stored_variant("kmeans", use_sklearn=profile.use_sklearn),
-        "fingerprint": collection.fingerprint,
-        "lengths": [model.query_length, model.document_length],
-        "precision": forward_precision(precision, model.device),
-    }
-    if not settings_match(folder, settings):
-        start = time.perf_counter()
-        if task.collection not in encoded:
-            encoded.clear()  # one collection's vectors at a time
-            encoded[task.collection] = encode_collection(model, everything, precision, False)
-        encoding = time.perf_counter() - start
-        rows, per_query = evaluate_collection(
-            _restrict(encoded[task.collection], collection),
-            task.pool_methods,
-            limits.pool_factors,
-            task.engine,
-            task.variants,
-            profile.use_sklearn,
+    source = tasks[0].collection
+    whole = subset(load_collection(source), limits.max_queries, limits.max_documents)
+    if not profile.model.bundled:  # the bundled model was trained at one length
+        model.query_length = profile.model.query_length_on(source)
+    precision = limits.precision or profile.precision
+    encoded = None
+    for task in tasks:
+        collection = subset(whole, task.max_queries, None)
+        folder = profile.folder / "evaluated" / name / f"{slug(source)}-{task.engine}"
+        settings = {
+            "model": weights,
+            "versions": versions(),
+            **vars(task),
+            "code": CACHE_VERSION,
+            "pool_factors": list(limits.pool_factors),
+            "kmeans": stored_variant("kmeans", use_sklearn=profile.use_sklearn),
+            "fingerprint": collection.fingerprint,
+            "lengths": [model.query_length, model.document_length],
+            "precision": forward_precision(precision, model.device),
+        }
+        if not settings_match(folder, settings):
+            if encoded is None:
+                _print_cut(**cut_documents(model, whole))
+                encoded = encode_collection(model, whole, precision, progress=False)
+            rows, per_query = evaluate_collection(
+                _restrict(encoded, collection),
+                task.pool_methods,
+                limits.pool_factors,
+                task.engine,
+                task.variants,
+                profile.use_sklearn,
+            )
+            with atomic_path(folder) as temporary:
+                temporary.mkdir()
+                rows.to_csv(temporary / "rows.csv", index=False)
+                per_query.to_parquet(temporary / "per_query.parquet", index=False)
+                write_json(temporary / PROVENANCE, {"settings": settings})
+        rows = pd.read_csv(
+            folder / "rows.csv", keep_default_na=False, na_values={"index_bytes": [""]}
         )
-        seconds = {"encoding": encoding, "all": time.perf_counter() - start}
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            rows.to_csv(temporary / "rows.csv", index=False)
-            per_query.to_parquet(temporary / "per_query.parquet", index=False)
-            write_json(temporary / PROVENANCE, {"settings": settings, "seconds": seconds})
-    rows = pd.read_csv(folder / "rows.csv", keep_default_na=False, na_values={"index_bytes": [""]})
-    rows["query_length"] = model.query_length
-    return rows, pd.read_parquet(folder / "per_query.parquet")
+        values = pd.read_parquet(folder / "per_query.parquet")
+        yield rows.assign(query_length=model.query_length), values
 
 
 def _restrict(encoded: Encoded, collection: Collection) -> Encoded:
     """The vectors of the same documents with fewer queries."""
     by_id = dict(zip(encoded.collection.queries, encoded.queries, strict=True))
     return Encoded(collection, [by_id[query] for query in collection.queries], encoded.documents)
+
+
+def _print_cut(
+    collection: str, documents: int, document_length: int, cut: int, lost: float
+) -> None:
+    if cut:
+        tqdm.write(
+            f"{collection}: {cut} of {documents} documents are longer than document_length = "
+            f"{document_length} word pieces and end there: {lost} % of their word pieces are not "
+            "read."
+        )

@@ -1,8 +1,4 @@
-"""What pooling does to one document, looked at token by token.
-
-Takes the stored example (or the reader's own text and a saved model); gives tables and pictures:
-the document's tokens coloured by cluster, MaxSim worked out, a slider to step through.
-"""
+"""What pooling does to one document, token by token: tables and figures of notebook 00."""
 
 from __future__ import annotations
 
@@ -11,21 +7,16 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
-from matplotlib.textpath import text_to_path
-from PIL import Image
 
+from l2p_utils.figures import COLOURS, MARKERS, STYLE, NotebookFigure
 from l2p_utils.files import UserError, atomic_path, from_root, read_json, write_json
 from l2p_utils.pooling import (
     DEFAULT_VARIANT,
@@ -72,7 +63,7 @@ class EncodedText:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A query, the document that is looked at (the first), and others; and what encoded them."""
+    """A query, the document in focus (the first) and others; and the name of their encoder."""
 
     query: EncodedText
     documents: list[EncodedText]
@@ -87,24 +78,18 @@ def load_example(source: str, text: str = "", model: str = "") -> Example:
     source
         Folder of the stored example, seen from the project's root.
     text
-        The reader's own text. With several lines, the first is the query and the rest the document;
-        with one line, it is the document and the stored query is kept. The stored document becomes
-        one of the others.
+        The reader's own text, which needs a model. With several lines, the first is the query and
+        the rest the document; one line is a document for the stored query.
     model
         Folder of a saved model, seen from the project's root, which encodes all texts anew.
-
-    Raises
-    ------
-    UserError
-        When there is no such example or model, or a text was given without a model.
     """
     stored = read_example(from_root(source))
+    if text.strip() and not model:
+        raise UserError(
+            "text was given and model was not: a text of your own has to be encoded. Set model "
+            'to the folder of a saved model, such as "runs/quick/models/baseline".'
+        )
     if not model:
-        if text.strip():
-            raise UserError(
-                "text was given and model was not: a text of your own has to be encoded. Set model "
-                'to the folder of a saved model, such as "runs/quick/models/baseline".'
-            )
         return stored
     query, documents = stored.query.text, [document.text for document in stored.documents]
     if text.strip():
@@ -147,48 +132,31 @@ def write_example(example: Example, folder: str | Path) -> None:
         {"text": text.text, "tokens": text.tokens, "counted": text.counted.tolist()}
         for text in texts
     )
-    write_json(
-        Path(folder) / "example.json",
-        {"encoder": example.encoder, "query": query, "documents": documents},
-    )
+    stored = {"encoder": example.encoder, "query": query, "documents": documents}
+    write_json(Path(folder) / "example.json", stored)
 
 
 def read_example(folder: str | Path) -> Example:
-    """Read what `write_example` stored; the vectors come back as float32 of unit length.
-
-    Raises
-    ------
-    UserError
-        When the folder holds no example, or one whose two files do not belong together.
-    """
-    files = [Path(folder) / name for name in ("example.json", "vectors.npy")]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise UserError(
-            f"{folder} holds no example: {' and '.join(missing)} missing. Expected a folder that "
-            "l2p_utils.explain.write_example made, such as data/token_pooling."
-        )
+    """Read what `write_example` stored; vectors come back as float32 of unit length."""
     try:
-        stored = read_json(files[0])
+        stored = read_json(Path(folder) / "example.json")
         texts = [stored["query"], *stored["documents"]]
         masks = [np.array(text["counted"], dtype=bool) for text in texts]
-        vectors = np.load(files[1]).astype(np.float32)  # (counted tokens of all texts, dim)
-        parts = np.split(vectors, np.cumsum([mask.sum() for mask in masks]))
-        if len(parts.pop()) or any(len(p) != m.sum() for p, m in zip(parts, masks, strict=True)):
+        vectors = np.load(Path(folder) / "vectors.npy").astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)  # (counted tokens of all, dim)
+        if len(vectors) != sum(mask.sum() for mask in masks):
             raise ValueError("example.json counts other tokens than vectors.npy has vectors")
-    except (ValueError, KeyError, TypeError) as error:
+        parts = np.split(vectors, np.cumsum([mask.sum() for mask in masks])[:-1])
+        query, *documents = (
+            EncodedText(text["text"], tuple(text["tokens"]), mask, part)
+            for text, mask, part in zip(texts, masks, parts, strict=True)
+        )
+        return Example(query, documents, stored["encoder"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"The example in {folder} is damaged: {error!r}. Expected what "
-            "l2p_utils.explain.write_example made; restore the folder or write it again."
+            f"{folder} holds no readable example: {error!r}. Expected the example.json and "
+            "vectors.npy of l2p_utils.explain.write_example, as in data/token_pooling."
         ) from error
-    query, *documents = (
-        EncodedText(text["text"], tuple(text["tokens"]), mask, _unit(part))
-        for text, mask, part in zip(texts, masks, parts, strict=True)
-    )
-    return Example(query, documents, stored["encoder"])
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 # ---------------------------------------------------------------- pooling and MaxSim, in tables
@@ -212,6 +180,12 @@ class Pooled:
             groups[label].append(token)
         return groups
 
+    @property
+    def numbers(self) -> dict[int, int]:
+        """Label → 1, 2, 3, … of the clusters of two tokens and more, by first occurrence."""
+        large = np.flatnonzero(np.bincount(self.labels, minlength=1) > 1)
+        return {int(label): number for number, label in enumerate(large, start=1)}
+
 
 def pool_document(
     document: EncodedText,
@@ -219,57 +193,45 @@ def pool_document(
     pool_method: PoolMethod = "none",
     variant: PoolVariant = DEFAULT_VARIANT,
 ) -> Pooled:
-    """Pool one document with one protected token, as evaluation does, and keep who went where."""
-    (vectors,) = pool(
-        [torch.from_numpy(document.vectors)], pool_factor, pool_method, variant=variant
-    )
+    """Pool one document with one protected token, as evaluation does, and keep its clusters."""
+    tokens = torch.from_numpy(document.vectors)
+    (vectors,) = pool([tokens], pool_factor, pool_method, variant=variant)
     labels = cluster_labels(document.vectors, [pool_factor], pool_method, variant=variant)
     return Pooled(document, pool_method, pool_factor, labels[pool_factor], vectors.numpy())
 
 
-def similarities(query: EncodedText, pooled: Pooled) -> np.ndarray:
-    """Dot products of query tokens with the document's vectors: (query tokens, vectors)."""
-    return query.vectors @ pooled.vectors.T
-
-
 def maxsim(query: EncodedText, pooled: Pooled) -> float:
-    """MaxSim(q, d) = Σ_i max_j q_i · d_j: each query token's best match, added up."""
-    return float(similarities(query, pooled).max(axis=1).sum())
+    """MaxSim(q, d) = Σ_i max_j q_i · d_j."""
+    return float((query.vectors @ pooled.vectors.T).max(axis=1).sum())
 
 
 def maxsim_table(query: EncodedText, pooled: Pooled) -> pd.DataFrame:
-    """Each query token with its best match and their similarity; these add up to the score."""
-    table = similarities(query, pooled)
+    """Each query token with its best match and their similarity; these add up to MaxSim."""
+    table = query.vectors @ pooled.vectors.T  # (query tokens, document vectors)
     best = [group_name(pooled.groups[column], 3) for column in table.argmax(axis=1)]
-    return pd.DataFrame(
-        {
-            "query token": query.counted_tokens,
-            "best match": best,
-            "similarity": table.max(axis=1).round(3),
-        }
-    )
+    columns = {"query token": query.counted_tokens, "best match": best}
+    return pd.DataFrame(columns | {"similarity": table.max(axis=1).round(3)})
 
 
 def group_name(tokens: Sequence[str], most: int = 4) -> str:
-    """A cluster's tokens in short: `derivative ×3, order ×2, of`; `most` of them."""
-    counts = Counter(tokens)
-    named = [token if n == 1 else f"{token} ×{n}" for token, n in counts.items()]
+    """A cluster's tokens in short: `derivative ×3, order ×2, of`; at most `most` of them."""
+    named = [token if n == 1 else f"{token} ×{n}" for token, n in Counter(tokens).items()]
     return ", ".join(named[:most]) + (", …" if len(named) > most else "")
 
 
 def cluster_table(pooled: Pooled) -> pd.DataFrame:
     """Clusters of two tokens and more, the largest first.
 
-    `cosine` is the mean over all pairs of different tokens in the cluster, `norm` the length of
-    their mean vector.
+    `cosine` is the mean over all pairs of tokens in the cluster, `norm` the length of their mean
+    vector.
     """
     rows = []
-    for number, label in _numbers(pooled.labels).items():
+    for label, number in pooled.numbers.items():
         members = pooled.document.vectors[pooled.labels == label]  # (size, dim)
-        size = len(members)
-        pairs = (members @ members.T)[np.triu_indices(size, k=1)]
+        pairs = (members @ members.T)[np.triu_indices(len(members), k=1)]
         norm = np.linalg.norm(pooled.vectors[label])
-        rows.append((number, group_name(pooled.groups[label], 6), size, pairs.mean(), norm))
+        name = group_name(pooled.groups[label], 6)
+        rows.append((number, name, len(members), pairs.mean(), norm))
     table = pd.DataFrame(rows, columns=["cluster", "tokens", "size", "cosine", "norm"])
     table = table.set_index("cluster").sort_values("size", ascending=False, kind="stable")
     return table.round(3)
@@ -280,14 +242,7 @@ def sweep(
     methods: Sequence[PoolMethod] = METHODS,
     factors: Sequence[int] = (1, 2, 3, 4, 5, 6),
 ) -> pd.DataFrame:
-    """The first document under every method × factor.
-
-    Returns
-    -------
-    pandas.DataFrame
-        `pool_method`, `pool_factor`, `vectors` (count), `norm` (mean length of the vectors),
-        `score` (MaxSim with the query).
-    """
+    """The first document at every method × factor: count and mean length of vectors, MaxSim."""
     rows = []
     for method, factor in itertools.product(methods, factors):
         pooled = pool_document(example.documents[0], factor, method)
@@ -308,292 +263,195 @@ def document_scores(
         ]
         for factor in factors
     }
-    names = [_shortened(document.text) for document in example.documents]
+    names = [d.text if len(d.text) <= 48 else d.text[:46] + " …" for d in example.documents]
     return pd.DataFrame(columns, index=pd.Index(names, name="document")).round(2)
 
 
-def _shortened(text: str, most: int = 48) -> str:
-    return text if len(text) <= most else text[: most - 2].rstrip() + " …"
-
-
-def pairs_apart(first: np.ndarray, second: np.ndarray) -> int:
-    """How many pairs of tokens are together in one grouping and apart in the other."""
-    together = [labels[:, None] == labels for labels in (first, second)]  # (tokens, tokens)
-    return int(np.triu(together[0] != together[1], k=1).sum())
-
-
 def variant_table(document: EncodedText, factors: Sequence[int] = FACTORS[1:]) -> pd.DataFrame:
-    """Token pairs that two hierarchical variants group differently, at each pool factor.
+    """Token pairs that are together in one hierarchical variant and apart in the other.
 
-    `pairs together` counts the pairs that the first of the two puts together.
+    A row per pool factor, a column per pair of variants.
     """
-    rows = []
-    for factor in factors:
-        groupings = {
-            variant: pool_document(document, factor, "hierarchical", variant).labels
-            for variant in HIERARCHICAL_VARIANTS
-        }
-        for (name, labels), (other, others) in itertools.combinations(groupings.items(), 2):
-            together = pairs_apart(labels, np.arange(len(labels)))
-            rows.append((factor, name, other, together, pairs_apart(labels, others)))
-    columns = ["pool_factor", "variant", "other", "pairs together", "grouped differently"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-# ---------------------------------------------------------------- drawing
-
-# Paul Tol's "light" colours: made as backgrounds of black text, distinct to colour-blind readers.
-FILLS = ("#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#99DDFF", "#44BB99", "#BBCC33", "#AAAA00")
-SINGLE, FAINT, DARK = "#EFEFEF", "#9A9A9A", "#222222"
-OUTLINES = ((0, "-"), (1.2, "-"), (1.2, (0, (1.5, 1.2))), (2.2, "-"))  # width and dashes, a round
-WIDTH = 684.0  # points: a notebook's page
-FONT, SMALL, TITLE = 10.0, 6.5, 11.0  # points
-PAD, GAP, BOX, LINE = 2.6, 4.2, 15.5, 21.0  # points: in a box, between words, heights
-STYLE = {"font.sans-serif": ["DejaVu Sans"], "axes.edgecolor": "#999999"}  # comes with Matplotlib
-
-
-class Picture(Figure):
-    """A figure outside pyplot's state: shows itself in a notebook, and the same every time."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = BytesIO()
-        with rc_context(STYLE):
-            FigureCanvasAgg(self)
-            self.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-        small = BytesIO()  # 64 colours are enough, and a third of the bytes in the notebook
-        Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(
-            small, format="png", optimize=True
-        )
-        return small.getvalue()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Box:
-    """A token's place in points: left edge, width, line; its text; its place among the counted."""
-
-    left: float
-    width: float
-    line: int
-    text: str
-    vector: int | None
-    number: str = ""
-
-
-def draw_clusters(panels: Mapping[str, Pooled]) -> Picture:
-    """Documents as flowing text, tokens of one cluster in one colour and with one small number.
-
-    A token that is alone in its cluster is pale grey, one without a vector has no box. From the
-    ninth cluster on colours come again, outlined.
-
-    Parameters
-    ----------
-    panels
-        Title → pooled document, drawn one below the other.
-    """
-    laid_out = [list(_layout(pooled)) for pooled in panels.values()]
-    heights = [26 + LINE * (boxes[-1].line + 1 if boxes else 0) for boxes in laid_out]
-    figure = Picture(figsize=(WIDTH / 72, sum(heights) / 72))
-    axis = figure.add_axes((0, 0, 1, 1))
-    axis.set(xlim=(0, WIDTH), ylim=(sum(heights), 0))  # in points, y downwards
-    axis.axis("off")
-    tops = np.cumsum([0, *heights])
-    for panel, (title, pooled) in enumerate(panels.items()):
-        axis.text(2, tops[panel] + 15, title, fontsize=TITLE, va="baseline", color=DARK)
-        for place, box in enumerate(laid_out[panel]):
-            _draw_box(axis, box, tops[panel] + 23 + LINE * box.line, pooled, f"{panel}:{place}")
-    return figure
-
-
-def _layout(pooled: Pooled) -> Iterator[_Box]:
-    """Places of a document's tokens; the pieces of one word touch and stay on one line."""
-    numbers = {label: str(number) for number, label in _numbers(pooled.labels).items()}
-    order = iter(range(len(pooled.labels)))
-    left, line = 2.0, 0
-    for word in _words(pooled.document):
-        boxes = []
-        for token, counted in word:
-            vector = next(order) if counted else None
-            number = numbers.get(pooled.labels[vector], "") if counted else ""
-            text = token.removeprefix("##")
-            width = _width(text, FONT) + (2 * PAD if counted else 0)
-            width += _width(number, SMALL) + 1 if number else 0
-            boxes.append(_Box(0, width, 0, text, vector, number))
-        if left + sum(box.width for box in boxes) > WIDTH - 2 and left > 2:
-            left, line = 2.0, line + 1
-        for box in boxes:
-            yield dataclasses.replace(box, left=left, line=line)
-            left += box.width
-        left += GAP
-
-
-def _words(document: EncodedText) -> Iterator[list[tuple[str, bool]]]:
-    """Tokens with their masks, the pieces of one word in one list."""
-    word: list[tuple[str, bool]] = []
-    for token, counted in zip(document.tokens, document.counted, strict=True):
-        if word and not token.startswith("##"):
-            yield word
-            word = []
-        word.append((token, bool(counted)))
-    if word:
-        yield word
-
-
-def _width(text: str, size: float) -> float:
-    """Width of a text in points."""
-    font = FontProperties(family="DejaVu Sans", size=size)
-    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]
-
-
-def _numbers(labels: np.ndarray) -> dict[int, int]:
-    """Number 1, 2, 3, … → label, for clusters of two and more in the order of first occurrence."""
-    large = np.flatnonzero(np.bincount(labels) > 1) if len(labels) else []
-    return {number: int(label) for number, label in enumerate(large, start=1)}
-
-
-def _draw_box(axis, box: _Box, top: float, pooled: Pooled, gid: str) -> None:
-    colour = FAINT if box.vector is None else DARK
-    pad = 0 if box.vector is None else PAD
-    baseline = top + 11.5
-    if box.vector is not None:
-        axis.add_patch(_background(box, top, int(pooled.labels[box.vector])))
-    font = {"family": "DejaVu Sans", "va": "baseline", "parse_math": False}
-    axis.text(box.left + pad, baseline, box.text, fontsize=FONT, color=colour, gid=gid, **font)
-    right = box.left + box.width - 1.4
-    axis.text(right, baseline + 2, box.number, fontsize=SMALL, color=colour, ha="right", **font)
-
-
-def _background(box: _Box, top: float, label: int) -> Rectangle:
-    """The box of a token; its gid tells the cluster."""
-    fill, (width, dashes) = SINGLE, OUTLINES[0]
-    if box.number:
-        turn, colour = divmod(int(box.number) - 1, len(FILLS))
-        fill, (width, dashes) = FILLS[colour], OUTLINES[turn % len(OUTLINES)]
-    # the white edge of half a point separates the pieces of a word
-    edge = {"edgecolor": DARK if width else "white", "linewidth": width or 0.8}
-    inset = 0.6 if width else 0
-    place = (box.left + inset, top + inset)
-    size = (box.width - 2 * inset, BOX - 2 * inset)
-    return Rectangle(place, *size, facecolor=fill, linestyle=dashes, gid=f"cluster:{label}", **edge)
-
-
-def draw_maxsim(query: EncodedText, pooled: Pooled) -> Picture:
-    """The similarities as a heat map, each best match framed, their sum at the right."""
-    table = similarities(query, pooled)  # (query tokens, vectors)
-    best = table.argmax(axis=1)
-    labels = [group_name(group, 3) for group in pooled.groups]
-    width = max(WIDTH / 72, 2.6 + 0.15 * len(labels))  # all in inches from here
-    below = 0.1 + max(_width(label, 8) for label in labels) / 72  # the upright labels
-    high, above = 0.24 * len(table), 0.3
-    height = max(below, 0.3) + high + above
-    figure = Picture(figsize=(width, height))
-    axis = figure.add_axes(
-        (1.1 / width, 1 - (above + high) / height, 1 - 1.95 / width, high / height)
-    )
-    axis.imshow(table, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axis.set_yticks(range(len(table)), query.counted_tokens, fontsize=9, parse_math=False)
-    axis.set_xticks(range(len(labels)), labels, fontsize=8, rotation=90, parse_math=False)
-    axis.tick_params(length=0, pad=3)
-    for row, column in enumerate(best):
-        corner = (column - 0.5, row - 0.5)
-        axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#D55E00", linewidth=1.8))
-        value = f"{table[row, column]:.2f}"
-        axis.text(len(labels) - 0.3, row, value, fontsize=9, va="center", color="#B04A00")
-    total = f"sum {table.max(axis=1).sum():.2f}"
-    axis.text(len(labels) - 0.3, len(table), total, fontsize=9, va="center", weight="bold")
-    axis.set_title(_maxsim_title(pooled), fontsize=TITLE, loc="left", color=DARK)
-    return figure
-
-
-def _maxsim_title(pooled: Pooled) -> str:
-    what = "tokens" if pooled.factor == 1 else f"{pooled.method} clusters, factor {pooled.factor}"
-    vectors = f"the document's {len(pooled.vectors)} vectors ({what})"
-    return f"Query tokens × {vectors}: dot product, 0 pale to 1 dark"
-
-
-def draw_sweep(table: pd.DataFrame) -> Picture:
-    """What `sweep` found: vectors left, their mean length and the score, by pool factor."""
-    from l2p_utils.figures import COLOURS, MARKERS
-
-    figure = Picture(figsize=(WIDTH / 72, 2.9), layout="constrained")
-    titles = {
-        "vectors": "Vectors stored",
-        "norm": "Mean length of a vector",
-        "score": "MaxSim score",
+    together = {}
+    for variant in HIERARCHICAL_VARIANTS:
+        found = cluster_labels(document.vectors, list(factors), "hierarchical", variant=variant)
+        labels = np.stack([found[factor] for factor in factors])  # (factors, tokens)
+        together[variant] = labels[:, :, None] == labels[:, None, :]  # each pair twice
+    table = {
+        (one, other): (together[one] != together[other]).sum(axis=(1, 2)) // 2
+        for one, other in itertools.combinations(HIERARCHICAL_VARIANTS, 2)
     }
-    for axis, (column, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        for method, rows in table.groupby("pool_method", sort=False):
-            style = {"color": COLOURS[method], "marker": MARKERS[method], "markersize": 5}
-            axis.plot(rows["pool_factor"], rows[column], label=method, linewidth=1.8, **style)
-        axis.set_title(title, fontsize=TITLE, loc="left")
-        axis.set_xlabel("pool factor")
-        axis.set_xticks(sorted(table["pool_factor"].unique()))
-        axis.set_ylim(0, 1.08 * table[column].max())
-        axis.grid(color="#E6E6E6")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[-1].legend(frameon=False, fontsize=9, loc="lower left")
+    index = pd.Index(factors, name="pool_factor")
+    return pd.DataFrame(table, index=index).rename_axis(columns=["variant", "other"])
+
+
+# ---------------------------------------------------------------- figures
+
+# Paul Tol's "light" colours: backgrounds for black text, distinct to colour-blind readers.
+FILLS = ("#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#99DDFF", "#44BB99", "#BBCC33", "#AAAA00")
+OUTLINES = (("white", 0.8, "-"), ("#222222", 1.2, "-"), ("#222222", 1.2, ":"))  # a round each
+SMALL = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+COLUMNS, FONT, WIDTH = 118, 9.5, 9.5  # characters per line; points; inches
+FONT_STYLE = {"family": "DejaVu Sans Mono", "fontsize": FONT, "parse_math": False}
+
+
+def draw_clusters(panels: Mapping[str, Pooled]) -> NotebookFigure:
+    """Documents as running text; tokens of one cluster share a colour and a small number.
+
+    A token that is alone in its cluster is pale grey, one without a vector has no box. Colours
+    repeat from the ninth cluster on, with an outline. `panels` maps titles to pooled documents.
+    """
+    words = [list(_layout(pooled)) for pooled in panels.values()]
+    lines = [boxes[-1][1] + 1 if boxes else 0 for boxes in words]
+    total = sum(lines) + 1.6 * len(panels)
+    with matplotlib.rc_context(STYLE):
+        figure = NotebookFigure(figsize=(WIDTH, 0.285 * total))
+        axis = figure.add_axes((0, 0, 1, 1))
+        axis.set(xlim=(-0.5, COLUMNS + 0.5), ylim=(total, 0))  # in characters and lines
+        axis.axis("off")
+        top = 0.0
+        for (title, pooled), boxes, height in zip(panels.items(), words, lines, strict=True):
+            axis.text(0, top + 0.9, title, fontsize=11, va="center")
+            for left, line, width, text, label in boxes:
+                centre = (left + width / 2, top + 1.95 + line)
+                colour = "#8A8A8A" if label is None else "#222222"
+                axis.text(*centre, text, ha="center", va="center", color=colour, **FONT_STYLE)
+                if label is not None:
+                    corner = (left, centre[1] - 0.38)
+                    look = _look(pooled.numbers.get(label))
+                    axis.add_patch(Rectangle(corner, width, 0.76, gid=f"cluster:{label}", **look))
+            top += height + 1.6
+    figure.alt = "A document's word pieces, coloured by cluster. " + " ".join(
+        f"{title}; largest clusters: {'; '.join(cluster_table(pooled)['tokens'][:3]) or 'none'}."
+        for title, pooled in panels.items()
+    )
+    return figure
+
+
+def _layout(pooled: Pooled) -> Iterator[tuple[float, int, float, str, int | None]]:
+    """Left edge, line, width (in characters), text and label of each token.
+
+    The pieces of a word touch and stay on one line.
+    """
+    labels = iter(pooled.labels.tolist())
+    words: list[list[tuple[float, str, int | None]]] = []
+    for token, counted in zip(pooled.document.tokens, pooled.document.counted, strict=True):
+        label = next(labels) if counted else None
+        number = str(pooled.numbers.get(label, "")).translate(SMALL)
+        text = token.removeprefix("##") + number
+        if not token.startswith("##") or not words:
+            words.append([])
+        words[-1].append((len(text) + (0.6 if counted else 0), text, label))
+    left, line = 0.0, 0
+    for word in words:
+        if left and left + sum(width for width, *_ in word) > COLUMNS:
+            left, line = 0.0, line + 1
+        for width, text, label in word:
+            yield left, line, width, text, label
+            left += width
+        left += 0.6
+
+
+def _look(number: int | None) -> dict[str, object]:
+    if number is None:
+        return {"facecolor": "#EFEFEF", "edgecolor": "white", "linewidth": 0.8}
+    turn, colour = divmod(number - 1, len(FILLS))
+    edge, width, dashes = OUTLINES[turn % len(OUTLINES)]
+    look = {"facecolor": FILLS[colour], "edgecolor": edge, "linewidth": width}
+    return look | {"linestyle": dashes, "zorder": 1 + 0.1 * turn}
+
+
+def draw_maxsim(query: EncodedText, pooled: Pooled) -> NotebookFigure:
+    """Similarities as a heat map; the best match of each row is framed and named at the right."""
+    table = query.vectors @ pooled.vectors.T  # (query tokens, document vectors)
+    names = [group_name(group, 3) for group in pooled.groups]
+    height = 0.24 * len(table) + 0.07 * max(map(len, names)) + 0.5
+    unit = "tokens" if pooled.factor == 1 else f"{pooled.method} clusters, factor {pooled.factor}"
+    what = f"the document's {len(pooled.vectors)} vectors ({unit})"
+    with matplotlib.rc_context(STYLE):
+        size = (max(WIDTH, 2.2 + 0.16 * len(names)), height)
+        figure = NotebookFigure(figsize=size, layout="constrained")
+        axis = figure.subplots()
+        axis.imshow(table, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axis.set_yticks(range(len(table)), query.counted_tokens, fontsize=9, parse_math=False)
+        axis.set_xticks(range(len(names)), names, fontsize=8, rotation=90, parse_math=False)
+        axis.set_title(f"Dot products of query tokens and {what}, 0 pale to 1 dark\n"
+                       f"MaxSim, the sum of the framed: {table.max(axis=1).sum():.2f}",
+                       fontsize=11, loc="left")  # fmt: skip
+        values = axis.secondary_yaxis("right")
+        best = [f"{value:.2f}" for value in table.max(axis=1)]
+        values.set_yticks(range(len(table)), best, fontsize=9, color="#B04A00")
+        for side in (axis, values):
+            side.tick_params(length=0)
+            side.grid(False)
+        for row, column in enumerate(table.argmax(axis=1)):
+            corner = (column - 0.5, row - 0.5)
+            frame = {"fill": False, "edgecolor": "#D55E00", "linewidth": 1.8, "clip_on": False}
+            axis.add_patch(Rectangle(corner, 1, 1, **frame))
+    figure.alt = f"Heat map of query tokens against {what}. Best matches: " + "; ".join(
+        f"{token} with {match} {value:.2f}"
+        for token, match, value in maxsim_table(query, pooled).to_numpy()
+    )
+    return figure
+
+
+def draw_sweep(table: pd.DataFrame) -> NotebookFigure:
+    """Number of vectors, their mean length and the score, by pool factor (`table`: `sweep`'s)."""
+    titles = {"vectors": "Vectors stored", "norm": "Mean length of a vector", "score": "MaxSim"}
+    with matplotlib.rc_context(STYLE):
+        figure = NotebookFigure(figsize=(WIDTH, 3), layout="constrained")
+        for axis, (column, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+            for method, rows in table.groupby("pool_method", sort=False):
+                style = {"color": COLOURS[method], "marker": MARKERS[method], "markersize": 5}
+                axis.plot(rows["pool_factor"], rows[column], label=method, linewidth=1.8, **style)
+            axis.set_title(title, fontsize=11, loc="left")
+            axis.set_xlabel("pool factor")
+            axis.set_xticks(sorted(table["pool_factor"].unique()))
+            axis.set_ylim(0, 1.08 * table[column].max())
+        figure.axes[-1].legend(frameon=False, fontsize=9, loc="lower left")
+    figure.alt = (
+        "Three line charts by pool factor and method: vectors stored, mean length of a vector, "
+        "MaxSim. All fall as the factor grows. The table below has the numbers."
+    )
     return figure
 
 
 def pooling_panels(
-    example: Example, pool_method: PoolMethod, factors: Sequence[int] = FACTORS
+    example: Example,
+    pool_method: PoolMethod,
+    factors: Sequence[int] = FACTORS,
+    variants: Sequence[PoolVariant] = (DEFAULT_VARIANT,),
 ) -> dict[str, Pooled]:
-    """The first document at each pool factor, under titles for `draw_clusters`."""
-    return dict(_panel(example, factor, pool_method) for factor in factors)
-
-
-def variant_panels(example: Example, pool_factor: int) -> dict[str, Pooled]:
-    """The first document pooled by each hierarchical variant, under titles for `draw_clusters`."""
-    return dict(
-        _panel(example, pool_factor, "hierarchical", variant) for variant in HIERARCHICAL_VARIANTS
-    )
-
-
-def _panel(
-    example: Example, factor: int, method: PoolMethod, variant: PoolVariant | None = None
-) -> tuple[str, Pooled]:
-    pooled = pool_document(example.documents[0], factor, method, variant or DEFAULT_VARIANT)
-    score = maxsim(example.query, pooled)
-    name = f"{method}, variant {variant}" if variant else method
-    counts = f"{len(pooled.vectors)} vectors, MaxSim {score:.2f}"
-    return f"{name}, pool factor {factor}:  {counts}", pooled
-
-
-# ---------------------------------------------------------------- stepping through
+    """The first document at each pool factor and variant, under titles for `draw_clusters`."""
+    panels = {}
+    for factor, variant in itertools.product(factors, variants):
+        pooled = pool_document(example.documents[0], factor, pool_method, variant)
+        name = f"{pool_method}, variant {variant}" if len(variants) > 1 else pool_method
+        counts = f"{len(pooled.vectors)} vectors, MaxSim {maxsim(example.query, pooled):.2f}"
+        panels[f"{name}, pool factor {factor}:  {counts}"] = pooled
+    return panels
 
 
 def step_through(
     example: Example, pool_factor: int = 4, pool_method: PoolMethod = "kmeans"
-) -> ipywidgets.Widget | Picture:
-    """The slider where somebody can move it; elsewhere the picture of its first position."""
-    if _is_live():
-        return slider(example, pool_factor, pool_method)
-    return draw_clusters(dict([_panel(example, pool_factor, pool_method)]))
+) -> ipywidgets.Widget | NotebookFigure:
+    """A slider and buttons in a live JupyterLab or VS Code; elsewhere their first position."""
+
+    def show(factor: int, method: PoolMethod) -> NotebookFigure:
+        return draw_clusters(pooling_panels(example, method, [factor]))
+
+    if not _is_live():
+        return show(pool_factor, pool_method)
+    import ipywidgets
+
+    slider = ipywidgets.IntSlider(pool_factor, min=1, max=6, description="pool factor")
+    buttons = ipywidgets.ToggleButtons(options=METHODS, value=pool_method)
+    return ipywidgets.interactive(show, factor=slider, method=buttons)
 
 
 def _is_live() -> bool:
-    """Whether a reader's front end started this kernel (papermill and nbconvert set neither)."""
+    """Whether JupyterLab or VS Code started this kernel (papermill and nbconvert set neither)."""
     from IPython import get_ipython
 
-    shell = get_ipython()
-    in_vscode = shell is not None and "__vsc_ipynb_file__" in shell.user_ns
-    return in_vscode or "JPY_SESSION_NAME" in os.environ
-
-
-def slider(
-    example: Example, pool_factor: int = 4, pool_method: PoolMethod = "kmeans"
-) -> ipywidgets.VBox:
-    """A slider for the pool factor and buttons for the method, above the coloured document."""
-    import ipywidgets
-
-    factor = ipywidgets.IntSlider(pool_factor, min=1, max=6, description="pool factor")
-    method = ipywidgets.ToggleButtons(options=METHODS, value=pool_method)
-    image = ipywidgets.Image(format="png", layout={"max_width": "100%"})
-
-    def redraw(change: object = None) -> None:
-        picture = draw_clusters(dict([_panel(example, factor.value, method.value)]))
-        image.value = picture._repr_png_()
-
-    factor.observe(redraw, names="value")
-    method.observe(redraw, names="value")
-    redraw()
-    return ipywidgets.VBox([ipywidgets.HBox([factor, method]), image])
+    names = getattr(get_ipython(), "user_ns", {})
+    return "__vsc_ipynb_file__" in names or "JPY_SESSION_NAME" in os.environ

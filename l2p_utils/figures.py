@@ -1,15 +1,16 @@
 """The paper's Figures 1–4 and Tables 1–4, drawn from stored numbers: the paper's or a run's.
 
-Takes a folder of ``data/``; gives PNG, SVG, CSV and Markdown. Both sources become one tidy frame
-first, so the same code draws them. ``python -m l2p_utils.figures`` redraws everything.
+Both become one tidy frame first (`paper.Exhibits`), so the same code draws them. A run on other
+collections than the paper's or the bundled ones is drawn by model and collection instead.
+``python -m l2p_utils.figures`` redraws everything in ``figures/`` from ``data/``.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 
@@ -20,88 +21,77 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from l2p_utils.claims import check_claims, claims_table
-from l2p_utils.comparison import (
+from l2p_utils.files import UserError, atomic_path
+from l2p_utils.paper import (
+    ENGINE,
+    FIGURES,
+    HUB_SUITES,
     INSIDE,
-    NOT_RUN,
-    OUTSIDE,
     PAPER_BASELINES,
     POINTS,
+    ROLES,
+    TABLES,
+    Exhibits,
     by_definition,
     compare_with_paper,
     comparison_markdown,
-)
-from l2p_utils.exhibits import (
-    ENGINE,
-    FIGURES,
-    TABLES,
-    Source,
     holds_paper,
     missing,
-    read_source,
-)
-from l2p_utils.files import UserError, atomic_path
-from l2p_utils.results import (
-    HUB_SUITES,
-    POOL_FACTORS,
-    has_rows,
-    kept_ndcg,
     read_paper,
-    read_per_query,
-    read_rows,
+    read_source,
     roles_of,
 )
+from l2p_utils.results import (
+    BASELINE,
+    POOL_FACTORS,
+    VARIANTS,
+    default_variant,
+    has_rows,
+    kept_ndcg,
+    read_per_query,
+    relative_ndcg,
+)
 
-DPI = 220
+DPI = 220  # of files; notebooks show 110
 KINDS = ("png", "svg")
 
 # ---------------------------------------------------------------- how each exhibit looks
 
 PANELS = {
-    "figure1": [["FiQA", "NFCorpus", "SCIDOCS"], ["SciFact", "Touche", "Average"]],
-    "figure2": [["SciFact", "FiQA"]],
-    "figure3": [["SciFact", "FiQA"]],
-    "figure4": [["SciFact", "FiQA"], ["NFCorpus", "SCIDOCS"]],
+    "figure1": ["FiQA", "NFCorpus", "SCIDOCS", "SciFact", "Touche", "Average"],
+    "figure2": ["SciFact", "FiQA"],
+    "figure3": ["SciFact", "FiQA"],
+    "figure4": ["SciFact", "FiQA", "NFCorpus", "SCIDOCS"],
 }
 # The paper's axes; 68 and not 70 in Figure 4, since one point (69.68) lies below the paper's axis.
 PAPER_LIMITS = {
-    "figure1": (20, 104),
-    "figure2": (0, 106),
-    "figure3": (70, 104),
-    "figure4": (68, 104),
+    "figure1": (20, 104), "figure2": (0, 106), "figure3": (70, 104), "figure4": (68, 104),
     "overview": (0, 106),
-}
+}  # fmt: skip
 TITLES = {
-    "figure1": "Figure 1. Pooling at inference only: the baseline under three pool methods",
-    "figure2": "Figure 2. Span pooling: the baseline and models trained with one factor or all",
-    "figure3": "Figure 3. Models trained for all factors (PF1-6), each pooled by its own method",
-    "figure4": "Figure 4. Search through a PLAID index: the baseline and PF1-6 models",
-    "table1": "Table 1. Across methods: models trained with each method, all pooled with span",
-    "table2": "Table 2. Across collections: kmeans-trained models, kmeans pooling",
-    "table3": "Table 3. Hierarchical pooling: models trained with one factor or with all",
-    "table4": "Table 4. K-means pooling: models trained with one factor or with all",
+    "figure1": "pooling at inference only: the baseline under three pool methods",
+    "figure2": "span pooling: the baseline and models trained with one factor or all",
+    "figure3": "models trained for all factors (PF1-6), each pooled by its own method",
+    "figure4": "search through a PLAID index: the baseline and PF1-6 models",
+    "table1": "across methods: models trained with each method, all pooled with span",
+    "table2": "across collections: kmeans-trained models, kmeans pooling",
+    "table3": "hierarchical pooling: models trained with one factor or with all",
+    "table4": "kmeans pooling: models trained with one factor or with all",
     "overview": "NDCG@10 kept as documents shrink: k-means pooling on",
 }
 SEARCH = {"exact": "Exact search", "plaid": "PLAID search"}
-OWN = "; each model is trained on its panel’s collection"
-CAPTIONS = {
-    "figure2": OWN,
-    "figure3": f"{OWN}; the baseline is pooled hierarchically",
-}
-
-# ---------------------------------------------------------------- drawing
+OWN = "Each model is trained on its panel's collection."
+CAPTIONS = {"figure2": OWN, "figure3": f"{OWN} The baseline is pooled hierarchically."}
 
 # Okabe and Ito's colours (2008), which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E08A00", "#009E73", "#CC79A7"
 SKY, GREY, PURPLE = "#56B4E9", "#555555", "#7B3294"
 COLOURS = {"hierarchical": BLUE, "kmeans": ORANGE, "span": GREEN}
 MARKERS = {"hierarchical": "o", "kmeans": "^", "span": "D"}
-METHOD_NAMES = {"hierarchical": "hierarchical", "kmeans": "kmeans", "span": "span"}
-# Trained models' squares fit into each other and wider lines lie below, so that of curves that run
-# together all are seen: line width, marker size, and whether the marker is filled.
+# Where curves run together all are seen: wider lines and larger, open squares lie below.
 NESTED = {
     "span": (3.2, 10.6, False),
     "hierarchical": (2.1, 6.2, False),
@@ -118,31 +108,111 @@ STYLE = {
     **sns.plotting_context("notebook", font_scale=1.0),
     "grid.color": "#E6E6E6",
     "axes.edgecolor": "#999999",
-    "font.sans-serif": ["DejaVu Sans"],  # comes with Matplotlib: the same letters everywhere
+    "font.sans-serif": ["DejaVu Sans"],  # comes with Matplotlib
     "lines.linewidth": 2.0,
     "lines.markersize": 6.5,
     "svg.hashsalt": "learn-to-pool",
 }
 
 
-BAND = {"color": "#DDDDDD", "linewidth": 0, "zorder": 0}
+class NotebookFigure(Figure):
+    """A figure outside pyplot's state that shows itself in a notebook, with a text for those who
+    cannot see it.
 
+    Attributes
+    ----------
+    alt : str
+        That text.
+    """
 
-class Sheet(Figure):
-    """A figure outside pyplot's state: shows itself in a notebook, and the same every time."""
+    alt = ""
 
-    def _repr_png_(self) -> bytes:
-        return render(self, "png", dpi=110)
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
+        return render(self, "png", dpi=110), {"alt": self.alt}
 
 
 def render(figure: Figure, kind: str, dpi: int = DPI) -> bytes:
-    """A figure as the bytes of a PNG or SVG file, the same every time."""
+    """A figure as the bytes of a PNG or SVG file."""
     buffer = BytesIO()
     metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     with matplotlib.rc_context(STYLE):
         FigureCanvasAgg(figure)
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
+
+
+def panels(
+    count: int, columns: int, size: tuple[float, float], title: str, notes: Iterable[str]
+) -> tuple[NotebookFigure, list[Axes], Axes]:
+    """A figure of `count` panels on common axes, a row for the legend, a title, small print.
+
+    Parameters
+    ----------
+    size
+        Inches of one panel.
+
+    Returns
+    -------
+    The figure, its panels, and an empty strip for `legend`.
+    """
+    columns = min(columns, count)
+    lines = math.ceil(count / columns)
+    width = max(size[0] * columns, 7)
+    small = "\n".join(line for note in notes for line in textwrap.wrap(note, int(width * 15)))
+    figure = NotebookFigure(figsize=(width, size[1] * lines + 1.1), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
+    grid = figure.add_gridspec(lines + 1, columns, height_ratios=[1] * lines + [0.01])
+    axes: list[Axes] = []
+    for place in range(count):
+        first = axes[0] if axes else None
+        axes.append(figure.add_subplot(grid[divmod(place, columns)], sharex=first, sharey=first))
+    strip = figure.add_subplot(grid[lines, :])
+    strip.axis("off")
+    figure.suptitle(textwrap.fill(title, int(width * 8)), fontsize=13, fontweight="bold")
+    figure.supxlabel(small, fontsize=8.5, color="#555555", x=0.012, ha="left")
+    return figure, axes, strip
+
+
+def legend(strip: Axes, handles: dict[str, object]) -> None:
+    """One legend for all panels."""
+    if handles:
+        letters = strip.figure.get_size_inches()[0] * 10
+        fitting = max(int(letters // (max(map(len, handles)) + 9)), 1)
+        columns = len(handles) if len(handles) <= min(fitting, 4) else min(fitting, 3)
+        strip.legend(
+            handles.values(), handles, loc="center", ncols=columns, frameon=False, fontsize=10,
+            handlelength=2.8, columnspacing=1.6, borderaxespad=0,
+        )  # fmt: skip
+
+
+def _percent_axes(
+    axes: list[Axes], columns: int, values: pd.Series, factors: Iterable[int], label: str
+) -> None:
+    """Common limits, whole fives around the data; a line at 100; labels at the edges."""
+    values = [*values.dropna(), 100.0]
+    low, high = 5 * np.floor((min(values) - 1) / 5), 5 * np.ceil((max(values) + 1) / 5)
+    axes[0].set(ylim=(low, high), xticks=sorted(set(factors)))
+    axes[0].yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
+    for place, axis in enumerate(axes):
+        axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
+        sns.despine(ax=axis)
+        if place % columns == 0:
+            axis.set_ylabel(label)
+        if place >= len(axes) - columns:
+            axis.set_xlabel("Pool factor")
+
+
+def _title(source: Exhibits, exhibit: str) -> str:
+    number = f"{exhibit[:-1].capitalize()} {exhibit[-1]}"
+    return f"{number} {'of the paper' if source.is_paper else 'in this run'}: {TITLES[exhibit]}"
+
+
+def _notes(source: Exhibits, exhibit: str) -> list[str]:
+    engine = ENGINE.get(exhibit, "exact")
+    on = f" on {source.suites[engine]}" if source.suites else ""
+    gaps = missing(source, exhibit) if exhibit in PANELS else ""
+    notes = [f"{source.note_on(exhibit)}. {SEARCH[engine]}{on}. {CAPTIONS.get(exhibit, '')}"]
+    return [*notes, f"Not run: {gaps}."] if gaps else notes
 
 
 def _style(label: str, pool_method: str) -> dict:
@@ -160,8 +230,14 @@ def _style(label: str, pool_method: str) -> dict:
     )  # fmt: skip
 
 
-def draw(source: Source, exhibit: str) -> Sheet:
+# ---------------------------------------------------------------- the paper's figures
+
+
+def draw(source: Exhibits, exhibit: str) -> NotebookFigure:
     """Draw one of the paper's figures, or the overview, from `source`.
+
+    Panels without any number are left out. Where a run has none at all, because its collections
+    are others, its models are compared on its own collections (`draw_models`, `draw_kept`).
 
     Parameters
     ----------
@@ -171,58 +247,53 @@ def draw(source: Source, exhibit: str) -> Sheet:
     Raises
     ------
     UserError
-        When there is no such figure.
+        When there is no such figure, or the run has no rows for it.
     """
+    if exhibit not in (*PANELS, "overview"):
+        raise UserError(f"no figure {exhibit!r}: expected one of {[*PANELS, 'overview']}.")
+    shown = "table4" if exhibit == "overview" else exhibit
+    frame = source.frame[source.frame["exhibit"] == shown].dropna(subset=["relative"])
+    if frame.empty:
+        return _draw_own(source, exhibit)
     if exhibit == "overview":
         return draw_overview(source)
-    if exhibit not in PANELS:
-        raise UserError(f"no figure {exhibit!r}: expected one of {[*PANELS, 'overview']}.")
-    panels = PANELS[exhibit]
-    rows, columns = len(panels), len(panels[0])
+    datasets = [dataset for dataset in PANELS[exhibit] if dataset in set(frame["dataset"])]
+    columns = 3 if len(PANELS[exhibit]) > 4 else 2
     with matplotlib.rc_context(STYLE):
-        size = (4.1 * columns + 0.4, 3.3 * rows + 0.3) if columns > 2 else (10.2, 3.9 * rows + 0.3)
-        figure = Sheet(figsize=size, dpi=DPI, layout="constrained")
-        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        frame = source.frame[source.frame["exhibit"] == exhibit]
+        figure, axes, strip = panels(
+            len(datasets), columns, (4.1 if columns == 3 else 5.1, 3.0 if columns == 3 else 3.6),
+            _title(source, exhibit), _notes(source, exhibit),
+        )  # fmt: skip
         handles: dict[str, object] = {}
-        for axis, dataset in zip(axes.flat, itertools.chain(*panels), strict=True):
-            handles |= _panel(axis, source, frame[frame["dataset"] == dataset], dataset, exhibit)
-        _furnish(figure, axes, source, exhibit, handles)
+        for axis, dataset in zip(axes, datasets, strict=True):
+            curves = frame[frame["dataset"] == dataset]
+            for (label, method), curve in curves.groupby(["label", "pool_method"], sort=False):
+                curve = curve.sort_values("pool_factor")
+                name = _legend_name(source, exhibit, label, method)
+                style = _style(label, method)
+                (handles[name],) = axis.plot(curve["pool_factor"], curve["relative"], **style)
+            axis.set_title(source.names[dataset][0], fontsize=11.5)
+        _percent_axes(axes, columns, frame["relative"], POOL_FACTORS, "Relative NDCG@10 (%)")
+        if source.is_paper:
+            axes[0].set_ylim(PAPER_LIMITS[exhibit])
+        legend(strip, handles)
+    figure.alt = f"{_title(source, exhibit)}. {_spoken(source, frame)}"
     return figure
 
 
-def _panel(axis: Axes, source: Source, frame: pd.DataFrame, dataset: str, exhibit: str) -> dict:
-    """Draw one data set's curves; returns legend entries by label."""
-    axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
-    handles = {}
-    for (label, method), curve in frame.groupby(["label", "pool_method"], sort=False):
-        curve = curve.dropna(subset=["relative"]).sort_values("pool_factor")
-        if curve.empty:
-            continue
-        name = _legend_name(source, exhibit, label, method)
-        (handles[name],) = axis.plot(
-            curve["pool_factor"], curve["relative"], **_style(label, method)
-        )
-    if not handles:
-        blank = {"facecolor": "white", "edgecolor": "none"}  # hides the line at 100 behind it
-        place = {"transform": axis.transAxes, "ha": "center", "va": "center"}
-        axis.text(0.5, 0.5, "not run", color="#777777", bbox=blank, **place)
-    axis.set_title(_panel_name(source, dataset, exhibit), fontsize=11.5)
-    axis.tick_params(labelbottom=True)
-    sns.despine(ax=axis)
-    return handles
+def _spoken(source: Exhibits, frame: pd.DataFrame) -> str:
+    """Every curve's end in words."""
+    ends = frame.sort_values("pool_factor").groupby(["dataset", "label", "pool_method"]).last()
+    return "; ".join(
+        f"{source.names[dataset][1]}, {source.rename(label)}, {method}: {end.relative:.0f} % at "
+        f"pool factor {end.pool_factor}"
+        for (dataset, label, method), end in ends.iterrows()
+    )
 
 
-def _panel_name(source: Source, dataset: str, exhibit: str) -> str:
-    own = source.is_paper or source.suites
-    if own and exhibit == "figure1" and dataset in ("FiQA", "Touche"):
-        return {"FiQA": "FiQA2018", "Touche": "Touche2020"}[dataset]  # as printed there
-    return source.names[dataset][0]
-
-
-def _legend_name(source: Source, exhibit: str, label: str, method: str) -> str:
+def _legend_name(source: Exhibits, exhibit: str, label: str, method: str) -> str:
     if exhibit == "figure1":
-        return METHOD_NAMES[method]
+        return method
     if exhibit == "figure2":
         return source.rename(label)
     # Figure 4 prints the training set; where that is the panel's own it is said once for both.
@@ -230,329 +301,436 @@ def _legend_name(source: Source, exhibit: str, label: str, method: str) -> str:
         label = label.replace(" SciFact ", " ").replace(" FiQA ", " ")
         label = label if label == "Baseline" else f"{label} (own collection)"
     name = source.rename(label)
-    return f"{name}, {METHOD_NAMES[method]}" if label == "Baseline" else name
+    return f"{name}, {method}" if label == "Baseline" else name
 
 
-def _limits(source: Source, exhibit: str, frame: pd.DataFrame) -> tuple[float, float]:
-    if source.is_paper:
-        return PAPER_LIMITS[exhibit]
-    values = [*frame["relative"].dropna(), 100.0]
-    # Whole fives around the data, with room for the markers.
-    return 5 * np.floor((min(values) - 1) / 5), 5 * np.ceil((max(values) + 1) / 5)
-
-
-def _furnish(figure: Figure, axes: np.ndarray, source: Source, exhibit: str, handles: dict) -> None:
-    """Title, axes, one legend below all panels, and under it what was not run."""
-    frame = source.frame[source.frame["exhibit"] == exhibit]
-    axes[0, 0].set_ylim(*_limits(source, exhibit, frame))
-    axes[0, 0].set_xticks(POOL_FACTORS)
-    axes[0, 0].yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
-    for axis in axes[:, 0]:
-        axis.set_ylabel("Relative NDCG@10 (%)")
-    for axis in axes[-1]:
-        axis.set_xlabel("Pool factor")
-    _foot(figure, TITLES[exhibit], _notes(source, exhibit), handles)
-
-
-def _notes(source: Source, exhibit: str) -> list[str]:
-    """Small print: what the numbers are, and what was not run."""
-    gaps = missing(source, exhibit) if exhibit != "overview" else ""
-    note = f"{source.note_on(exhibit)}. {_caption(source, exhibit)}"
-    return [note, *([f"Not run: {gaps}."] if gaps else [])]
-
-
-def _caption(source: Source, exhibit: str) -> str:
-    """How an exhibit's numbers were measured, and on what where the name says more."""
-    engine = ENGINE.get(exhibit, "exact")
-    on = f" on {source.suites[engine]}" if source.suites else ""
-    return f"{SEARCH[engine]}{on}{CAPTIONS.get(exhibit, '')}."
-
-
-def _foot(figure: Figure, title: str, notes: list[str], handles: dict) -> None:
-    """Add a title above, and below the panels a strip for the legend and the notes.
-
-    The strip makes the figure higher, so that the panels keep their size whatever it holds.
-    """
-    width, height = figure.get_size_inches()
-    notes = list(itertools.chain(*(textwrap.wrap(note, int(width * 16)) for note in notes)))
-    columns = len(handles) if len(handles) <= 5 else 3
-    entries = -(-len(handles) // max(columns, 1))  # lines of the legend
-    small = 0.06 + 0.155 * len(notes)  # inches
-    large = 0.1 + 0.25 * entries if handles else 0.0
-    total = height + small + large
-    figure.set_size_inches(width, total)
-    bottom = (small + large) / total
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, rect=(0, bottom, 1, 1 - bottom))
-    text = textwrap.fill(title, int(width * 8.5))
-    heading = figure.suptitle(text, fontsize=13, fontweight="bold", x=0.012, ha="left")
-    strip = [figure.text(0.012, small / total, "\n".join(notes), va="top", fontsize=8.5)]
-    strip[0].set_color("#555555")
-    if handles:
-        strip.append(
-            figure.legend(
-                handles.values(), handles, loc="lower center", ncols=columns, frameon=False,
-                bbox_to_anchor=(0.5, small / total), borderaxespad=0, fontsize=10.5,
-                handlelength=2.8, columnspacing=1.6,
-            )
-        )  # fmt: skip
-    for artist in strip:
-        artist.set_in_layout(False)
-    _freeze(figure, heading)
-
-
-def _freeze(figure: Figure, heading: Text) -> None:
-    """Lay out once and round: the solver's last digits differ from one process to the next.
-
-    At the resolution of the files, since hinting makes text narrower at a lower one.
-    """
-    FigureCanvasAgg(figure)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    for axis in figure.axes:
-        axis.set_position([round(number, 4) for number in axis.get_position().bounds])
-    heading.set_y(round(heading.get_position()[1], 4))
-
-
-def draw_overview(source: Source) -> Sheet:
+def draw_overview(source: Exhibits) -> NotebookFigure:
     """The project in one picture: baseline, FT PF1 and FT kmeans PF1-6 under kmeans pooling.
 
     Drawn from Table 4's cells (SciFact or the collection in its role). Where the source knows
-    them, mean vectors a document stand under the pool factors.
+    them, mean vectors per document stand under the pool factors.
     """
-    frame = source.frame[(source.frame["exhibit"] == "table4")]
     wanted = {
         "FT KMeans PF1-6": "trained with pooling",
         "FT PF1": "trained without pooling",
         "Baseline": "baseline",
     }
+    frame = source.frame[(source.frame["exhibit"] == "table4")].dropna(subset=["relative"])
+    frame = frame[frame["label"].isin(wanted)]
+    who = "The paper" if source.is_paper else "This run"
+    title = f"{who}. {TITLES['overview']} {source.names['SciFact'][1]}"
     with matplotlib.rc_context(STYLE):
-        figure = Sheet(figsize=(9.6, 4.6), dpi=DPI, layout="constrained")
-        axis = figure.subplots()
-        axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
-        ends = {}
+        figure, (axis,), strip = panels(1, 1, (9.2, 4.4), title, _notes(source, "overview"))
+        handles = {}
         for label, text in wanted.items():
-            curve = frame[frame["label"] == label].dropna(subset=["relative"])
+            curve = frame[frame["label"] == label].sort_values("pool_factor")
             if len(curve):
                 style = _style(label, "kmeans") | dict(linewidth=2.6, markersize=8)
-                axis.plot(curve["pool_factor"], curve["relative"], **style)
-                ends[text] = (curve["relative"].iloc[-1], style["color"])
-        _finish_overview(axis, source, frame[frame["label"].isin(wanted)], ends)
-        title = f"{TITLES['overview']} {source.names['SciFact'][1]}"
-        _foot(figure, title, _notes(source, "overview"), {})
+                end = curve.iloc[-1]
+                last = f"{text} ({end['relative']:.1f} % at PF{end['pool_factor']})"
+                (handles[last],) = axis.plot(curve["pool_factor"], curve["relative"], **style)
+        unit = "Relative NDCG@10\n(% of the unpooled baseline)"
+        _percent_axes([axis], 1, frame["relative"], POOL_FACTORS, unit)
+        if source.is_paper:
+            axis.set_ylim(PAPER_LIMITS["overview"])
+        vectors = source.vectors
+        if vectors is not None and vectors.notna().all():
+            axis.set_xticklabels([f"{factor}\n{vectors[factor]:.0f}" for factor in POOL_FACTORS])
+            axis.set_xlabel("Pool factor, and mean vectors stored per document")
+        legend(strip, handles)
+    figure.alt = f"{title}. {_spoken(source, frame)}"
     return figure
 
 
-def _finish_overview(axis: Axes, source: Source, frame: pd.DataFrame, ends: dict) -> None:
-    low, high = _limits(source, "overview", frame)
-    axis.set_ylim(low, high)
-    axis.set_xlim(0.8, 6.1)
-    heights = _spread([end[0] for end in ends.values()], (high - low) * 0.07)
-    beside = axis.get_yaxis_transform()  # x in parts of the axis, y in percent
-    for (text, (y, colour)), height in zip(ends.items(), heights, strict=True):
-        axis.text(
-            1.015, height, f"{y:.1f} %  {text}", transform=beside, va="center", color=colour,
-            fontsize=11, fontweight="bold",
-        )  # fmt: skip
-    axis.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
-    ticks = _ticks(source.vectors)
-    axis.set_xticks(POOL_FACTORS, ticks)
-    unit = ", and mean vectors stored per document"
-    axis.set_xlabel("Pool factor" + (unit if "\n" in ticks[0] else ""))
-    axis.set_ylabel("Relative NDCG@10\n(% of the unpooled baseline)")
-    sns.despine(ax=axis)
+# ---------------------------------------------------------------- any run, by model and collection
 
 
-def _ticks(vectors: pd.Series | None) -> list[str]:
-    if vectors is None or vectors.isna().any():
-        return [f"{factor}" for factor in POOL_FACTORS]
-    return [f"{factor}\n{vectors[factor]:.0f} vectors" for factor in POOL_FACTORS]
+def _draw_own(source: Exhibits, exhibit: str) -> NotebookFigure:
+    engine = ENGINE.get(exhibit, "exact")
+    rows = source.rows
+    if rows is None or not (rows["engine"] == engine).any():
+        raise UserError(f"{source.name}: there are no rows of {SEARCH[engine]} to draw.")
+    rows = rows[rows["engine"] == engine]
+    if exhibit == "figure1" and (rows["model"] == BASELINE).any():
+        return draw_kept(main_variants(rows[rows["model"] == BASELINE]))
+    return draw_models(rows)
 
 
-def _spread(heights: list[float], gap: float) -> list[float]:
-    """Move labels apart to at least `gap`, keeping their order, around where they were."""
-    placed = np.array(heights, dtype=float)
-    order = np.argsort(placed)
-    for _ in range(200):
-        for lower, upper in itertools.pairwise(order):
-            overlap = gap - (placed[upper] - placed[lower])
-            if overlap > 1e-6:
-                placed[lower] -= overlap / 2
-                placed[upper] += overlap / 2
-    return list(placed)
+def main_variants(rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` in one variant of each pool method, the one that most models have."""
+    variants = {method: default_variant(rows, method) for method in VARIANTS}
+    return rows[rows["pool_variant"] == rows["pool_method"].map(variants)]
 
 
-# ---------------------------------------------------------------- one model
+def _curves(rows: pd.DataFrame) -> pd.DataFrame:
+    """Relative NDCG@10 with the unpooled row as each method's point at factor 1."""
+    rows = relative_ndcg(main_variants(rows), partial=True)
+    methods = [method for method in COLOURS if (rows["pool_method"] == method).any()]
+    unpooled = rows[rows["pool_method"] == "none"].drop(columns="pool_method")
+    starts = unpooled.merge(pd.DataFrame({"pool_method": methods}), how="cross")
+    return pd.concat([starts, rows[rows["pool_method"] != "none"]], ignore_index=True)
 
 
-def draw_kept(rows: pd.DataFrame) -> Sheet:
-    """What one model keeps of its own unpooled NDCG@10: a panel a collection, a curve a method.
+def draw_models(rows: pd.DataFrame) -> NotebookFigure:
+    """Every model of a run on its collections: a row per collection, a column per pool method.
 
     Parameters
     ----------
     rows
-        The model's rows of exact search, one variant a method; the unpooled ones among them.
+        Of one engine.
     """
-    curves, collections = kept_ndcg(rows), sorted(rows["collection"].unique())
+    curves = _curves(rows)
+    methods = list(dict.fromkeys(curves["pool_method"]))
+    collections, models = sorted(curves["collection"].unique()), _order(curves["model"])
+    names = [Path(collection).name for collection in collections]
+    title = f"This run's models on {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+    queries = "–".join(str(n) for n in sorted({rows["queries"].min(), rows["queries"].max()}))
+    engine = SEARCH[rows["engine"].iloc[0]]
+    note = f"100 %: the unpooled baseline. {engine}; {queries} test queries per collection."
+    palette = [GREY, SKY, PURPLE, ORANGE, BLUE, GREEN, PINK]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _grid_of(len(collections))
+        count = len(collections) * len(methods)
+        figure, axes, strip = panels(count, len(methods), (3.6, 3.0), title, [note])
         handles: dict[str, object] = {}
-        for axis, collection in zip(axes, collections, strict=True):
-            handles |= _kept(axis, curves[curves["collection"] == collection])
-            axis.set_title(collection, fontsize=11.5)
-        values = [*curves["kept"].dropna(), 100.0]
-        axes[0].set_ylim(5 * np.floor((min(values) - 1) / 5), 5 * np.ceil((max(values) + 1) / 5))
-        axes[0].set_xticks(sorted({1, *rows["pool_factor"]}))
-        axes[0].yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
-        title = f"{rows['model'].iloc[0]}: NDCG@10 kept at each pool factor"
-        counts = "–".join(str(n) for n in sorted({rows["queries"].min(), rows["queries"].max()}))
-        note = f"100 %: the same model unpooled. Exact search; {counts} test queries a collection."
-        _foot(figure, title, [note], handles)
+        places = [(collection, method) for collection in collections for method in methods]
+        for axis, (collection, method) in zip(axes, places, strict=True):
+            here = curves[(curves["collection"] == collection) & (curves["pool_method"] == method)]
+            for number, model in enumerate(models):
+                curve = here[here["model"] == model].sort_values("pool_factor")
+                look = {"color": palette[number % 7], "marker": "osXP^vD"[number % 7]}
+                look["linestyle"] = "--" if model == BASELINE else "-"
+                line = axis.plot(curve["pool_factor"], curve["relative_ndcg@10"], **look)
+                handles[model] = line[0]
+            axis.set_title(f"{Path(collection).name}, {method}", fontsize=11)
+        values, factors = curves["relative_ndcg@10"], curves["pool_factor"]
+        _percent_axes(axes, len(methods), values, factors, "Relative NDCG@10 (%)")
+        legend(strip, handles)
+    figure.alt = f"{title}: relative NDCG@10 of {', '.join(models)} by pool factor."
     return figure
 
 
-def _grid_of(count: int) -> tuple[Sheet, list[Axes]]:
-    """A figure of `count` panels on one scale, at most three side by side, and none empty."""
-    columns = min(count, 2 if count == 4 else 3)
-    lines = -(-count // columns)
-    figure = Sheet(figsize=(max(3.3 * columns + 0.4, 6.4), 3.0 * lines), dpi=DPI)
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axis in axes[count:]:
-        axis.remove()
-    for axis in axes[:count:columns]:
-        axis.set_ylabel("NDCG@10\n(% of unpooled)")
-    for axis in axes[max(0, count - columns) : count]:  # nothing below them
-        axis.tick_params(labelbottom=True)
-        axis.set_xlabel("Pool factor")
-    return figure, list(axes[:count])
+def _order(models: pd.Series) -> list[str]:
+    return sorted(models.unique(), key=lambda name: (name != BASELINE, name))
 
 
-def _kept(axis: Axes, curves: pd.DataFrame) -> dict[str, object]:
-    """Draw one collection's curves; returns legend entries by label."""
-    axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
-    handles = {}
-    for method, colour in COLOURS.items():
-        curve = curves[curves["pool_method"] == method].dropna(subset=["kept"])
-        if len(curve):
-            look = {"color": colour, "marker": MARKERS[method]}
-            (handles[method],) = axis.plot(curve["pool_factor"], curve["kept"], **look)
-    if not handles:
-        blank = {"facecolor": "white", "edgecolor": "none"}  # hides the line at 100 behind it
-        place = {"transform": axis.transAxes, "ha": "center", "va": "center"}
-        axis.text(0.5, 0.5, "not run", color="#777777", bbox=blank, **place)
-    sns.despine(ax=axis)
-    return handles
+def draw_kept(rows: pd.DataFrame) -> NotebookFigure:
+    """What one model keeps of its own unpooled NDCG@10: a panel per collection, a curve per method.
+
+    Parameters
+    ----------
+    rows
+        The model's rows of one engine, one variant per method; the unpooled ones among them.
+    """
+    curves, collections = kept_ndcg(rows), sorted(rows["collection"].unique())
+    title = f"{rows['model'].iloc[0]}: NDCG@10 kept at each pool factor"
+    counts = "–".join(str(n) for n in sorted({rows["queries"].min(), rows["queries"].max()}))
+    engine = SEARCH[rows["engine"].iloc[0]]
+    note = f"100 %: the same model unpooled. {engine}; {counts} test queries per collection."
+    columns = 2 if len(collections) in (2, 4) else 3
+    with matplotlib.rc_context(STYLE):
+        figure, axes, strip = panels(len(collections), columns, (3.7, 2.9), title, [note])
+        handles: dict[str, object] = {}
+        for axis, collection in zip(axes, collections, strict=True):
+            here = curves[curves["collection"] == collection].dropna(subset=["kept"])
+            for method, colour in COLOURS.items():
+                curve = here[here["pool_method"] == method]
+                if len(curve):
+                    look = {"color": colour, "marker": MARKERS[method]}
+                    (handles[method],) = axis.plot(curve["pool_factor"], curve["kept"], **look)
+            axis.set_title(Path(collection).name, fontsize=11.5)
+        factors = {1, *rows["pool_factor"]}
+        _percent_axes(axes, min(columns, len(axes)), curves["kept"], factors, "NDCG@10 (%)")
+        legend(strip, handles)
+    last = curves[curves["pool_factor"] == curves["pool_factor"].max()]
+    ends = last.groupby("pool_method")["kept"].mean().round()
+    spoken = ", ".join(f"{method} {kept:.0f} %" for method, kept in ends.items())
+    figure.alt = f"{title}; mean at the largest factor: {spoken}."
+    return figure
 
 
 # ---------------------------------------------------------------- the paper against ours
 
 
-def draw_comparison(comparison: pd.DataFrame) -> Sheet:
-    """The paper's values against ours: exact search on the left, PLAID on the right.
+def draw_comparison(comparison: pd.DataFrame) -> NotebookFigure:
+    """The paper's values against ours, in NDCG points: exact search, then PLAID.
 
-    Above, ours over the paper's on one scale; below, what they differ by, since the band of the
-    tolerance is narrow on the whole scale. Everything in NDCG points; percentages count as that
-    part of the paper's unpooled baseline, a table's cell once.
+    The shaded band is the tolerance. Percentages count as that part of the paper's unpooled
+    baseline; Table 2's differences, averages and the baseline's own 100 % are not drawn.
 
     Parameters
     ----------
     comparison
-        From `comparison.compare_with_paper`.
+        From `paper.compare_with_paper`.
     """
+    dots = _dots(comparison)
+    engines = [engine for engine in HUB_SUITES if (dots["engine"] == engine).any()]
+    title = "The paper's values and ours"
+    band = "Shaded: the tolerance, ± {exact:g} point (exact search), ± {plaid:g} points (PLAID)."
+    notes = [f"{band.format(**POINTS)} Filled: inside; open: outside."]
+    notes += [
+        f"{SEARCH[engine]}: of {len(part)} printed values {_counts(part['verdict'])}."
+        for engine, part in comparison.groupby("engine")
+    ]
     with matplotlib.rc_context(STYLE):
-        figure = Sheet(figsize=(10.6, 8.0), dpi=DPI, layout="constrained")
-        axes = figure.subplots(2, 2, sharex="col", height_ratios=(1.5, 1))
+        figure, axes, strip = panels(max(len(engines), 1), 2, (5.1, 4.0), title, notes)
         handles: dict[str, object] = {}
-        notes = []
-        for column, (engine, suite) in enumerate(HUB_SUITES.items()):
-            chosen = comparison[comparison["engine"] == engine]
-            dots = _dots(chosen)
-            handles |= _compared(axes[0, column], axes[1, column], dots, engine)
-            axes[0, column].set_title(f"{SEARCH[engine]}, {suite[1]}", fontsize=11.5)
-            notes.append(f"{SEARCH[engine]}: {_verdicts(chosen)}.")
-        axes[0, 0].set_ylabel("Ours (NDCG@10 × 100)")
-        axes[1, 0].set_ylabel("Ours − paper (NDCG points)")
-        band = "Shaded: the tolerance, ± {exact:g} point and ± {plaid:g} points".format(**POINTS)
-        notes += [
-            f"{band}. Filled: inside; open: outside.",
-            "Counted but not drawn: differences (Table 2), averages of data sets (Figure 1), the "
-            "baseline’s own 100 %.",
-        ]
-        _foot(figure, "The paper’s values and ours", notes, handles)
+        for axis, engine in zip(axes, engines, strict=False):
+            here = dots[dots["engine"] == engine]
+            axis.axhspan(-POINTS[engine], POINTS[engine], color="#DDDDDD", linewidth=0, zorder=0)
+            axis.axhline(0, color="#333333", linestyle="--", linewidth=1, zorder=1)
+            for (method, verdict), part in here.groupby(["pool_method", "verdict"]):
+                look = dict(linestyle="none", marker=MARKERS.get(method, "s"), zorder=3)
+                look["color"] = COLOURS.get(method, GREY)
+                look["markerfacecolor"] = look["color"] if verdict == INSIDE else "white"
+                (drawn,) = axis.plot(part["x"], part["points"], markersize=5.5, **look)
+                handles.setdefault("unpooled" if method == "none" else method, drawn)
+            axis.set_title(f"{SEARCH[engine]}, {HUB_SUITES[engine][1]}", fontsize=11.5)
+            axis.set(xlabel="The paper (NDCG@10 × 100)", ylabel="Ours − paper (NDCG points)")
+            sns.despine(ax=axis)
+        legend(strip, handles)
+    figure.alt = f"{title}. {' '.join(notes[1:])}"
     return figure
 
 
-def _verdicts(values: pd.DataFrame) -> str:
-    counts = values["verdict"].value_counts()
-    said = ", ".join(
-        f"{counts.get(verdict, 0)} {verdict}" for verdict in (INSIDE, OUTSIDE, NOT_RUN)
-    )
-    return f"of {len(values)} printed values {said}"
+def _counts(verdicts: pd.Series) -> str:
+    return ", ".join(f"{count} {verdict}" for verdict, count in verdicts.value_counts().items())
 
 
 def _dots(values: pd.DataFrame) -> pd.DataFrame:
-    """Values with a place on the NDCG scale: ``x`` the paper's, ``y`` ours, in points."""
+    """Values with a place on the NDCG scale, ``x``: the paper's, in points."""
     drawn = values["quantity"].isin(["ndcg", "relative"]) & (values["dataset"] != "Average")
-    drawn &= ~by_definition(values)
-    values = values[drawn & values["points"].notna()]
+    values = values[drawn & ~by_definition(values) & values["points"].notna()]
     scale = [
         100.0 if value.quantity == "ndcg" else PAPER_BASELINES[value.engine][value.dataset]
         for value in values.itertuples()
     ]
-    x = values["paper"] * np.array(scale, dtype=float)
-    return values.assign(x=x, y=x + values["points"])
+    return values.assign(x=values["paper"] * np.array(scale, dtype=float))
 
 
-def _compared(above: Axes, below: Axes, dots: pd.DataFrame, engine: str) -> dict[str, object]:
-    """Draw one engine's two panels; returns legend entries by label."""
-    width = POINTS[engine]
-    for axis in (above, below):
-        sns.despine(ax=axis)
-    below.set_xlabel("The paper (NDCG@10 × 100)")
-    if dots.empty:
-        for axis in (above, below):
-            place = {"transform": axis.transAxes, "ha": "center", "va": "center"}
-            axis.text(0.5, 0.5, "not run", color="#777777", **place)
-            axis.set(xticks=[], yticks=[])
-        return {}
-    ends = [dots[["x", "y"]].min().min() - 2, dots[["x", "y"]].max().max() + 2]
-    above.fill_between(ends, [e - width for e in ends], [e + width for e in ends], **BAND)
-    above.plot(ends, ends, color="#333333", linestyle="--", linewidth=1, zorder=1)
-    above.set(xlim=ends, ylim=ends)
-    below.axhspan(-width, width, **BAND)
-    below.axhline(0, color="#333333", linestyle="--", linewidth=1, zorder=1)
-    limit = 1.15 * max(2 * width, dots["points"].abs().max())
-    below.set_ylim(-limit, limit)
-    handles: dict[str, object] = {}
-    for (method, verdict), part in dots.groupby(["pool_method", "verdict"], sort=True):
-        style = _dot(method, verdict)
-        (drawn,) = above.plot(part["x"], part["y"], **style)
-        handles.setdefault(METHOD_NAMES.get(method, "unpooled"), drawn)  # filled, where any is
-        below.plot(part["x"], part["points"], **style)
-    return handles
+# ---------------------------------------------------------------- the paper's tables
 
 
-def _dot(method: str, verdict: str) -> dict:
-    """How a value looks: colour and marker by method, filled where it lies inside."""
-    colour = COLOURS.get(method, GREY)
-    style = dict(linestyle="none", marker=MARKERS.get(method, "s"), color=colour, markersize=5)
-    if verdict == INSIDE:
-        return style | dict(alpha=0.65, markeredgecolor="white", markeredgewidth=0.4, zorder=3)
-    return style | dict(markerfacecolor="white", markeredgewidth=1.5, markersize=7, zorder=4)
+def table(source: Exhibits, exhibit: str) -> pd.DataFrame:
+    """One of the paper's tables, a model per line: ``PF1`` … columns of "NDCG@10 (relative %)".
+
+    Table 2 adds the difference to the baseline at the same factor. Models that were not run have
+    no line. A run on its own collections gives the same columns for all its models there.
+
+    Raises
+    ------
+    UserError
+        When there is no such table.
+    """
+    if exhibit not in TABLES:
+        raise UserError(f"no table {exhibit!r}: expected one of {TABLES}.")
+    frame = source.frame[source.frame["exhibit"] == exhibit]
+    if frame["relative"].isna().all() and source.rows is not None:
+        methods = {"table1": "span", "table3": "hierarchical"}
+        return models_table(source.rows, methods.get(exhibit, "kmeans"))
+    lines = []
+    for (dataset, label), cells in frame.groupby(["dataset", "label"], sort=False):
+        where = {"Collection": source.names[dataset][1]} if exhibit == "table2" else {}
+        texts = {f"PF{int(cell.pool_factor)}": _cell(cell) for cell in cells.itertuples()}
+        if not cells["relative"].isna().all():
+            lines.append({**where, "Model": source.rename(label), **texts})
+    return pd.DataFrame(lines)
 
 
-def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path) -> list[Path]:
-    """Write the paper's values beside ours into `folder`: ``paper_vs_ours`` as CSV, Markdown,
-    PNG and SVG.
+def _cell(cell) -> str:
+    if np.isnan(cell.relative):
+        return "not run"
+    text = f"{cell.ndcg:.3f} ({cell.relative:.1f})"
+    if np.isnan(cell.delta):
+        return text
+    # "+ 0.0" turns a negative zero into zero.
+    return f"{text} {round(cell.delta, 3) + 0.0:+.3f}".replace("-", "−")
 
-    Parameters
-    ----------
-    rows, paper
-        From `results.read_rows` and `results.read_paper`.
+
+def models_table(rows: pd.DataFrame, pool_method: str) -> pd.DataFrame:
+    """NDCG@10 of every model of a run under one pool method, a line per collection and model."""
+    curves = _curves(rows[rows["engine"] == "exact"])
+    curves = curves[curves["pool_method"] == pool_method]
+    curves = curves.assign(Collection=[Path(name).name for name in curves["collection"]])
+    wide = curves.pivot_table("ndcg@10", ["Collection", "model"], "pool_factor").round(3)
+    wide = wide.rename(columns="PF{}".format).rename_axis(index={"model": "Model"}, columns=None)
+    return wide.reset_index()
+
+
+def table_values(source: Exhibits, exhibit: str) -> pd.DataFrame:
+    """A table's numbers, one per row, in the columns of ``data/paper/table*.csv``."""
+    frame = source.frame[source.frame["exhibit"] == exhibit]
+    names = {"label": "model", "ndcg": "ndcg10", "relative": "relative_percent"}
+    frame = frame.rename(columns=names)
+    columns = ["model", "pool_factor", "ndcg10", "relative_percent"]
+    if exhibit == "table2":
+        columns = ["dataset", *columns, "delta"]
+        frame["dataset"] = [source.names[dataset][1] for dataset in frame["dataset"]]
+    frame["model"] = [source.rename(label) for label in frame["model"]]
+    decimals = {"ndcg10": 4, "relative_percent": 2, "delta": 4}  # one more than is printed
+    return frame[columns].round(decimals)
+
+
+def table_markdown(source: Exhibits, exhibit: str) -> str:
+    """A table as Markdown, with its title and what its cells hold."""
+    cells = "Cells: NDCG@10 (percent of the unpooled baseline)"
+    if exhibit == "table2":
+        cells += ", then the difference to the baseline at the same factor."
+    elif source.frame[source.frame["exhibit"] == exhibit]["relative"].notna().any():
+        cells = f"Collection: {source.names['SciFact'][0]}. {cells}."
+    else:
+        cells = "Cells: NDCG@10 on the run's own collections."
+    shown = table(source, exhibit)
+    text = shown.to_markdown(index=False) if len(shown) else "Not run."
+    return f"**{_title(source, exhibit)}.** {source.note_on(exhibit)}. {cells}\n\n{text}\n"
+
+
+# ---------------------------------------------------------------- six tables for the notebooks
+
+
+def means_table(sources: Iterable[Exhibits], exhibit: str) -> pd.DataFrame:
+    """Relative NDCG@10 (%) of an exhibit's curves: unpooled, mean of the pooled factors, largest.
 
     Returns
     -------
-    The files written; none where the rows are not of the paper's own data sets.
+    pandas.DataFrame
+        A line per data set, model and pool method; three columns for each source. "not run" where
+        a source has nothing; sources without any of the curves have no columns.
+    """
+    tables, places = {}, {dataset: dataset for dataset in ROLES}
+    for source in sources:
+        frame = source.frame[source.frame["exhibit"] == exhibit].dropna(subset=["relative"])
+        if frame.empty:
+            continue
+        keys = ["dataset", "label", "pool_method"]
+        wide = frame.pivot_table("relative", keys, "pool_factor", sort=False)
+        pooled = [factor for factor in wide.columns if factor > 1]
+        numbers = pd.DataFrame({"PF 1": wide[1]} if 1 in wide else {}, index=wide.index)
+        numbers[f"mean of PF {pooled[0]}–{pooled[-1]}"] = wide[pooled].mean(axis=1)
+        numbers[f"PF {pooled[-1]}"] = wide[pooled[-1]]
+        tables["the paper" if source.is_paper else "this run"] = numbers.round(1)
+        if not (source.is_paper or source.suites):
+            places = {d: f"{d} · {source.names[d][1]}" for d in ROLES}
+    found = pd.concat(tables, axis=1).rename(index=places, level=0).astype(object)
+    found = found.where(found.notna(), "not run")
+    return found.rename_axis(index=["", "model", "pooled with"], columns=["", ""])
+
+
+def _baseline(rows: pd.DataFrame, engine: str) -> pd.DataFrame:
+    return rows[(rows["model"] == BASELINE) & (rows["engine"] == engine)]
+
+
+def roles_table(paper: Exhibits, rows: pd.DataFrame) -> pd.DataFrame:
+    """Which collection plays which data set's part, its size, and both unpooled baselines.
+
+    A run's own collections play none. Collections that were not run have no line.
+    """
+    unpooled = paper.frame[(paper.frame["exhibit"] == "table2") & (paper.frame["pool_factor"] == 1)]
+    theirs = unpooled[unpooled["label"] == "Baseline"].set_index("dataset")["ndcg"]
+    roles = roles_of(rows)
+    parts = {roles.evaluated(dataset): dataset for dataset in ROLES}
+    ours = _baseline(rows, "exact")
+    ours = ours[ours["pool_method"] == "none"].set_index("collection")
+    ours = ours.reindex([name for name in (*parts, *sorted(set(ours.index) - set(parts)))])
+    ours = ours.dropna(subset=["ndcg@10"])
+    names = [parts.get(name, "–") for name in ours.index]
+    columns = {
+        "the paper's data set" if roles.own else "in the role of": names,
+        "documents": ours["documents"],
+        "test queries": ours["queries"],
+        "vectors per document": ours["vectors_per_document"].round(1),
+        "NDCG@10, unpooled": ours["ndcg@10"].round(3),
+        "the paper's": [theirs.get(name, "–") for name in names],
+    }
+    return pd.DataFrame(columns).rename(index=lambda name: Path(name).name)
+
+
+def storage_table(rows: pd.DataFrame, pool_method: str = "kmeans") -> pd.DataFrame:
+    """Mean vectors per document by collection (line) and pool factor (column), of the baseline."""
+    chosen = _baseline(rows, "exact")
+    chosen = chosen[chosen["pool_method"].isin(["none", pool_method])]
+    wide = chosen.pivot_table("vectors_per_document", "collection", "pool_factor")
+    return wide.round(1).rename(columns="PF{}".format, index=lambda name: Path(name).name)
+
+
+def variants_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Relative NDCG@10 (%) of the baseline under each variant of hierarchical, over collections."""
+    chosen = _baseline(relative_ndcg(rows, partial=True), "exact")
+    chosen = chosen[chosen["pool_method"] == "hierarchical"]
+    wide = chosen.pivot_table("relative_ndcg@10", "pool_variant", "pool_factor")
+    return wide.rename(columns="PF{}".format).assign(mean=wide.mean(axis=1)).round(1)
+
+
+def index_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Megabytes on disk of the baseline's PLAID indexes, and percent of the unpooled index."""
+    chosen = _baseline(rows, "plaid").dropna(subset=["index_bytes"])
+    chosen = chosen.assign(mb=chosen["index_bytes"].astype(float) / 1e6)
+    whole = chosen[chosen["pool_method"] == "none"].set_index("collection")["mb"]
+    pooled = chosen[chosen["pool_method"] != "none"]
+    wide = pooled.pivot_table("mb", ["collection", "pool_method"], "pool_factor")
+    wide = wide.rename(columns="PF{}".format)
+    largest = wide.columns[-1] if len(wide.columns) else ""
+    wide.insert(0, "unpooled", wide.index.get_level_values("collection").map(whole))
+    if largest:
+        wide[f"{largest}, % of unpooled"] = 100 * wide[largest] / wide["unpooled"]
+    return wide.round(2)
+
+
+def engines_table(per_query: pd.DataFrame) -> pd.DataFrame:
+    """NDCG@10 of exact search and of PLAID on the same queries, unpooled and at the largest factor.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A line per model, collection and pool method that both engines searched; ``queries`` is how
+        many both answered.
+    """
+    keys = ["model", "collection", "pool_method", "pool_variant", "pool_factor", "query_id"]
+    split = {
+        SEARCH[engine]: part.set_index(keys)["ndcg@10"]
+        for engine, part in per_query.groupby("engine")
+    }
+    if len(split) < 2:
+        return pd.DataFrame()
+    both = pd.concat(split, axis=1, join="inner").reset_index()
+    groups = both.groupby(keys[:-1])
+    means = groups[list(split)].mean().assign(queries=groups.size()).reset_index()
+    largest = means["pool_factor"].max()
+    lines = means[means["pool_factor"] == largest].set_index(keys[:3])
+    unpooled = means[means["pool_factor"] == 1].set_index(keys[:2])[list(split)]
+    starts = unpooled.reindex(lines.index.droplevel("pool_method")).set_axis(lines.index)
+    found = {"PF1": starts, f"PF{largest}": lines[list(split)], "": lines[["queries"]]}
+    return pd.concat(found, axis=1).round(3)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save(source: Exhibits, exhibit: str, folder: str | Path) -> list[Path]:
+    """Write one figure (PNG and SVG) or table (CSV and Markdown) of `source` into `folder`."""
+    output = Path(folder)
+    if exhibit not in TABLES:
+        figure = draw(source, exhibit)
+        return [_write(output / f"{exhibit}.{kind}", render(figure, kind)) for kind in KINDS]
+    values = table_values(source, exhibit).to_csv(index=False, lineterminator="\n")
+    return [
+        _write(output / f"{exhibit}.csv", values.encode()),
+        _write(output / f"{exhibit}.md", table_markdown(source, exhibit).encode()),
+    ]
+
+
+def save_claims(claims: pd.DataFrame, folder: str | Path) -> list[Path]:
+    """Write the judged findings into `folder` as ``claims.csv`` and ``claims.md``."""
+    csv = claims.round(4).to_csv(index=False, lineterminator="\n")
+    return [
+        _write(Path(folder) / "claims.csv", csv.encode()),
+        _write(Path(folder) / "claims.md", claims_table(claims).encode()),
+    ]
+
+
+def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path) -> list[Path]:
+    """Write the paper's values beside ours as ``paper_vs_ours`` (CSV, Markdown, PNG, SVG).
+
+    Nothing is written for rows of other collections than the paper's own.
     """
     if not roles_of(rows).own:
         return []
@@ -567,156 +745,47 @@ def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path)
     ]
 
 
-# ---------------------------------------------------------------- tables
-
-
-def table(source: Source, exhibit: str) -> pd.DataFrame:
-    """One of the paper's tables, a model a line: ``PF1`` … columns of "NDCG@10 (relative %)".
-
-    Table 2 adds the difference to the baseline at the same factor. "not run" where nothing is.
-
-    Raises
-    ------
-    UserError
-        When there is no such table.
-    """
-    if exhibit not in TABLES:
-        raise UserError(f"no table {exhibit!r}: expected one of {TABLES}.")
-    frame = source.frame[source.frame["exhibit"] == exhibit]
-    lines = []
-    for (dataset, label), cells in frame.groupby(["dataset", "label"], sort=False):
-        where = {"Collection": source.names[dataset][1]} if exhibit == "table2" else {}
-        texts = {f"PF{int(cell.pool_factor)}": _cell(cell) for cell in cells.itertuples()}
-        lines.append({**where, "Model": source.rename(label), **texts})
-    return pd.DataFrame(lines)
-
-
-def _cell(cell) -> str:
-    if np.isnan(cell.relative):
-        return "not run"
-    text = f"{cell.ndcg:.3f} ({cell.relative:.1f})"
-    if np.isnan(cell.delta):
-        return text
-    # "+ 0.0" turns a negative zero into zero.
-    return f"{text} {round(cell.delta, 3) + 0.0:+.3f}".replace("-", "−")
-
-
-def table_values(source: Source, exhibit: str) -> pd.DataFrame:
-    """A table's numbers, one a row, in the columns of ``data/paper/table*.csv``."""
-    frame = source.frame[source.frame["exhibit"] == exhibit]
-    frame = frame.rename(
-        columns={"label": "model", "ndcg": "ndcg10", "relative": "relative_percent"}
-    )
-    columns = ["model", "pool_factor", "ndcg10", "relative_percent"]
-    if exhibit == "table2":
-        columns = ["dataset", *columns, "delta"]
-        frame["dataset"] = [source.names[dataset][1] for dataset in frame["dataset"]]
-    frame["model"] = [source.rename(label) for label in frame["model"]]
-    decimals = {"ndcg10": 4, "relative_percent": 2, "delta": 4}  # one more than is printed
-    return frame[columns].round(decimals)
-
-
-def table_markdown(source: Source, exhibit: str) -> str:
-    """A table as Markdown, with its title and what its cells hold."""
-    where = "" if exhibit == "table2" else f" Collection: {source.names['SciFact'][0]}."
-    cells = "Cells: NDCG@10 (percent of the unpooled baseline)"
-    cells += ", then the difference to the baseline at the same factor." if where == "" else "."
-    lines = [f"**{TITLES[exhibit]}.**", "", f"{source.note_on(exhibit)}.{where} {cells}", ""]
-    wide = table(source, exhibit)
-    lines.append("| " + " | ".join(wide.columns) + " |")
-    lines.append("|" + "|".join(" --- " for _ in wide.columns) + "|")
-    lines += ["| " + " | ".join(line) + " |" for line in wide.itertuples(index=False)]
-    return "\n".join(lines) + "\n"
-
-
-# ---------------------------------------------------------------- writing
-
-
-def save(source: Source, exhibit: str, folder: str | Path) -> list[Path]:
-    """Write one figure (PNG and SVG) or table (CSV and Markdown) of `source` into `folder`.
-
-    Returns
-    -------
-    The two files written.
-    """
-    output = Path(folder)
-    if exhibit not in TABLES:
-        figure = draw(source, exhibit)
-        return [_write(output / f"{exhibit}.{kind}", render(figure, kind)) for kind in KINDS]
-    values = table_values(source, exhibit).to_csv(index=False, lineterminator="\n")
-    return [
-        _write(output / f"{exhibit}.csv", values.encode()),
-        _write(output / f"{exhibit}.md", table_markdown(source, exhibit).encode()),
-    ]
-
-
-def draw_all(
-    source_folder: str | Path, output_folder: str | Path, paper_folder: str | Path | None = None
-) -> list[Path]:
-    """Draw every figure and table of `source_folder` into `output_folder`.
-
-    Parameters
-    ----------
-    paper_folder
-        The paper's numbers, for the claims of a run; default: ``paper`` beside `source_folder`,
-        else ``data/paper``. Without them no claims are written.
-
-    Returns
-    -------
-    The files written: ``figure1.png``, ``figure1.svg`` …, ``overview``, ``table1.csv``,
-    ``table1.md`` …; from result rows also ``claims.csv`` and ``claims.md``; from rows of the
-    paper's own data sets also ``paper_vs_ours`` as CSV, Markdown, PNG and SVG.
-    """
-    source, output = read_source(source_folder), Path(output_folder)
-    files = []
-    for exhibit in [*FIGURES, "overview", *TABLES]:
-        files += save(source, exhibit, output)
-    beside = (Path(source_folder).parent / "paper", Path("data/paper"))
-    paper = next((p for p in (paper_folder, *beside) if p and holds_paper(p)), None)
-    if paper and not source.is_paper:
-        rows, numbers = read_rows(source_folder), read_paper(paper)
-        claims = check_claims(rows, read_per_query(source_folder), numbers)
-        files += save_claims(claims, output) + save_comparison(rows, numbers, output)
-    return files
-
-
-def save_claims(claims: pd.DataFrame, folder: str | Path) -> list[Path]:
-    """Write the judged findings into `folder` as ``claims.csv`` and ``claims.md``."""
-    output = Path(folder)
-    # Four decimals: more would tell of nothing but floating-point order.
-    csv = claims.round(4).to_csv(index=False, lineterminator="\n")
-    return [
-        _write(output / "claims.csv", csv.encode()),
-        _write(output / "claims.md", claims_table(claims).encode()),
-    ]
-
-
 def _write(path: Path, content: bytes) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
     return path
 
 
-def sources(data: str | Path) -> Iterator[Path]:
-    """Subfolders of `data` that hold rows or the paper's numbers, in order of name."""
-    for folder in sorted(Path(data).iterdir()):
-        if folder.is_dir() and (holds_paper(folder) or has_rows(folder)):
-            yield folder
+def draw_all(source_folder: str | Path, output_folder: str | Path, paper_folder: str | Path) -> int:
+    """Draw every figure and table of `source_folder`; how many files were written.
+
+    Of result rows also the claims, and of the paper's own data sets ``paper_vs_ours``.
+
+    Parameters
+    ----------
+    paper_folder
+        The paper's numbers, ``data/paper``.
+    """
+    source, output = read_source(source_folder), Path(output_folder)
+    engines = set(ENGINE.values()) if source.rows is None else set(source.rows["engine"])
+    files = []
+    for exhibit in [*FIGURES, "overview", *TABLES]:
+        if source.is_paper or ENGINE.get(exhibit, "exact") in engines:
+            files += save(source, exhibit, output)
+    if source.rows is not None:
+        numbers = read_paper(paper_folder)
+        claims = check_claims(source.rows, read_per_query(source_folder), numbers)
+        files += save_claims(claims, output) + save_comparison(source.rows, numbers, output)
+    return len(files)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Redraw ``<out>/<name>/`` for every subfolder ``<data>/<name>/`` (``make figures``)."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m l2p_utils.figures", description=main.__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("figures"))
     given = parser.parse_args(arguments)
-    if not given.data.is_dir():
-        raise SystemExit(
-            f"{given.data} is no folder: expected one such as data/, with data/paper/."
-        )
-    for folder in sources(given.data):
-        files = draw_all(folder, given.out / folder.name)
-        print(f"{given.out / folder.name}: {len(files)} files from {folder}")
+    if not holds_paper(given.data / "paper"):
+        raise SystemExit(f"{given.data} has no folder paper with the paper's numbers.")
+    for folder in sorted(path for path in given.data.iterdir() if path.is_dir()):
+        if holds_paper(folder) or has_rows(folder):
+            count = draw_all(folder, given.out / folder.name, given.data / "paper")
+            print(f"{given.out / folder.name}: {count} files from {folder}")
 
 
 if __name__ == "__main__":

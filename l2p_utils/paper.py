@@ -1,11 +1,546 @@
-"""Stub of the rebuild: the paper's figures, tables and rows as one frame."""
+"""The paper's figures and tables, from its printed numbers or from a run's, and the two compared.
 
-from l2p_utils.comparison import compare_with_paper  # noqa: F401
-from l2p_utils.exhibits import read_source  # noqa: F401
-from l2p_utils.results import (  # noqa: F401
-    HUB_SUITES,
-    ROLES,
-    Roles,
-    read_paper,
-    roles_of,
+Both become one tidy frame (`Exhibits`) with a row per printed cell; NaN is "not run".
+
+`compare_with_paper` calls a value *inside* where ours differs by at most one NDCG point (.01 of
+NDCG@10) under exact search, 1.5 under PLAID, plus half of the last printed digit. Why so much:
+half-precision kernels, k-means' random starts and library versions move the same model by tenths of
+a point, and a new training has another data order and seed. With 50 queries per collection
+(NanoBEIR), one query whose only relevant document moves from rank 1 to rank 2 costs 0.74 points.
+PLAID adds random centroids and 4-bit residuals, and present fast-plaid scales decompressed vectors
+to unit length. Percentages are relative to each side's own baseline, and converted to points with
+the *paper's*, so that no result of ours widens its own band. Where that baseline is low (SCIDOCS
+under PLAID), a point is many percent. The baselines themselves are rows of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from l2p_utils.files import UserError, from_root
+from l2p_utils.results import (
+    BASELINE,
+    RELEASED,
+    VARIANTS,
+    default_variant,
+    read_rows,
+    relative_ndcg,
+    series,
 )
+
+# The bundled collection that stands for each of the paper's data sets.
+ROLES = {
+    "SciFact": "docs:scipy", "FiQA": "docs:torch", "NFCorpus": "docs:numpy",
+    "SCIDOCS": "docs:pandas", "Touche": "docs:sklearn",
+}  # fmt: skip
+# The paper's own data sets on the hub: `nano:scifact` under exact search, `beir:scifact` under
+# PLAID and for training.
+HUB_NAMES = {name: name.lower() for name in ROLES}
+HUB_SUITES = {"exact": ("nano", "NanoBEIR"), "plaid": ("beir", "BEIR")}
+TRAINED = ("SciFact", "FiQA")  # what models were trained on
+
+FIGURES, TABLES = [f"figure{i}" for i in range(1, 5)], [f"table{i}" for i in range(1, 5)]
+PAPER_EXHIBITS = [*FIGURES, *TABLES]
+CELL = ["exhibit", "dataset", "label", "pool_method", "pool_factor"]
+TRAINING = ["trained_on", "train_method", "train_factors"]
+QUANTITIES = ["ndcg", "relative", "delta"]
+PAPER_COLUMNS = [*CELL[:3], *TRAINING, *CELL[3:], *QUANTITIES]
+ENGINE = {"figure4": "plaid"}  # all others: exact search
+# The paper's unpooled baseline, NDCG@10: exact as Table 2 prints it; PLAID from the result files
+# that the authors published, since Figure 4 has percentages only.
+PAPER_BASELINES = {
+    "exact": {
+        "SciFact": 0.808, "FiQA": 0.526, "NFCorpus": 0.375, "SCIDOCS": 0.396, "Touche": 0.596,
+    },
+    "plaid": {"SciFact": 0.736, "FiQA": 0.384, "NFCorpus": 0.354, "SCIDOCS": 0.164},
+}  # fmt: skip
+POINTS = {"exact": 1.0, "plaid": 1.5}  # tolerance in NDCG points
+POINT = 0.01  # of NDCG@10
+INSIDE, OUTSIDE, NOT_RUN = "inside", "outside", "not run"
+COMPARISON_COLUMNS = [
+    "exhibit", "engine", "dataset", "collection", "label", "pool_method", "pool_factor",
+    "quantity", "paper", "ours", "difference", "tolerance", "points", "verdict",
+]  # fmt: skip
+
+
+# ---------------------------------------------------------------- roles of collections
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The collections that stand for the paper's data sets, the keys of each mapping."""
+
+    exact: Mapping[str, str]  # what exact search is measured on
+    plaid: Mapping[str, str]
+    training: Mapping[str, str]  # what models are trained on
+    suites: Mapping[str, str] = field(default_factory=dict)  # engine → NanoBEIR, BEIR; or empty
+
+    @property
+    def own(self) -> bool:
+        """Whether the collections are the paper's own, so that values can be compared."""
+        return bool(self.suites)
+
+    def evaluated(self, dataset: str, engine: str = "exact") -> str:
+        """The collection of `dataset` that `engine` searches; "" where there is none."""
+        return (self.plaid if engine == "plaid" else self.exact).get(dataset, "")
+
+    def trained(self, dataset: str) -> str:
+        """The collection of models "trained on `dataset`"; "" for none."""
+        return self.training.get(dataset, "")
+
+
+def roles_of(rows: pd.DataFrame | None, given: Roles | Mapping[str, str] | None = None) -> Roles:
+    """The roles in which result rows are read: `given`, or the hub's names, or `ROLES`.
+
+    Rows of ``nano:`` or ``beir:`` collections, without bundled ones beside them, are of the paper's
+    own data sets. `given` may be one collection per data set for all purposes.
+
+    Raises
+    ------
+    UserError
+        When a collection occurs in several revisions, which curves would mix.
+    """
+    if given is not None:
+        return given if isinstance(given, Roles) else Roles(given, given, given)
+    found = [] if rows is None else sorted(set(rows["collection"]))
+    hub = any(name.startswith(("nano:", "beir:")) for name in found)
+    if set(found) & set(ROLES.values()) or not hub:
+        return Roles(ROLES, ROLES, ROLES)
+    trained = _hub_roles("beir", sorted(set(rows["train_collection"])))
+    suites = {engine: title for engine, (_, title) in HUB_SUITES.items()}
+    return Roles(_hub_roles("nano", found), _hub_roles("beir", found), trained, suites)
+
+
+def _hub_roles(prefix: str, names: list[str]) -> dict[str, str]:
+    """Data set → its name among `names`, which may end in ``@revision``."""
+    roles = {}
+    for dataset, name in HUB_NAMES.items():
+        plain = f"{prefix}:{name}"
+        found = [one for one in names if one.split("@")[0] == plain]
+        if len(found) > 1:
+            raise UserError(
+                f"rows of {plain} in several revisions: {found}. Figures and tables read one. "
+                "Move the files with the others out of the results folder, or evaluate again."
+            )
+        roles[dataset] = found[0] if found else plain
+    return roles
+
+
+# ---------------------------------------------------------------- the paper's numbers
+
+# What a caption says once for all rows of its figure or table.
+_CAPTIONS = {
+    "figure1": {"model": "Baseline"},
+    "figure2": {"pool_method": "span"},
+    "table1": {"dataset": "SciFact", "pool_method": "span"},
+    "table2": {"pool_method": "kmeans"},
+    "table3": {"dataset": "SciFact", "pool_method": "hierarchical"},
+    "table4": {"dataset": "SciFact", "pool_method": "kmeans"},
+}
+_NAMES = {
+    "method": "pool_method", "pooling_method": "pool_method", "ndcg10": "ndcg",
+    "relative_ndcg10": "relative", "relative_percent": "relative",
+}  # fmt: skip
+
+
+def read_paper(folder: str | Path) -> pd.DataFrame:
+    """Read the paper's figures and tables (``data/paper``) as one tidy frame.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per printed cell, columns `PAPER_COLUMNS`: ``exhibit`` (figure1 … table4),
+        ``dataset`` (the keys of `ROLES`, and "Average"), ``label`` (the model as printed) and its
+        training (empty for the baseline), ``ndcg`` and ``delta`` on 0–1, ``relative`` in percent;
+        NaN where it is not printed. UserError when a file is missing or lacks a column.
+    """
+    frames = []
+    for exhibit in PAPER_EXHIBITS:
+        file = Path(folder) / f"{exhibit}.csv"
+        if not file.is_file():
+            raise UserError(f"{file} is missing: the paper's numbers. `git restore data/paper`.")
+        frame = pd.read_csv(file).rename(columns=_NAMES)
+        frame = frame.assign(exhibit=exhibit, **_CAPTIONS.get(exhibit, {}))
+        lacking = {"dataset", "model", "pool_method", "pool_factor", "relative"} - set(frame)
+        if lacking:
+            raise UserError(f"{file} lacks {sorted(lacking)}. `git restore data/paper`.")
+        frames.append(frame.rename(columns={"model": "label"}))
+    paper = pd.concat(frames, ignore_index=True)
+    paper["dataset"] = paper["dataset"].replace({"FiQA2018": "FiQA", "Touche2020": "Touche"})
+    pairs = zip(paper["label"], paper["dataset"], strict=True)
+    paper[TRAINING] = [parse_label(*pair) for pair in pairs]
+    return paper[PAPER_COLUMNS]
+
+
+def parse_label(label: str, dataset: str) -> tuple[str, str, str]:
+    """What a model's name in the paper says: (trained_on, train_method, train_factors).
+
+    A name without a data set is a model trained on the one that it is evaluated on:
+    ``parse_label("FT Span PF2", "FiQA")`` is ``("FiQA", "span", "2")``.
+
+    Raises
+    ------
+    UserError
+        When the name is none of the paper's.
+    """
+    if label == "Baseline":
+        return "", "", ""
+    found = re.fullmatch(r"FT (?:(SciFact|FiQA) )?(?:(Span|Hier|KMeans) )?PF([1-6](?:-6)?)", label)
+    if not found:
+        raise UserError(
+            f"{label!r} is not a model of the paper: expected 'Baseline' or a name such as "
+            "'FT PF1', 'FT Hier PF2', 'FT SciFact KMeans PF1-6'."
+        )
+    methods = {None: "none", "Span": "span", "Hier": "hierarchical", "KMeans": "kmeans"}
+    return found[1] or dataset, methods[found[2]], found[3]
+
+
+# ---------------------------------------------------------------- figures and tables
+
+
+@dataclass(frozen=True)
+class Exhibits:
+    """The cells of all figures and tables, and the names of their data sets."""
+
+    name: str  # "paper", or the name of the folder of rows
+    frame: pd.DataFrame  # columns PAPER_COLUMNS
+    names: dict[str, tuple[str, str]]  # data set → (panel title, short name)
+    note: str  # what the numbers are, in one line
+    vectors: pd.Series | None = None  # mean vectors per document by factor (kmeans, SciFact's role)
+    suites: Mapping[str, str] = field(default_factory=dict)  # as in `Roles`
+    notes: Mapping[str, str] = field(default_factory=dict)  # engine → note on its numbers alone
+    is_paper: bool = False
+    rows: pd.DataFrame | None = None  # a run's result rows
+
+    def rename(self, label: str) -> str:
+        """A model's label with the short name of the collection that it was trained on."""
+        for dataset in TRAINED:
+            label = label.replace(f" {dataset} ", f" {self.names[dataset][1]} ")
+        return label
+
+    def note_on(self, exhibit: str) -> str:
+        """The note on the engine of one figure or table."""
+        return self.notes.get(ENGINE.get(exhibit, "exact"), self.note)
+
+
+def read_source(folder: str | Path) -> Exhibits:
+    """Read `folder`: the paper's CSVs (it has a ``figure1.csv``) or a run's result rows."""
+    folder = Path(folder)
+    if holds_paper(folder):
+        return paper_source(read_paper(folder))
+    return rows_source(read_rows(folder), folder.name)
+
+
+def holds_paper(folder: str | Path) -> bool:
+    """Whether `folder` holds the paper's CSVs."""
+    return (Path(folder) / "figure1.csv").is_file()
+
+
+def paper_source(frame: pd.DataFrame) -> Exhibits:
+    """The paper's numbers (from `read_paper`) as exhibits."""
+    names = {name: (name, name) for name in ROLES} | {"Average": ("Average of the five", "Average")}
+    note = "The paper's numbers (S. Josef, LIR @ ECIR 2026, CC BY 4.0)"
+    return Exhibits("paper", frame, names, note, is_paper=True)
+
+
+def rows_source(
+    rows: pd.DataFrame, name: str, roles: Roles | Mapping[str, str] | None = None
+) -> Exhibits:
+    """A run's result rows as exhibits: every cell that the paper prints, NaN where not run.
+
+    `rows` may be any part of the grid; without the unpooled baseline percentages are NaN. `name`
+    is the run's where the rows have no profile; `roles` as in `roles_of`.
+    """
+    roles = roles_of(rows, roles)
+    titles = {d: (f"{c} (in {d}’s role)", c) for d, c in roles.exact.items()}
+    names = {d: (d, d) for d in roles.exact} if roles.own else titles
+    return Exhibits(
+        name,
+        _fill(read_paper(from_root("data/paper")), rows, roles),
+        names | {"Average": ("Average of the five", "Average")},
+        _note(rows, name),
+        series(rows, BASELINE, roles.evaluated("SciFact"), "kmeans", value="vectors_per_document"),
+        roles.suites,
+        {engine: _note(part, name) for engine, part in rows.groupby("engine")},
+        rows=rows,
+    )
+
+
+def _fill(paper: pd.DataFrame, rows: pd.DataFrame, roles: Roles) -> pd.DataFrame:
+    """The paper's cells in their order, with our values; several seeds are averaged."""
+    variants = {method: default_variant(rows, method) for method in VARIANTS}
+    rows = relative_ndcg(rows, partial=True)
+    rows = rows[rows["pool_variant"] == rows["pool_method"].map(variants)]
+    # Released checkpoints and the baseline at other lengths are in no figure.
+    rows = rows[(rows["train_collection"] != "") | (rows["model"] == BASELINE)]
+    trained = ["train_collection", "train_method", "train_factors"]
+    keys = [*trained, "collection", "engine", "pool_method", "pool_factor"]
+    means = rows.groupby(keys)[["ndcg@10", "relative_ndcg@10"]].mean()
+
+    cells = paper.assign(engine=paper["exhibit"].map(ENGINE).fillna("exact"))
+    pairs = zip(cells["dataset"], cells["engine"], strict=True)
+    cells["collection"] = [roles.evaluated(*pair) for pair in pairs]
+    cells["train_collection"] = cells["trained_on"].map(roles.trained)
+    cells["pool_method"] = cells["pool_method"].mask(cells["pool_factor"] == 1, "none")
+    values = means.reindex(pd.MultiIndex.from_frame(cells[keys])).to_numpy(dtype=float)
+    frame = paper.assign(ndcg=values[:, 0], relative=values[:, 1], delta=np.nan)
+
+    curve = ["exhibit", "label", "pool_method", "pool_factor"]
+    average = frame["dataset"] == "Average"  # of percentages; NaN where one is lacking
+    mean = frame[~average].groupby(curve)["relative"].agg(lambda x: x.mean(skipna=False))
+    places = pd.MultiIndex.from_frame(frame.loc[average, curve])
+    frame.loc[average, "relative"] = mean.reindex(places).to_numpy()
+    table = frame["exhibit"] == "table2"  # prints differences to the baseline at the same factor
+    base = frame[table & (frame["label"] == "Baseline")].set_index(["dataset", "pool_factor"])
+    places = pd.MultiIndex.from_frame(frame[["dataset", "pool_factor"]])
+    delta = frame["ndcg"] - base["ndcg"].reindex(places).to_numpy()
+    return frame.assign(delta=delta.where(table & (frame["label"] != "Baseline")))
+
+
+def _note(rows: pd.DataFrame, name: str) -> str:
+    """What rows are, in one line: profile, queries, seeds, missing baselines."""
+    note = f"Run “{' + '.join(sorted(set(rows['profile']) - {''})) or name}”"
+    queries = rows["queries"].dropna()
+    if len(queries):
+        number = "–".join(map(str, sorted({queries.min(), queries.max()})))
+        note += f", {number} test queries per collection"
+    trained = (rows["train_collection"] != "") & ~rows["train_collection"].str.startswith(RELEASED)
+    seeds = rows.loc[trained, "seed"].nunique()
+    note += f", {seeds} training seed{'s' if seeds > 1 else ''}" if seeds else ""
+    note += "; where a model has more than one, their mean" if seeds > 1 else ""
+    gaps = rows[relative_ndcg(rows, partial=True)["relative_ndcg@10"].isna()]
+    lacking = sorted(set(gaps["collection"] + " (" + gaps["engine"] + ")"))
+    return note + (f"; no unpooled baseline yet on {', '.join(lacking)}" if lacking else "")
+
+
+def missing(source: Exhibits, exhibit: str) -> str:
+    """What `exhibit` should show and `source` did not run, as one line; "" if nothing."""
+    frame = source.frame[source.frame["exhibit"] == exhibit].query("dataset != 'Average'")
+    parts: list[str] = []
+    gaps: dict[str, list[str]] = {}
+    for dataset, cells in frame.groupby("dataset", sort=False):
+        short = source.names[dataset][1]
+        if cells["relative"].isna().all():
+            parts.append(f"{short} (everything)")
+            continue
+        for (label, method), curve in cells.groupby(["label", "pool_method"], sort=False):
+            lacking = curve.loc[curve["relative"].isna(), "pool_factor"]
+            if len(lacking):
+                name = source.rename(label) + (f" {method}" if label == "Baseline" else "")
+                some = f" at PF {', '.join(map(str, lacking))}"
+                name += some if len(lacking) < len(curve) else ""
+                gaps.setdefault(name, []).append(short)
+    for name, places in gaps.items():
+        everywhere = len(places) == frame["dataset"].nunique()
+        parts.append(name if everywhere else f"{name} on {', '.join(places)}")
+    return "; ".join(parts)
+
+
+# ---------------------------------------------------------------- value by value
+
+
+def compare_with_paper(paper: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Every value that the paper prints (`read_paper`) beside that of ``nano:``/``beir:`` rows.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per printed value (a table's cell prints up to three), the unpooled baselines
+        first, columns `COMPARISON_COLUMNS`. ``quantity`` is the unit of ``paper``, ``ours``,
+        ``difference`` (ours − paper) and ``tolerance``: "relative" in percent, "ndcg" and "delta"
+        on 0–1. ``points`` is the difference in NDCG points. ``verdict``: inside, outside, not run
+        (values are NaN).
+
+    Raises
+    ------
+    UserError
+        When the rows are of other collections than the paper's.
+    """
+    roles = roles_of(rows)
+    if not roles.own:
+        raise UserError(
+            "these rows are of other collections than the paper's "
+            f"({', '.join(sorted(set(rows['collection'])))}): values cannot be compared one by "
+            "one. Expected rows of nano: and beir: collections (profile paper)."
+        )
+    long = paper.melt(CELL, QUANTITIES, "quantity", "paper", ignore_index=False)
+    filled = _fill(paper, rows, roles).melt(CELL, QUANTITIES, "quantity", "ours")
+    long["ours"] = filled["ours"].to_numpy()
+    long["engine"] = long["exhibit"].map(ENGINE).fillna("exact")
+    long = long.dropna(subset=["paper"]).sort_index(kind="stable")
+    frame = pd.concat([_unpooled(rows), long], ignore_index=True)
+    pairs = zip(frame["dataset"], frame["engine"], strict=True)
+    frame["collection"] = [roles.evaluated(*pair) for pair in pairs]
+    return _judge(frame)[COMPARISON_COLUMNS]
+
+
+def _unpooled(rows: pd.DataFrame, model: str = BASELINE) -> pd.DataFrame:
+    """The paper's unpooled baselines beside those of `model`, as rows of the comparison."""
+    chosen = rows[(rows["model"] == model) & (rows["pool_method"] == "none")]
+    ours, roles = chosen.set_index(["collection", "engine"])["ndcg@10"].to_dict(), roles_of(rows)
+    lines = [
+        (engine, dataset, value, ours.get((roles.evaluated(dataset, engine), engine), np.nan))
+        for engine, values in PAPER_BASELINES.items()
+        for dataset, value in values.items()
+    ]
+    frame = pd.DataFrame(lines, columns=["engine", "dataset", "paper", "ours"])
+    cell = dict(zip(CELL, ["baselines", frame["dataset"], "Baseline", "none", 1], strict=True))
+    return frame.assign(**cell, quantity="ndcg")
+
+
+def _judge(frame: pd.DataFrame) -> pd.DataFrame:
+    # One NDCG point in percent of the paper's baseline.
+    percent = {
+        (engine, dataset): 100 * POINT / value
+        for engine, values in PAPER_BASELINES.items()
+        for dataset, value in values.items()
+    }
+    percent["exact", "Average"] = np.mean([percent["exact", d] for d in PAPER_BASELINES["exact"]])
+    relative = frame["quantity"] == "relative"
+    pairs = zip(frame["engine"], frame["dataset"], strict=True)
+    point = np.where(relative, [percent[pair] for pair in pairs], POINT)
+    # Half of the last digit; Figures 1 and 4 were drawn from unrounded values.
+    unrounded = frame["exhibit"].isin(["figure1", "figure4"])
+    printed = np.where(relative, np.where(unrounded, 0.0001, 0.05), 0.0005)
+    tolerance = frame["engine"].map(POINTS) * point + printed
+    difference = frame["ours"] - frame["paper"]
+    # 1e-9: a decimal number on the edge must not fall off by its binary form.
+    verdict = np.where(difference.abs() <= tolerance + 1e-9, INSIDE, OUTSIDE)
+    verdict = np.where(difference.isna(), NOT_RUN, verdict)
+    numbers = {"difference": difference, "tolerance": tolerance, "points": difference / point}
+    return frame.assign(**numbers, verdict=verdict)
+
+
+def by_definition(comparison: pd.DataFrame) -> pd.Series:
+    """Mask of the values that are the baseline's own 100 %."""
+    unpooled = (comparison["label"] == "Baseline") & (comparison["pool_factor"] == 1)
+    return unpooled & (comparison["quantity"] == "relative") & comparison["ours"].notna()
+
+
+def comparison_summary(comparison: pd.DataFrame) -> pd.DataFrame:
+    """Counts of verdicts and sizes of differences per figure or table, and over all ("all").
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``exhibit``, ``values``, ``inside``, ``outside``, ``not run``, ``by definition``
+        (how many of those inside), and without these in NDCG points: ``mean`` (of absolute
+        differences), ``largest`` (with its sign), ``where``.
+    """
+    order = {"exhibit": [*dict.fromkeys(comparison["exhibit"]), "all"]}
+    both = pd.concat([comparison, comparison.assign(exhibit="all")], ignore_index=True)
+    trivial = by_definition(both)
+    counts = pd.crosstab(both["exhibit"], both["verdict"])
+    counts = counts.reindex(order["exhibit"], columns=[INSIDE, OUTSIDE, NOT_RUN], fill_value=0)
+    counts.insert(0, "values", counts.sum(axis=1))
+    measured = both[~trivial & both["points"].notna()]
+    sizes = measured["points"].abs().groupby(measured["exhibit"])
+    worst = measured.loc[sizes.idxmax()].set_index("exhibit")
+    pooled = worst["pool_method"] + " PF" + worst["pool_factor"].astype(str)
+    pooled = pooled.replace("none PF1", "unpooled")
+    return counts.assign(
+        **{"by definition": trivial.groupby(both["exhibit"]).sum(), "mean": sizes.mean()},
+        largest=worst["points"],
+        where=worst["dataset"] + ", " + worst["label"] + ", " + pooled,
+    ).reset_index()
+
+
+def compare_released(paper: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The paper's kmeans PF1-6 models beside the checkpoints that its authors released.
+
+    Training is theirs on both sides; what differs is the evaluation. A checkpoint need not be the
+    paper's training run (SciFact's numbers average two). The frame is `compare_with_paper`'s, of
+    these models only; empty where no checkpoint was measured.
+    """
+    theirs = rows["train_collection"].str.startswith(RELEASED)
+    if not theirs.any():
+        return pd.DataFrame(columns=COMPARISON_COLUMNS)
+    named = "beir:" + rows["train_collection"].str.removeprefix(RELEASED)
+    stand_in = rows.assign(train_collection=named.where(theirs, ""))
+    found = compare_with_paper(paper, stand_in[theirs | (rows["model"] == BASELINE)])
+    own = found["label"].isin([f"FT {dataset} KMeans PF1-6" for dataset in TRAINED])
+    return found[own].reset_index(drop=True)
+
+
+# ---------------------------------------------------------------- showing
+
+SUMMARY_NOTE = (
+    "Differences in NDCG points, ours − paper; means of absolute values, without what is 100 % *by "
+    "definition* (the baseline relative to itself). Tables print up to three values per cell."
+)
+
+
+def tolerance_note() -> str:
+    """How values are judged, in one paragraph."""
+    return (
+        f"Inside: ours differs from the printed value by at most {POINTS['exact']:g} NDCG point "
+        f"(.01 NDCG@10) under exact search on NanoBEIR, {POINTS['plaid']:g} points under PLAID on "
+        "BEIR (fast-plaid re-normalises pooled vectors, and its index is random), plus half of the "
+        "last printed digit. Percentages are converted to points with the paper's unpooled "
+        "baseline: where that is low (SCIDOCS under PLAID: .164), a point is many percent and "
+        "“inside” says little. Values that were not run count for neither side."
+    )
+
+
+def variants_note(rows: pd.DataFrame) -> str:
+    """Which variants of the pool methods our values were read in, in a sentence."""
+    kmeans, tree = (default_variant(rows, method) for method in ("kmeans", "hierarchical"))
+    return (
+        f"Ours are read in the variants that most models have: kmeans `{kmeans}`, hierarchical "
+        f"`{tree}`. The paper used scikit-learn's kmeans (`sklearn`) and Ward on the square matrix "
+        "of cosine distances (`paper`); others group tokens differently."
+    )
+
+
+def markdown(frame: pd.DataFrame, decimals: int = 3) -> str:
+    """A frame as a Markdown table, NaN as "not run"."""
+    shown = frame.astype(object).where(frame.notna(), None)
+    return shown.to_markdown(index=False, floatfmt=f"z.{decimals}f", missingval=NOT_RUN) + "\n"
+
+
+def summary_markdown(comparison: pd.DataFrame) -> str:
+    """`comparison_summary` as a Markdown table."""
+    heads = {"mean": "mean difference", "largest": "largest difference"}
+    return markdown(comparison_summary(comparison).rename(columns=heads), 2)
+
+
+def released_markdown(paper: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """The summary of `compare_released` in Markdown; "" where no checkpoint was measured."""
+    found = compare_released(paper, rows)
+    note = "The authors' two released checkpoints, measured here, beside the paper's values of "
+    note += "its kmeans PF1-6 models: this judges the evaluation alone."
+    return "" if found.empty else f"{note}\n\n{summary_markdown(found)}"
+
+
+def lengths_markdown(rows: pd.DataFrame) -> str:
+    """The unpooled baseline with documents cut at 300 and at 180 tokens, as a Markdown table.
+
+    The paper says 300; its authors' result files suggest 180. The closer one is the likelier.
+    """
+    table = _unpooled(rows)[["engine", "dataset", "paper", "ours"]]
+    table = table.rename(columns={"ours": "300 tokens"})
+    table["180 tokens"] = _unpooled(rows, f"{BASELINE}-d180")["ours"]
+    for length in (300, 180):
+        table[f"{length} − paper"] = table[f"{length} tokens"] - table["paper"]
+    return markdown(table, 4)
+
+
+def comparison_markdown(comparison: pd.DataFrame, rows: pd.DataFrame, paper: pd.DataFrame) -> str:
+    """Everything in one document: summary, document lengths, checkpoints, then all values."""
+    sections = {
+        "# The paper's values and ours": f"{tolerance_note()}\n\n{variants_note(rows)}\n",
+        "## Summary": f"{SUMMARY_NOTE}\n\n{summary_markdown(comparison)}",
+        "## The baseline's document length": "Unpooled NDCG@10. The paper says 300 tokens; its "
+        f"authors' result files suggest 180.\n\n{lengths_markdown(rows)}",
+        "## The released checkpoints": released_markdown(paper, rows),
+    }
+    for exhibit, values in comparison.groupby("exhibit", sort=False):
+        title = re.sub(r"(\d)$", r" \1", exhibit).capitalize()
+        sections[f"## {title}"] = markdown(values.drop(columns=["exhibit", "engine"]))
+    return "\n".join(f"{head}\n\n{text}" for head, text in sections.items() if text)

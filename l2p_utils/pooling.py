@@ -1,8 +1,8 @@
 """Token pooling: fewer vectors per document, by span, k-means or hierarchical clustering.
 
-Takes lists of (tokens, dim) tensors or a padded batch with a mask; gives the clusters' means, in
-the order in which the clusters first occur in the document, differentiable with respect to every
-token. Cluster assignments are computed on detached vectors, for whole batches at once.
+Lists of (tokens, dim) tensors, or a padded batch with a mask, become the means of clusters, in the
+order in which the clusters first occur in the document, differentiable with respect to every token.
+Clusters are found on detached vectors, for whole batches at once.
 
 Source: S. Josef, *Learn to Pool* (LIR @ ECIR 2026); B. Clavié et al., *Reducing the Footprint of
 Multi-Vector Retrieval with Minimal Performance Impact via Token Pooling* (2024).
@@ -13,8 +13,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 import sklearn
@@ -22,6 +22,8 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import ThreadpoolController
+from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 
 from l2p_utils.clustering import (
     by_first_occurrence,
@@ -42,60 +44,40 @@ ROUNDING = 0.02  # how far above 1 a squared norm may come out; bfloat16 vectors
 # Squared distances below this share of the squared norm are rounding.
 SAME = {torch.float32: 1e-6, torch.float64: 1e-12}
 BLOCK_BYTES = 2**20  # of one block's distances: they stay in the processor's cache
-SPAN_BLOCK_BYTES = 4 * 2**20  # for want of distances, blocks can be larger
-#: Raise this by one whenever the same vectors come out pooled, searched or measured differently
-#: (here, in clustering, search or evaluation): what older code trained or measured is made again.
-CODE = 1
+SPAN_BLOCK_BYTES = 4 * 2**20  # span needs no distance matrix, so blocks can be larger
+#: Bump when pooling, search or evaluation changes results: invalidates stored models and rows.
+CACHE_VERSION = 1
 
 
 def check_pool_factor(pool_factor: object) -> int:
-    """Return `pool_factor` as an int.
+    """`pool_factor` as an int, if it is a whole number of at least 1."""
+    hint = "1 keeps every vector, 2 keeps about half of them"
+    return check_whole("pool_factor", pool_factor, 1, hint)
 
-    Raises
-    ------
-    UserError
-        Unless it is a whole number of at least 1 (1 is: no pooling).
-    """
-    whole = isinstance(pool_factor, int | np.integer) and not isinstance(pool_factor, bool)
-    if not whole or pool_factor < 1:
+
+def check_protected_tokens(protected_tokens: object) -> int:
+    """`protected_tokens` as an int, if it is a whole number of at least 0."""
+    hint = "1 keeps the first vector of each document as it is"
+    return check_whole("protected_tokens", protected_tokens, 0, hint)
+
+
+def check_whole(name: str, value: object, least: int, hint: str) -> int:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least:
         raise UserError(
-            f"pool_factor is {pool_factor!r}; expected a whole number of at least 1 "
-            "(1 keeps every vector, 2 keeps about half of them)."
+            f"{name} is {value!r}; expected a whole number of at least {least} ({hint})."
         )
-    return int(pool_factor)
+    return int(value)
 
 
 def check_pooling(pool_method: str, variant: str = DEFAULT_VARIANT) -> None:
-    """Refuse an unknown method or variant.
-
-    Raises
-    ------
-    UserError
-        With the value given and the values that are known.
-    """
+    """Refuse an unknown method or variant, naming those that exist."""
     if pool_method not in POOL_METHODS:
         raise UserError(f"pool_method is {pool_method!r}; expected one of {list(POOL_METHODS)}.")
     if variant not in HIERARCHICAL_VARIANTS:
         raise UserError(
             f"pool variant is {variant!r}; expected one of {list(HIERARCHICAL_VARIANTS)} "
             "(they differ only for pool_method='hierarchical')."
-        )
-
-
-def check_protected_tokens(protected_tokens: object) -> None:
-    """Refuse anything but a whole number of at least 0.
-
-    Raises
-    ------
-    UserError
-    """
-    whole = isinstance(protected_tokens, int | np.integer) and not isinstance(
-        protected_tokens, bool
-    )
-    if not whole or protected_tokens < 0:
-        raise UserError(
-            f"protected_tokens is {protected_tokens!r}; expected a whole number of at least 0 "
-            "(1 keeps the first vector of each document as it is)."
         )
 
 
@@ -108,7 +90,7 @@ def stored_variant(
 
 
 def pooled_count(tokens: int, pool_factor: int, pool_method: str, protected_tokens: int = 1) -> int:
-    """Number of vectors that remain of a document with `tokens` vectors (at most, see below).
+    """Number of vectors that remain of a document with `tokens` vectors.
 
     ``protected + ceil(n / p)`` for span, ``protected + max(n // p, 1)`` for the clustering methods,
     where n counts the unprotected vectors. Clustering gives fewer when vectors are identical but
@@ -123,8 +105,49 @@ def pooled_count(tokens: int, pool_factor: int, pool_method: str, protected_toke
     return protected + max(free // pool_factor, 1)
 
 
+def token_vectors(texts: Iterable[Any], name: str = "Document") -> list[torch.Tensor]:
+    """Token vectors in any form that `encode` gives, as a list of (tokens, dim) tensors.
+
+    Parameters
+    ----------
+    texts
+        Tensors or NumPy arrays of (tokens, dim), one per text; or a padded batch: one tensor or
+        array of (texts, tokens, dim), or a list of (1, tokens, dim) as `encode` gives with
+        ``padding=True``. In a padded batch, zero vectors at a text's end are padding and left out.
+    name
+        What an error calls a text.
+
+    Raises
+    ------
+    UserError
+        For a text of another shape or dtype, naming its position.
+    """
+    padded = getattr(texts, "ndim", 0) == 3
+    return [_text_vectors(text, f"{name} {i}", padded) for i, text in enumerate(texts)]
+
+
+def _text_vectors(vectors: Any, name: str, padded: bool) -> torch.Tensor:
+    if isinstance(vectors, np.ndarray) and vectors.dtype.kind in "biuf":
+        # a copy only of what torch cannot share: read-only or reversed arrays
+        vectors = torch.from_numpy(np.require(vectors, requirements=["C", "W"]))
+    if getattr(vectors, "ndim", 0) == 3 and len(vectors) == 1:
+        vectors, padded = vectors[0], True
+    if not isinstance(vectors, torch.Tensor) or vectors.ndim != 2:
+        given = tuple(getattr(vectors, "shape", ())) or type(vectors).__name__
+        raise UserError(
+            f"{name} is {given}; expected a tensor or an array of (tokens, dim). "
+            "Put the vectors of a single text into a list."
+        )
+    if not vectors.is_floating_point():
+        raise UserError(f"{name} is {vectors.dtype}; expected a floating dtype.")
+    if padded:
+        used = vectors.detach().any(dim=1).nonzero()
+        vectors = vectors[: int(used[-1]) + 1 if len(used) else 0]
+    return vectors
+
+
 def pool(
-    embeddings: Sequence[torch.Tensor],
+    embeddings: Iterable[Any],
     pool_factor: int,
     pool_method: PoolMethod,
     protected_tokens: int = 1,
@@ -138,8 +161,8 @@ def pool(
     Parameters
     ----------
     embeddings
-        One tensor of shape (tokens, dim) a document, of one floating dtype and device; a document
-        may have no tokens.
+        (tokens, dim) tensors or arrays, one per document, of one floating dtype and device, or a
+        padded batch (see `token_vectors`). A document may have no tokens.
     pool_factor
         About how many token vectors become one; 1 returns the input's values unchanged.
     pool_method
@@ -164,22 +187,15 @@ def pool(
     Raises
     ------
     UserError
-        For an impossible pool factor, an unknown method or variant, vectors that are not finite.
+        For settings that do not exist, and vectors that are not finite or of no (tokens, dim).
     """
-    (pooled,) = pool_sweep(
-        embeddings,
-        [pool_factor],
-        pool_method,
-        protected_tokens,
-        variant=variant,
-        use_sklearn=use_sklearn,
-        renormalize=renormalize,
-    ).values()
-    return pooled
+    factor = check_pool_factor(pool_factor)
+    options = {"variant": variant, "use_sklearn": use_sklearn, "renormalize": renormalize}
+    return pool_sweep(embeddings, [factor], pool_method, protected_tokens, **options)[factor]
 
 
 def pool_sweep(
-    embeddings: Sequence[torch.Tensor],
+    embeddings: Iterable[Any],
     pool_factors: Sequence[int],
     pool_method: PoolMethod,
     protected_tokens: int = 1,
@@ -188,52 +204,47 @@ def pool_sweep(
     use_sklearn: bool = False,
     renormalize: bool = False,
 ) -> dict[int, list[torch.Tensor]]:
-    """`pool` for several pool factors at once: a document's Ward tree is grown once for all.
-
-    Returns
-    -------
-    dict
-        Pool factor → what `pool` returns for it.
-    """
+    """Pool factor → what `pool` returns for it. A document's Ward tree is grown once for all."""
     factors = [check_pool_factor(factor) for factor in pool_factors]
     check_pooling(pool_method, variant)
-    check_protected_tokens(protected_tokens)
-    lengths = np.array([_check_document(i, d) for i, d in enumerate(embeddings)], dtype=np.int64)
-    _check_dtypes(embeddings)
-    pooled: dict[int, list[torch.Tensor]] = {f: list(embeddings) for f in factors}
+    protected = check_protected_tokens(protected_tokens)
+    embeddings = token_vectors(embeddings)
+    if len(kinds := {(str(document.dtype), document.shape[1]) for document in embeddings}) > 1:
+        raise UserError(
+            f"The documents' (dtype, dim) are {sorted(kinds)}; expected one for all "
+            "(document.float() makes one float32)."
+        )
+    lengths = np.array([len(document) for document in embeddings], dtype=np.int64)
+    pooled = {factor: list(embeddings) for factor in factors}
     for block in _blocks(lengths, SPAN_BLOCK_BYTES if pool_method == "span" else BLOCK_BYTES):
         documents = [embeddings[i] for i in block]
         if pool_method == "span":
             vectors = torch.cat(documents)
-            segments = _span_segments(lengths[block], factors, protected_tokens)
+            segments = _span_segments(lengths[block], factors, protected)
         else:
-            vectors = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
-            there = torch.from_numpy(lengths[block])[:, None]
-            mask = (torch.arange(vectors.shape[1]) < there).to(vectors.device)
-            labels = assign(
-                vectors, mask, factors, pool_method, protected_tokens, variant, use_sklearn
+            vectors = pad_sequence(documents, batch_first=True)
+            mask = torch.arange(vectors.shape[1]) < torch.from_numpy(lengths[block])[:, None]
+            mask = mask.to(vectors.device)
+            segments = _segments(
+                assign(vectors, mask, factors, pool_method, protected, variant, use_sklearn)
             )
-            segments = _segments(labels)
             vectors = vectors.flatten(0, 1)
         for factor, (index, counts) in segments.items():
             means, _ = _means(vectors, index.to(vectors.device), sum(counts))
+            if pool_method == "span" and factor == max(factors) > 1:
+                _check_finite(_wide(means.detach()).sum().isfinite())  # as every token is in a mean
             if renormalize:
-                means = torch.nn.functional.normalize(_wide(means), dim=-1).to(means.dtype)
+                means = normalize(_wide(means), dim=-1).to(means.dtype)
             for i, document in zip(block, means.split(counts), strict=True):
                 pooled[factor][i] = document
     return pooled
 
 
-def _segments(
-    labels: dict[int, torch.Tensor],
-) -> dict[int, tuple[torch.Tensor, list[int]]]:
-    """Labels of a padded batch, (documents, tokens) a factor, numbered on through the documents.
+def _segments(labels: dict[int, torch.Tensor]) -> dict[int, tuple[torch.Tensor, list[int]]]:
+    """Segments (documents · tokens,) of a whole padded batch, and each document's number of them.
 
-    Returns
-    -------
-    dict
-        Pool factor → segments (documents · tokens,), their number for those that take no part; and
-        how many each document has.
+    Labels, (documents, tokens) per factor, are numbered on from document to document; tokens that
+    take no part get the total number.
     """
     counts = torch.stack([found.amax(dim=1) + 1 for found in labels.values()])
     starts = (counts.cumsum(dim=1) - counts)[:, :, None]  # (factors, documents, 1)
@@ -246,7 +257,7 @@ def _segments(
 def _span_segments(
     lengths: np.ndarray, factors: Sequence[int], protected_tokens: int
 ) -> dict[int, tuple[torch.Tensor, list[int]]]:
-    """As `_segments`, for documents (tokens each) one after another that are pooled by span."""
+    """As `_segments`, for concatenated documents with `lengths` tokens that are pooled by span."""
     protected = np.minimum(lengths, protected_tokens)
     first = np.cumsum(lengths) - lengths  # tokens before each document
     found = {}
@@ -289,8 +300,8 @@ def pool_padded(
     embeddings
         (documents, tokens, dim).
     mask
-        (documents, tokens), true where a token counts. Masked tokens (padding, punctuation) take
-        no part in any group, also between two that do.
+        (documents, tokens), true where a token counts. Masked tokens (padding, punctuation) join
+        no group, also where they stand between two tokens that do.
 
     Returns
     -------
@@ -301,12 +312,12 @@ def pool_padded(
     """
     factor = check_pool_factor(pool_factor)
     check_pooling(pool_method, variant)
-    check_protected_tokens(protected_tokens)
+    protected = check_protected_tokens(protected_tokens)
     mask = mask.bool()
     if factor == 1 or pool_method == "none":
         return embeddings, mask
-    labels = assign(embeddings, mask, [factor], pool_method, protected_tokens, variant, use_sklearn)
-    vectors = pooled_count(embeddings.shape[1], factor, pool_method, protected_tokens)
+    labels = assign(embeddings, mask, [factor], pool_method, protected, variant, use_sklearn)
+    vectors = pooled_count(embeddings.shape[1], factor, pool_method, protected)
     return segment_means(embeddings, labels[factor], vectors)
 
 
@@ -322,14 +333,13 @@ def segment_means(
     labels
         (documents, tokens) int64: the segment of each token, −1 for those that take no part.
     segments
-        More than every label; by default, one more than the largest.
+        Their number; by default, one more than the largest label.
 
     Returns
     -------
     tuple of torch.Tensor
         Means (documents, segments, dim) in the embeddings' dtype, zero for empty segments; and
-        (documents, segments) bool, where there are any. The gradient of a token is its segment's,
-        divided by the segment's size.
+        (documents, segments) bool, false for empty ones.
     """
     documents, tokens, dim = embeddings.shape
     if segments is None:
@@ -345,8 +355,7 @@ def _means(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Means (segments, dim) and sizes (segments,) of vectors (n, dim) by their segment (n,).
 
-    Vectors whose segment is `segments` take no part. Sums are in float32 (or better): a
-    half-precision sum of many vectors loses digits.
+    Vectors whose segment is `segments` take no part. Half-precision vectors are summed in float32.
     """
     means, sizes = _SegmentMeans.apply(_wide(vectors), index, segments)
     return means.to(vectors.dtype), sizes
@@ -390,19 +399,7 @@ def cluster_labels(
     variant: PoolVariant = DEFAULT_VARIANT,
     use_sklearn: bool = False,
 ) -> dict[int, np.ndarray]:
-    """Which pooled vector each token of one document goes to.
-
-    Parameters
-    ----------
-    vectors
-        (tokens, dim), float32 or float64, L2-normalised.
-
-    Returns
-    -------
-    dict
-        Pool factor → (tokens,) int64 labels 0, 1, 2, … in order of first occurrence; protected
-        tokens are alone in theirs.
-    """
+    """`assign` for one document, (tokens, dim): pool factor → (tokens,) int64 labels."""
     batch = torch.tensor(vectors)[None]
     mask = torch.ones(batch.shape[:2], dtype=torch.bool)
     labels = assign(batch, mask, pool_factors, pool_method, protected_tokens, variant, use_sklearn)
@@ -424,18 +421,19 @@ def assign(
     Parameters
     ----------
     embeddings, mask
-        (documents, tokens, dim) and (documents, tokens) bool.
+        (documents, tokens, dim), L2-normalised, and (documents, tokens) bool.
 
     Returns
     -------
     dict
         Pool factor → (documents, tokens) int64 labels 0, 1, 2, … in order of first occurrence, the
-        protected tokens first; −1 where the mask is false.
+        protected tokens first, each alone; −1 where the mask is false.
 
     Raises
     ------
     UserError
-        For vectors that cannot be clustered: not finite, or longer than 1 with variant ``pylate``.
+        For vectors that are not finite (span does not look on a GPU, where looking means waiting),
+        or longer than 1 with variant ``pylate``.
     """
     rank = mask.cumsum(dim=1) - 1  # of a token among those that count
     whole = torch.where(mask, rank, -1)
@@ -445,51 +443,32 @@ def assign(
     if not pooling or pool_method == "none" or not mask.numel():
         return labels
     if pool_method == "span":
+        if not embeddings.is_cuda:
+            _check_finite((embeddings.isfinite().all(dim=2) | ~mask).all())
         found = {f: (rank - protected_tokens).div(f, rounding_mode="floor") for f in pooling}
     else:
         # Under autocast, the products in here would be half precision.
         with torch.autocast(embeddings.device.type, enabled=False):
-            found = _cluster(embeddings, mask, free, pooling, pool_method, variant, use_sklearn)
+            wide = _wide(embeddings).masked_fill(~mask[:, :, None], 0)  # what is masked may be NaN
+            if pool_method == "hierarchical":
+                found = _hierarchical(wide, free, pooling, variant)
+            elif use_sklearn:
+                found = _sklearn_kmeans(wide, free, pooling)
+            else:  # Lloyd's steps from Ward's cut
+                norms = wide.square().sum(dim=2)
+                distances = squared_distances(wide)
+                found = _grow(distances, norms, _same(norms), free, pooling, kmeans=True)
     protected = rank.clamp(max=protected_tokens - 1).amax(dim=1, keepdim=True) + 1
     for factor in pooling:
         labels[factor] = torch.where(free, found[factor] + protected, whole)
     return labels
 
 
-def _cluster(
-    embeddings: torch.Tensor,
-    mask: torch.Tensor,
-    free: torch.Tensor,
-    factors: Sequence[int],
-    pool_method: str,
-    variant: str,
-    use_sklearn: bool,
-) -> dict[int, torch.Tensor]:
-    """Labels of the tokens in `free`, from 0 for every document."""
-    wide = _wide(embeddings).masked_fill(~mask[:, :, None], 0)  # what is masked may be NaN
-    if pool_method == "kmeans" and use_sklearn:
-        return _sklearn_kmeans(wide, free, factors)
-    if pool_method == "kmeans":
-        return _fast_kmeans(wide, free, factors)
-    return _hierarchical(wide, free, factors, variant)
-
-
-def _fast_kmeans(
-    vectors: torch.Tensor, free: torch.Tensor, factors: Sequence[int]
-) -> dict[int, torch.Tensor]:
-    """Lloyd's steps from Ward's cut of the vectors; trees once for all factors."""
-    norms = vectors.square().sum(dim=2)
-    return _grow(squared_distances(vectors), norms, _same(norms), free, factors, kmeans=True)
-
-
 def _hierarchical(
-    vectors: torch.Tensor,
-    free: torch.Tensor,
-    factors: Sequence[int],
-    variant: str,
+    vectors: torch.Tensor, free: torch.Tensor, factors: Sequence[int], variant: str
 ) -> dict[int, torch.Tensor]:
-    """Ward's tree, cut into at most n // factor clusters, in float64 as SciPy grows it."""
-    if variant != "pylate":  # PyLate's products are float32; SciPy's own distances are not
+    """Ward's tree, cut into at most n // factor clusters; labels of the `free` tokens, from 0."""
+    if variant != "pylate":  # PyLate's products are float32; SciPy's own distances are float64
         vectors = vectors.double()
     norms = vectors.square().sum(dim=2)
     if variant == "euclidean":
@@ -520,15 +499,9 @@ def _grow(
     kmeans: bool = False,
     cosines: bool = False,
 ) -> dict[int, torch.Tensor]:
-    """Labels from squared distances or cosines (documents, tokens, tokens).
+    """Labels from squared distances or cosines, (documents, tokens, tokens).
 
     From a GPU everything travels in one copy, and the labels back in one.
-
-    Raises
-    ------
-    UserError
-        For vectors whose squared `norms` are not finite or so large that distances are not; with
-        `cosines`, for vectors longer than 1, whose distances would be negative.
     """
     parts = [distances.flatten(1), norms, same, free.to(distances)]
     if distances.is_cuda:
@@ -537,12 +510,16 @@ def _grow(
     square = parts[0].reshape(distances.shape).numpy()
     norms, same = parts[1].numpy(), parts[2].double().numpy()
     free = parts[3].numpy() > 0
-    _refuse_infinite(norms)
+    _check_finite(np.isfinite(norms).all())
     if cosines:
-        _refuse_long(norms[free])
+        if (longest := norms[free].max(initial=0)) > 1 + ROUNDING:  # distances would be negative
+            raise UserError(
+                f"A vector has length {math.sqrt(longest):.3g}; expected at most 1: L2-normalised "
+                "token vectors (leave normalize_embeddings=True), or variant='euclidean'."
+            )
     else:  # the tree adds up to so many of them
         with np.errstate(over="ignore"):
-            _refuse_infinite(np.float64(square.max(initial=0)) * 4 * square.shape[1])
+            _check_finite(np.isfinite(np.float64(square.max(initial=0)) * 4 * square.shape[1]))
     counts = np.maximum(free.sum(axis=1, keepdims=True) // np.array(factors), 1)
     threads = torch.get_num_threads()
     labels = ward_labels(square, free, counts, same, not kmeans, threads, cosines)
@@ -552,19 +529,11 @@ def _grow(
     return {factor: found[:, cut] for cut, factor in enumerate(factors)}
 
 
-def _refuse_infinite(values: np.ndarray) -> None:
-    if not np.isfinite(values).all():
+def _check_finite(finite: Any) -> None:
+    if not finite:
         raise UserError(
-            "The embeddings hold NaN or infinite values, which cannot be clustered; expected "
+            "The embeddings hold NaN or infinite values, which cannot be pooled; expected "
             "L2-normalised token vectors. Check the model that made them (half precision?)."
-        )
-
-
-def _refuse_long(norms: np.ndarray) -> None:
-    if (longest := norms.max(initial=0)) > 1 + ROUNDING:
-        raise UserError(
-            f"A vector has length {math.sqrt(longest):.3g}; expected at most 1: L2-normalised "
-            "token vectors (leave normalize_embeddings=True), or variant='euclidean'."
         )
 
 
@@ -574,7 +543,7 @@ def _sklearn_kmeans(
     """scikit-learn's k-means, one document and factor after another."""
     # float64 spares scikit-learn the chunked upcasts that it makes for float32: 1.4 times faster.
     documents = vectors.double().cpu().numpy()
-    _refuse_infinite(documents.sum(axis=2))
+    _check_finite(np.isfinite(documents).all())
     rows = free.cpu().numpy()
     labels = {factor: np.zeros(rows.shape, dtype=np.int64) for factor in factors}
     with (
@@ -604,21 +573,3 @@ def kmeans_settings(n: int, k: int) -> KMeans:
 @functools.cache
 def _threads() -> ThreadpoolController:
     return ThreadpoolController()
-
-
-def _check_document(position: int, document: torch.Tensor) -> int:
-    """Number of tokens of a document's (tokens, dim) tensor."""
-    if not isinstance(document, torch.Tensor) or document.ndim != 2:
-        given = tuple(getattr(document, "shape", ())) or type(document).__name__
-        raise UserError(f"Document {position} is {given}; expected a tensor of (tokens, dim).")
-    if not document.is_floating_point():
-        raise UserError(f"Document {position} is {document.dtype}; expected a floating dtype.")
-    return len(document)
-
-
-def _check_dtypes(documents: Sequence[torch.Tensor]) -> None:
-    if len(dtypes := {document.dtype for document in documents}) > 1:
-        raise UserError(
-            f"The documents' dtypes are {sorted(map(str, dtypes))}; expected one for all "
-            "(document.float() makes one float32)."
-        )

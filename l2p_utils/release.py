@@ -1,51 +1,58 @@
-"""Release: a trained model, or mined rows, as a folder that can be uploaded to the hub as it is.
+"""A trained model, or mined rows, as a folder that can be uploaded to the hub as it is.
 
-Takes what a run made; gives weights or rows beside a card whose numbers are the stored rows' and
-whose provenance is the stored provenance. Nothing is uploaded.
+The cards' text is in `templates/`; their numbers are the stored rows', their provenance is the
+stored provenance. Nothing is uploaded.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pandas as pd
-import pyarrow as pa
-from datasets import Dataset
-from huggingface_hub import DatasetCardData, ModelCardData
+from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from pyarrow import parquet
 from pylate import models
 
-from l2p_utils.card_text import (
-    DatasetFacts,
-    ModelFacts,
-    dataset_card,
-    model_card,
-    shown,
-    sources,
-)
-from l2p_utils.cards import LICENCES, OTHER, check_card, repository_id, size_category
 from l2p_utils.files import PROVENANCE, UserError, atomic_path, read_json
 from l2p_utils.mining import load_mined, mined_fingerprint, mined_folder, mined_provenance
 from l2p_utils.model import PooledColBERT, fingerprint, load_model, quiet_loading
-from l2p_utils.profile import BASELINE, BUNDLED, HUB, Profile, Run, pinned, slug
-from l2p_utils.results import read_rows
+from l2p_utils.profile import BASELINE, BUNDLED, HUB, Profile, Run, factors_name, pinned, slug
+from l2p_utils.results import default_variant, read_rows, series
 
+TEMPLATES = Path(__file__).with_name("templates")
 CARD, LICENCE_FILE = "README.md", "LICENSE"
 ROWS_FILE = "data/train-00000-of-00001.parquet"
 COLUMNS = ["query_id", "document_ids", "scores", "labels"]
 MARK = "<!-- written by l2p_utils.release; a folder with this mark is replaced by the next one -->"
 BUNDLED_BASE = "sentence-transformers/all-MiniLM-L6-v2"
+PAPER = (
+    "S. Josef, *Learn to Pool: Lightweight Fine-Tuning for Flexible Multi-Vector Compression*, "
+    "LIR workshop @ ECIR 2026"
+)
+ENGINES = {"exact": "Exact search (MaxSim in float32)", "plaid": "PLAID index (fast-plaid)"}
+COMMON = {"mark": MARK, "unknown": "not recorded", "paper": PAPER}
+LICENCES = """
+apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0
+cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0
+cc-by-nc-nd-4.0 cdla-permissive-2.0 odc-by odbl mpl-2.0 gpl-3.0 lgpl-3.0 agpl-3.0 unlicense unknown
+"""
+
+# ---------------------------------------------------------------- terms
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What something may be used for: an identifier (``other:name`` if not the hub's), and why.
+    """A licence (the hub's identifier or ``other:name``) and the notice for the card.
 
-    `restricts` tells whether what is made from it must not be offered on wider terms.
+    `restricts`: what is made from it must not be offered on wider terms.
     """
 
     licence: str
@@ -54,12 +61,6 @@ class Terms:
 
 
 NAMES = {"apache-2.0": "Apache-2.0", "bsd-3-clause": "BSD-3-Clause", "mit": "MIT"}
-
-
-def _permissive(licence: str, whose: str) -> Terms:
-    return Terms(licence, f"{whose}: {NAMES[licence]}.")
-
-
 FIQA = Terms(
     "other:fiqa-2018-non-commercial",
     "**FiQA-2018: non-commercial use only.** The FiQA-2018 data may be used for non-commercial "
@@ -67,9 +68,7 @@ FIQA = Terms(
     "commercially.",
     restricts=True,
 )
-# CC BY-NC 2.0 is on the hub's list, so it needs no `other`. It is the licence of SciFact's
-# annotations, which are what is learned from; Apache-2.0 of the base lets what is made from it be
-# offered on further terms, so the whole is offered on the narrower ones.
+# The licence of SciFact's annotations, which are what is learned from.
 SCIFACT = Terms(
     "cc-by-nc-2.0",
     "**SciFact: CC BY-NC 2.0.** SciFact's annotations, the relevance judgments among them, are "
@@ -80,22 +79,77 @@ SCIFACT = Terms(
 DATA: dict[str, Terms] = {
     "beir:fiqa": FIQA,
     "beir:scifact": SCIFACT,
+    "docs:transformers": Terms(
+        "apache-2.0", "Texts: the documentation of transformers: Apache-2.0."
+    ),
     **{
-        f"docs:{name}": _permissive("bsd-3-clause", f"Texts: the documentation of {name}")
+        f"docs:{name}": Terms("bsd-3-clause", f"Texts: the documentation of {name}: BSD-3-Clause.")
         for name in ("scipy", "numpy", "sklearn", "pandas", "torch")
     },
-    "docs:transformers": _permissive("apache-2.0", "Texts: the documentation of transformers"),
 }
-BASES: dict[str, Terms] = {
-    name: _permissive("apache-2.0", f"Base model {name}")
+BASES = {
+    name: Terms("apache-2.0", f"Base model {name}: Apache-2.0.")
     for name in (BUNDLED_BASE, "mixedbread-ai/mxbai-edge-colbert-v0-32m")
 }
-# Miners and teachers, by a name that provenance has.
-TOOLS = {
+TOOLS = {  # miners and teachers, by a name that provenance has
     "all-MiniLM-L6-v2": "apache-2.0",
     "BAAI/bge-small-en-v1.5": "mit",
     "BAAI/bge-reranker-v2-gemma": "apache-2.0",
 }
+
+
+def _terms(data: Terms | None, base: Terms | None, given: str | None, what: str) -> Terms:
+    """Those of the data where they restrict, else those given, else the known ones."""
+    decided = data if data and data.restricts else base if data and base else None
+    if decided and decided.restricts and given not in (None, decided.licence):
+        raise UserError(
+            f"licence {given!r} contradicts what is known of a repository {what}: "
+            f"{decided.licence}. Leave the licence out."
+        )
+    if decided and (decided.restricts or not given):
+        return decided
+    if not given:
+        raise UserError(
+            f"A repository {what} needs a licence: the terms of its texts or of its base model "
+            "are not known here. Pass licence=, a hub identifier (apache-2.0, cc-by-4.0, unknown, "
+            "…) or other:<name-of-the-licence>."
+        )
+    if given not in LICENCES.split() and not re.fullmatch(r"other:[a-z0-9][a-z0-9._-]*", given):
+        raise UserError(
+            f"licence {given!r} is none of {', '.join(LICENCES.split())}. For any other, pass "
+            "other:<name>, in lower case without spaces."
+        )
+    name = given.partition(":")[2]
+    add = f" The publisher adds its text as `{LICENCE_FILE}`." if name else ""
+    return Terms(given, f"Released as `{name or given}`, chosen by the publisher.{add}")
+
+
+def _licence_keys(terms: Terms) -> dict[str, str]:
+    kind, _, name = terms.licence.partition(":")
+    link = {"license_link": LICENCE_FILE} if name and terms.restricts else {}
+    return {"license": kind} | ({"license_name": name} if name else {}) | link
+
+
+def _notices(terms: Terms, parts: list[Terms | None], mined: dict[str, Any]) -> list[str]:
+    """The repository's own terms, then those of what it was made from."""
+    used = json.dumps([mined.get("miner"), mined.get("teacher"), mined["settings"]])
+    tools = [f"Miner or teacher {t}: {NAMES[its]}." for t, its in TOOLS.items() if t in used]
+    return list(dict.fromkeys([terms.notice, *(p.notice for p in parts if p), *tools]))
+
+
+# ---------------------------------------------------------------- releasing
+
+
+def repository_id(value: str) -> str:
+    """Return a hub id, ``owner/name``, or raise UserError."""
+    try:
+        validate_repo_id(value)
+        if value.count("/") == 1:
+            return value
+        reason = "it has no owner"
+    except HFValidationError as error:
+        reason = str(error)
+    raise UserError(f"{value!r} is no hub id: {reason}. Expected owner/name, as my-name/my-model.")
 
 
 def release_model(
@@ -111,9 +165,9 @@ def release_model(
     Parameters
     ----------
     name
-        A trained model of the profile, evaluated (notebook 03).
+        A trained and evaluated model of the profile (notebooks 02 and 03).
     repository
-        The hub id that it will have, ``owner/name``; the card's usage code names it.
+        The hub id that it will have, ``owner/name``.
     folder
         Default: ``runs/<profile>/release/<name of the repository>``. An earlier release there is
         replaced.
@@ -128,52 +182,56 @@ def release_model(
     -------
     pathlib.Path
         The folder; it loads with `pylate.models.ColBERT` and with `PooledColBERT`.
-
-    Raises
-    ------
-    UserError
-        When the profile has no such trained model, it was not evaluated, its rows or measurements
-        belong to another version of it, the licence is missing or contradicts, or the folder holds
-        something else.
     """
     repository = repository_id(repository)
-    run = _trained(profile, name)
-    source = profile.folder / "models" / name
+    if name not in profile.model_names[1:]:
+        raise UserError(
+            f"The profile {profile.name!r} trains no model {name!r}; expected one of "
+            f"{profile.model_names[1:]}."
+        )
+    run, source = profile.find_run(name), profile.folder / "models" / name
     target = _target(folder or profile.folder / "release" / repository.split("/")[1])
-    base, base_terms = _base(profile)
-    data_terms = DATA.get(_plain(run.collection))
-    terms = _terms(data_terms, base_terms, licence, f"trained on {shown(run.collection)}")
-    model = load_model(source, device="cpu")
-    made = _provenance(source)
-    mined = _rows_of(profile, run, made)
+    base = BUNDLED_BASE if profile.model.bundled else profile.model.base
+    if not profile.model.bundled and Path(base).expanduser().is_dir():
+        base = slug(base)  # a folder of the publisher's is nobody else's business
+    parts = [DATA.get(run.collection.split("@")[0]), BASES.get(base)]
+    terms = _terms(*parts, licence, f"trained on {_shown(run.collection)}")
+    if not (source / PROVENANCE).is_file():
+        raise UserError(f"{source} has no {PROVENANCE}: train the model again (notebook 02).")
+    provenance = read_json(source / PROVENANCE)
+    mined = _training_rows(profile, run, provenance)
     _check_measured(profile, name, fingerprint(source))
+    rows_id = dataset and repository_id(dataset)
+    if profile.training_data == "released":
+        rows_id = rows_id or pinned(profile.released_rows[run.collection])[0]
+    pooling = [] if run.pool_method == "none" else ["pooling", run.pool_method]
     front = ModelCardData(
         language="en",
         **_licence_keys(terms),
         library_name="PyLate",
         pipeline_tag="sentence-similarity",
-        tags=_tags(run),
+        tags=["ColBERT", "PyLate", "sentence-transformers", "retrieval", *pooling, "distillation"],
         base_model=base if "/" in base else None,
-        datasets=_datasets(profile, run, mined, dataset) or None,
+        datasets=list(dict.fromkeys(filter(None, [rows_id, *_repositories(mined)]))) or None,
     )
-    facts = ModelFacts(
-        profile=profile,
-        name=name,
-        run=run,
+    model = load_model(source, device="cpu")
+    card = ModelCard.from_template(
+        front,
+        template_path=str(TEMPLATES / "model_card.md"),
+        **COMMON,
+        **_model_facts(profile, name, run, provenance),
+        model=model,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        title=repository.split("/")[1],
         repository=repository,
         base=base,
-        base_revision=_base_revision(profile),
-        model=model,
-        made=made,
-        mined=mined,
-        rows=_measured(profile, name),
-        collection=shown(run.collection),
-        notices=_notices(terms, data_terms, base_terms, mined),
+        rows_table=_rows_table(mined, run.collection),
+        notices=_notices(terms, parts, mined),
     )
     with atomic_path(target) as temporary:
         with quiet_loading():
             model.save(str(temporary), create_model_card=False)
-        _write_card(temporary, front.to_yaml(), model_card(facts), "model", terms)
+        _write_card(temporary, card, terms)
     return target
 
 
@@ -190,21 +248,15 @@ def release_dataset(
     ----------
     collection
         A training collection of the profile, mined (notebook 01).
-    repository, licence
-        See `release_model`.
     folder
         Default: ``runs/<profile>/release_data/<name of the repository>``.
+    repository, licence
+        See `release_model`.
 
     Returns
     -------
     pathlib.Path
         The folder; ``datasets.load_dataset(folder)`` reads it.
-
-    Raises
-    ------
-    UserError
-        When there are no mined rows, they are others' published ones, the licence is missing or
-        contradicts, or the folder holds something else.
     """
     repository = repository_id(repository)
     if profile.training_data == "released":
@@ -214,33 +266,39 @@ def release_dataset(
             "that it mined. Name that data set instead of releasing it again."
         )
     source = mined_folder(profile, collection)
-    rows, made = load_mined(source), mined_provenance(source)
+    rows, provenance = load_mined(source), mined_provenance(source)
     target = _target(folder or profile.folder / "release_data" / repository.split("/")[1])
-    data_terms = DATA.get(_plain(collection))
-    terms = _terms(data_terms, data_terms, licence, f"mined from {shown(collection)}")
+    data = DATA.get(collection.split("@")[0])
+    terms = _terms(data, data, licence, f"mined from {_shown(collection)}")
     front = DatasetCardData(
         language="en",
         **_licence_keys(terms),
-        pretty_name=f"{shown(collection)}: mined training rows with teacher scores",
-        size_categories=size_category(len(rows)),
+        pretty_name=f"{_shown(collection)}: mined training rows with teacher scores",
+        size_categories=["n<1K", "1K<n<10K", "10K<n<100K"][max(len(str(len(rows))) - 3, 0)],
         task_categories=["text-retrieval"],
         tags=["distillation", "hard negatives", "late interaction", "ColBERT", "PyLate"],
         annotations_creators=["machine-generated"],
-        source_datasets=_hub_ids(made) or None,
+        source_datasets=list(_repositories(provenance)) or None,
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": ROWS_FILE}]}],
     )
-    facts = DatasetFacts(
+    own_folder = not collection.startswith((BUNDLED, *HUB))
+    card = DatasetCard.from_template(
+        front,
+        template_path=str(TEMPLATES / "dataset_card.md"),
+        **COMMON,
+        title=repository.split("/")[1],
         repository=repository,
-        collection=shown(collection),
-        load_name=collection if collection.startswith((BUNDLED, *HUB)) else "path/to/collection",
-        made=made,
-        rows=len(rows),
-        notices=_notices(terms, data_terms, None, made),
+        collection=_shown(collection),
+        load_name="path/to/collection" if own_folder else collection,
+        provenance=provenance | {"rows": len(rows)},
+        rows_table=_rows_table(provenance, collection),
+        notices=_notices(terms, [data], provenance),
     )
     with atomic_path(target) as temporary:
         (temporary / ROWS_FILE).parent.mkdir(parents=True)
-        parquet.write_table(_only_columns(rows, source), temporary / ROWS_FILE)
-        _write_card(temporary, front.to_yaml(), dataset_card(facts), "dataset", terms)
+        table = rows.select_columns(COLUMNS).with_format("arrow")[:]
+        parquet.write_table(table, temporary / ROWS_FILE)
+        _write_card(temporary, card, terms)
     return target
 
 
@@ -251,21 +309,13 @@ def load_both(folder: str | Path) -> tuple[models.ColBERT, PooledColBERT]:
     return plain, load_model(folder, device="cpu")
 
 
-def _plain(collection: str) -> str:
-    return collection.split("@")[0]
-
-
-def _trained(profile: Profile, name: str) -> Run:
-    trained = profile.model_names[1:]
-    if name not in trained:
-        raise UserError(
-            f"The profile {profile.name!r} trains no model {name!r}; expected one of {trained}."
-        )
-    return profile.find_run(name)
+def _shown(collection: str) -> str:
+    """A collection's name as others may read it: of a folder its own name, not its path."""
+    return collection if collection.startswith((BUNDLED, *HUB)) else slug(collection)
 
 
 def _target(folder: str | Path) -> Path:
-    """The folder to write, unless it holds something that no release made."""
+    """The folder to write, unless it holds anything but an earlier release."""
     folder = Path(folder).expanduser().resolve()
     if folder.is_dir() and any(folder.iterdir()):
         card = folder / CARD
@@ -278,99 +328,26 @@ def _target(folder: str | Path) -> Path:
     return folder
 
 
-def _base(profile: Profile) -> tuple[str, Terms | None]:
-    """The base model by its hub id (a folder by its name), and its terms where they are known."""
-    base = BUNDLED_BASE if profile.model.bundled else profile.model.base
-    if base != BUNDLED_BASE and Path(base).expanduser().is_dir():
-        return slug(base), None
-    return base, BASES.get(base)
-
-
-def _base_revision(profile: Profile) -> str | None:
-    if profile.model.bundled:
-        return None
-    fetched = profile.folder / "models" / BASELINE / PROVENANCE
-    origin = read_json(fetched)["settings"].get("origin", {}) if fetched.is_file() else {}
-    return origin.get("commit") or profile.model.revision
-
-
-def _terms(data: Terms | None, base: Terms | None, given: str | None, what: str) -> Terms:
-    """On which terms it is released: those that restrict, else those given, else the known ones."""
-    decided = data if data and data.restricts else base if data and base else None
-    if decided and decided.restricts and given not in (None, decided.licence):
-        raise UserError(
-            f"licence {given!r} contradicts what is known of a repository {what}: "
-            f"{decided.licence}. Leave the licence out."
-        )
-    if decided and (decided.restricts or not given):
-        return decided
-    if not given:
-        raise UserError(
-            f"A repository {what} needs a licence: the terms of its texts or of its base model "
-            "are not known here. Pass licence=, a hub identifier (apache-2.0, cc-by-4.0, unknown, "
-            "…) or other:<name-of-the-licence>."
-        )
-    name = given.partition(":")[2]
-    if given not in LICENCES - {OTHER} and not re.fullmatch(r"other:[a-z0-9][a-z0-9._-]*", given):
-        raise UserError(
-            f"licence {given!r} is none that the hub knows; expected an identifier like "
-            "apache-2.0, or other:<name> in lower case without spaces."
-        )
-    add = f" The publisher adds its text as `{LICENCE_FILE}`." if name else ""
-    return Terms(given, f"Released as `{name or given}`, chosen by the publisher.{add}")
-
-
-def _licence_keys(terms: Terms) -> dict[str, str]:
-    kind, _, name = terms.licence.partition(":")
-    link = {"license_link": LICENCE_FILE} if name and terms.restricts else {}
-    return {"license": kind} | ({"license_name": name} if name else {}) | link
-
-
-def _notices(
-    terms: Terms, data: Terms | None, base: Terms | None, mined: dict[str, Any]
-) -> list[str]:
-    """Whose terms apply: the repository's own, then those of what it was made from."""
-    known = [t.notice for t in (data, base) if t]
-    named = json.dumps([mined.get("miner"), mined.get("teacher"), mined["settings"]])
-    tools = [f"Miner or teacher {tool}: {NAMES[its]}." for tool, its in TOOLS.items()
-             if tool in named]  # fmt: skip
-    return list(dict.fromkeys([terms.notice, *known, *tools]))
-
-
-def _provenance(folder: Path) -> dict[str, Any]:
-    if not (folder / PROVENANCE).is_file():
-        raise UserError(
-            f"{folder} has no {PROVENANCE}, so nobody can say how the model was trained; expected "
-            "a model that notebook 02_training made. Train it again."
-        )
-    return read_json(folder / PROVENANCE)
-
-
-def _rows_of(profile: Profile, run: Run, made: dict[str, Any]) -> dict[str, Any]:
+def _training_rows(profile: Profile, run: Run, provenance: dict[str, Any]) -> dict[str, Any]:
     """Provenance of the rows that the model was trained on."""
     folder = mined_folder(profile, run.collection)
-    mined = mined_provenance(folder)
-    trained_on = made["settings"].get("rows")
+    trained_on = provenance["settings"].get("rows")
     if trained_on and trained_on != mined_fingerprint(load_mined(folder)):
         raise UserError(
-            f"The rows in {folder} are not those that the model was trained on; its card would "
-            "tell a wrong provenance. Train it again (notebook 02, or `make run`)."
+            f"The rows in {folder} are not those that the model was trained on. Train it again "
+            "(notebook 02, or `make run`)."
         )
-    return mined
-
-
-def _measured(profile: Profile, name: str) -> pd.DataFrame:
-    rows = read_rows(profile.folder / "results")
-    if name not in set(rows["model"]):
-        raise UserError(
-            f"There are no result rows of {name!r} in {profile.folder / 'results'}; a card without "
-            "an evaluation is not written. Run notebook 03_evaluation (or `make run`) first."
-        )
-    return rows[rows["model"].isin([BASELINE, name])]
+    return mined_provenance(folder)
 
 
 def _check_measured(profile: Profile, name: str, weights: str) -> None:
-    """The stored rows must have been measured of these weights (as far as is recorded)."""
+    """Result rows must exist, and be measured of these weights."""
+    results = profile.folder / "results"
+    if name not in set(read_rows(results)["model"]):
+        raise UserError(
+            f"There are no result rows of {name!r} in {results}; a card without an evaluation is "
+            "not written. Run notebook 03_evaluation (or `make run`) first."
+        )
     for file in sorted((profile.folder / "evaluated" / name).glob(f"[!.]*/{PROVENANCE}")):
         measured = read_json(file).get("settings", {}).get("model", weights)
         if measured != weights:
@@ -380,34 +357,82 @@ def _check_measured(profile: Profile, name: str, weights: str) -> None:
             )
 
 
-def _datasets(profile: Profile, run: Run, mined: dict, dataset: str | None) -> list[str]:
-    rows = dataset and repository_id(dataset)
-    if profile.training_data == "released":
-        rows = rows or pinned(profile.released_rows[run.collection])[0]
-    return list(dict.fromkeys([*([rows] if rows else []), *_hub_ids(mined)]))
-
-
-def _hub_ids(made: dict[str, Any]) -> list[str]:
-    """The sources that are repositories of the hub; a zip's address is none."""
-    return sorted(name for name in sources(made) if "://" not in name)
-
-
-def _tags(run: Run) -> list[str]:
-    pooling = [] if run.pool_method == "none" else ["pooling", run.pool_method]
-    return ["ColBERT", "PyLate", "sentence-transformers", "retrieval", *pooling, "distillation"]
-
-
-def _only_columns(rows: Dataset, source: Path) -> pa.Table:
-    missing = [column for column in COLUMNS if column not in rows.column_names]
-    if missing:
-        raise UserError(f"The rows in {source} lack {missing}; expected {COLUMNS}. Mine again.")
-    return rows.select_columns(COLUMNS).with_format("arrow")[:]
-
-
-def _write_card(folder: Path, front: str, body: str, kind: str, terms: Terms) -> None:
-    text = f"---\n{front.strip()}\n---\n{MARK}\n\n{body}"
-    check_card(text, kind)
-    (folder / CARD).write_text(text, "utf-8")
+def _write_card(folder: Path, card: ModelCard | DatasetCard, terms: Terms) -> None:
+    card.save(folder / CARD)
     if "license_link" in _licence_keys(terms):
         name, notice = terms.licence.partition(":")[2], terms.notice.replace("**", "")
         (folder / LICENCE_FILE).write_text(f"{name}\n\n{notice}\n", "utf-8")
+
+
+# ---------------------------------------------------------------- the templates' values
+
+
+def _model_facts(profile: Profile, name: str, run: Run, provenance: dict) -> dict[str, Any]:
+    variant = provenance["settings"].get("pooling")
+    options = f', pool_factor={min(4, max(run.pool_factors))}, pool_method="{run.pool_method}"'
+    options += ", use_sklearn=True" if variant == "sklearn" else ""
+    options += f', pool_variant="{variant}"' if variant in ("paper", "euclidean") else ""
+    start = profile.folder / "models" / BASELINE / PROVENANCE
+    origin = read_json(start)["settings"].get("origin") if start.is_file() else None
+    other = profile.dev_collections.get(run.collection)
+    return {
+        "profile": profile,
+        "run": run,
+        "provenance": {"epoch": {}, "dev": {}} | provenance,
+        "training": provenance["settings"].get("training", {}),
+        "base_revision": (origin or {}).get("commit") or profile.model.revision,
+        "collection": _shown(run.collection),
+        "seed": profile.seed if run.seed is None else run.seed,
+        "pooled": run.pool_method != "none",
+        "variant": variant,
+        "factors": factors_name(run.pool_factors),
+        "dev_collection": _shown(other) if other else None,
+        "pool_options": "" if run.pool_method == "none" else options,
+        "evaluation": _evaluation(profile, name, run),
+    }
+
+
+def _evaluation(profile: Profile, name: str, run: Run) -> dict[str, str]:
+    """Title → Markdown table of NDCG@10, one per engine and pool method."""
+    rows = read_rows(profile.folder / "results")
+    own, tables = rows[rows["model"] == name], {}
+    for engine in [engine for engine in ENGINES if engine in set(own["engine"])]:
+        part = rows[(rows["engine"] == engine) & rows["model"].isin([BASELINE, name])]
+        wanted = profile.evaluation.collections if engine == "exact" else []
+        collections = list(dict.fromkeys([*wanted, *sorted(part["collection"])]))
+        factors = sorted({1, *profile.evaluation.pool_factors, *part["pool_factor"].astype(int)})
+        sizes = part.groupby("collection")[["queries", "documents"]].first().reindex(collections)
+        methods = [run.pool_method]
+        if run.pool_method == "none":  # trained without pooling: every method that was measured
+            methods = sorted(set(part["pool_method"]) - {"none"}) or methods
+        for method in methods:
+            variant = default_variant(own, method)
+            lines = []
+            for collection, model in itertools.product(collections, (BASELINE, name)):
+                curve = series(part, model, collection, method, engine, variant, factors=factors)
+                label = "**this model**" if model == name else model
+                size = [f"{n:,.0f}" for n in sizes.loc[collection]]
+                lines.append([_shown(collection), label, *size, *(f"{v:.3f}" for v in curve)])
+            columns = ["collection", "model", "queries", "documents", *map("PF{}".format, factors)]
+            table = pd.DataFrame(lines, columns=columns).replace("nan", "not measured")
+            title = f"{ENGINES[engine]}, {method}" + (f" ({variant})" if variant else "")
+            tables[title] = table.to_markdown(index=False, disable_numparse=True)
+    return tables
+
+
+def _repositories(provenance: dict[str, Any]) -> dict[str, str]:
+    """Hub id → commit of what rows come from, as their provenance has it."""
+    places = [provenance, *(part for part in provenance.values() if isinstance(part, dict))]
+    return next((dict(sorted(p["repositories"].items())) for p in places
+                 if p.get("repositories")), {})  # fmt: skip
+
+
+def _rows_table(provenance: dict[str, Any], collection: str) -> str:
+    """The table about the mined rows."""
+    return jinja2.Template((TEMPLATES / "provenance.md").read_text("utf-8")).render(
+        COMMON,
+        provenance=provenance,
+        collection=_shown(collection),
+        from_hub=collection.startswith(tuple(HUB)),
+        repositories=_repositories(provenance),
+    )

@@ -1,26 +1,37 @@
 """MaxSim search: exact, over every document; and PLAID, PyLate's compressed index.
 
-Takes lists of (vectors, dim) tensors; gives a `Ranking`, the best documents of each query in order.
+Token vectors come in any form that `encode` gives (see `pooling.token_vectors`): one (vectors, dim)
+tensor or array per text, or a padded batch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from pylate import indexes
+from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-BLOCK_BYTES = (
-    8 * 2**20
-)  # small enough that the allocator reuses memory: 1.4 times faster than 256 MiB
+from l2p_utils.files import UserError
+from l2p_utils.pooling import check_whole, token_vectors
+
+logger = logging.getLogger(__name__)
+
+# Small enough that the allocator reuses memory: 1.4 times faster than 256 MiB.
+BLOCK_BYTES = 8 * 2**20
+PLAID_VECTORS = 10  # fast-plaid holds out a tenth of the vectors, and needs at least one
 
 
 @dataclass(frozen=True)
@@ -34,10 +45,9 @@ class Ranking:
     scores : list of list of float
         Their MaxSim scores.
     seconds : float
-        Time that the search took, all queries together, without building an index.
+        Time of the search, all queries together, without building an index.
     index_bytes : int or None
-        Size of the index on disk, where there is one. Up to 1,000 documents, fast-plaid keeps the
-        uncompressed vectors beside the compressed ones (to rebuild from); they do not count.
+        Size of the index on disk (see `index_size`), where there is one.
     """
 
     documents: list[list[str]]
@@ -47,8 +57,8 @@ class Ranking:
 
 
 def maxsim_scores(
-    queries: Sequence[torch.Tensor],
-    documents: Sequence[torch.Tensor],
+    queries: Iterable[Any],
+    documents: Iterable[Any],
     block_bytes: int = BLOCK_BYTES,
     progress: bool = False,
 ) -> torch.Tensor:
@@ -61,7 +71,7 @@ def maxsim_scores(
     Parameters
     ----------
     queries, documents
-        (vectors, dim) tensors, of any lengths.
+        (vectors, dim) per text, of any lengths.
     block_bytes
         Memory for one block of similarities; documents and queries are taken in blocks that fit.
     progress
@@ -72,8 +82,9 @@ def maxsim_scores(
     torch.Tensor
         (queries, documents), float32. −inf for a document without vectors, 0 for a query without.
     """
+    queries, documents = _texts(queries, documents)
     scores = torch.full((len(queries), len(documents)), -torch.inf)
-    scored = sum(len(document) > 0 for document in documents) if len(queries) else 0
+    scored = sum(len(document) > 0 for document in documents) if queries else 0
     with tqdm(total=scored, desc="Late interaction", unit="doc", disable=not progress) as bar:
         for block, found in _score_blocks(queries, documents, block_bytes):
             scores[:, torch.from_numpy(block)] = found
@@ -81,30 +92,53 @@ def maxsim_scores(
     return scores
 
 
+def _texts(
+    queries: Iterable[Any], documents: Iterable[Any], ids: Sequence[str] | None = None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Queries and documents as lists of tensors on the CPU; refuses dims or ids that do not fit."""
+    both = [
+        [
+            v.detach().cpu() if v.requires_grad or v.is_cuda else v
+            for v in token_vectors(texts, name)
+        ]
+        for texts, name in ((queries, "Query"), (documents, "Document"))
+    ]
+    dims = [sorted({vectors.shape[1] for vectors in texts}) for texts in both]
+    if len(set(dims[0] + dims[1])) > 1:
+        raise UserError(
+            f"The queries' dimensions are {dims[0]}, the documents' {dims[1]}; expected one for "
+            "all. Encode both with the same model."
+        )
+    if ids is not None and not len(ids) == len(set(ids)) == len(both[1]):
+        raise UserError(
+            f"document_ids holds {len(ids)} ids, {len(set(ids))} of them different, for "
+            f"{len(both[1])} documents; expected one id per document."
+        )
+    return both[0], both[1]
+
+
 def _score_blocks(
-    queries: Sequence[torch.Tensor], documents: Sequence[torch.Tensor], block_bytes: int
+    queries: list[torch.Tensor], documents: list[torch.Tensor], block_bytes: int
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Positions of b documents with vectors, and all queries' scores with them, (queries, b)."""
     lengths = np.array([len(document) for document in documents], dtype=np.int64)
-    if not len(queries) or not lengths.any():
+    if not queries or not lengths.any():
         return
     parts = _query_parts(queries, max(block_bytes // (4 * int(lengths.max())), 1))
     tokens = max(len(part[0]) for part in parts)
-    # Neighbours in length share a block: little padding.
-    blocks = list(_blocks(np.argsort(lengths, kind="stable"), lengths, tokens, block_bytes))
-    # One place for all blocks' similarities: memory that is new each time takes as long to come
-    # as to be filled.
-    room = torch.empty(max(len(block) * int(lengths[block[-1]]) for block in blocks) * tokens)
+    blocks = list(_blocks(lengths, tokens, block_bytes))
+    # One buffer for all blocks' similarities: new memory takes as long to come as to be filled.
+    buffer = torch.empty(max(len(block) * int(lengths[block[-1]]) for block in blocks) * tokens)
     for block in blocks:
-        padded = torch.nn.utils.rnn.pad_sequence([documents[i].float() for i in block], True)
+        padded = pad_sequence([documents[i].float() for i in block], batch_first=True)
         padding = torch.arange(padded.shape[1]) >= torch.from_numpy(lengths[block])[:, None]
-        # One of the document's own vectors, once more, changes no maximum.
+        # Pad with the document's first vector: duplicates do not affect the maximum.
         padded = torch.where(padding[:, :, None], padded[:, :1], padded)
-        yield block, torch.cat([_maxsim(*part, padded, room) for part in parts])
+        yield block, torch.cat([_maxsim(*part, padded, buffer) for part in parts])
 
 
 def _query_parts(
-    queries: Sequence[torch.Tensor], most_tokens: int
+    queries: list[torch.Tensor], most_tokens: int
 ) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
     """Queries in groups of up to `most_tokens` tokens: (tokens, dim), each one's query, queries."""
     ends = np.cumsum([len(query) for query in queries])
@@ -124,21 +158,23 @@ def _maxsim(
     owner: torch.Tensor,
     queries: int,
     documents: torch.Tensor,
-    room: torch.Tensor,
+    buffer: torch.Tensor,
 ) -> torch.Tensor:
-    """Scores (queries, documents) of query tokens with padded documents; `room` is written over."""
+    """Scores (queries, documents) of query tokens with padded documents; overwrites `buffer`."""
     # Tokens last: the product is faster so, and the maximum is one over whole rows.
     vectors = documents.flatten(0, 1)
-    similarities = room[: len(vectors) * len(tokens)].view(len(vectors), len(tokens))
+    similarities = buffer[: len(vectors) * len(tokens)].view(len(vectors), len(tokens))
     torch.mm(vectors, tokens.T, out=similarities)
     best = similarities.unflatten(0, documents.shape[:2]).amax(dim=1)  # (documents, tokens)
     return torch.zeros(queries, len(documents)).index_add_(0, owner, best.T)
 
 
-def _blocks(
-    order: np.ndarray, lengths: np.ndarray, tokens: int, block_bytes: int
-) -> Iterator[np.ndarray]:
-    """Cut `order` (documents by length) so that a block's similarities fit into `block_bytes`."""
+def _blocks(lengths: np.ndarray, tokens: int, block_bytes: int) -> Iterator[np.ndarray]:
+    """Positions of the documents with vectors, shortest first, in blocks that fit `block_bytes`.
+
+    Neighbours in length share a block: little padding.
+    """
+    order = np.argsort(lengths, kind="stable")
     order = order[lengths[order] > 0]
     start = 0
     while start < len(order):
@@ -153,8 +189,8 @@ def _blocks(
 
 
 def exact_search(
-    queries: Sequence[torch.Tensor],
-    documents: Sequence[torch.Tensor],
+    queries: Iterable[Any],
+    documents: Iterable[Any],
     document_ids: Sequence[str],
     top_k: int = 20,
     block_bytes: int = BLOCK_BYTES,
@@ -165,64 +201,32 @@ def exact_search(
     vectors are never found. Only the best so far are kept, so that the memory that is needed beside
     the vectors does not grow with the number of documents.
     """
+    check_whole("top_k", top_k, 1, "how many documents per query")
+    queries, documents = _texts(queries, documents, document_ids)
     start = time.perf_counter()
     # a document's place in the order of ids, descending: what ties are broken by
     place = np.empty(len(document_ids), dtype=np.int64)
     place[sorted(range(len(place)), key=lambda i: document_ids[i], reverse=True)] = np.arange(
         len(place)
     )
-    best = _Best(len(queries), top_k, place, block_bytes)
-    for block, scores in _score_blocks(queries, documents, block_bytes):
-        best.add(block, scores)
-    best.sort()
-    ids = [[document_ids[i] for i in row] for row in best.positions[:, : best.filled]]
-    scores = best.scores[:, : best.filled].tolist()
-    return Ranking(ids, scores, time.perf_counter() - start)
-
-
-class _Best:
-    """The best documents of each query among those seen: the first `filled` columns of two arrays.
-
-    The arrays are there from the beginning: small pieces that stay, allocated between blocks that
-    go, would leave holes in memory that nothing fills.
-    """
-
-    def __init__(self, queries: int, top_k: int, place: np.ndarray, block_bytes: int) -> None:
-        self.top_k, self.place, self.filled = top_k, place, 0
-        room = max(block_bytes // (16 * max(queries, 1)), 2 * top_k)
-        self.positions = np.empty((queries, top_k + min(room, len(place))), dtype=np.int64)
-        self.scores = np.empty(self.positions.shape, dtype=np.float32)
-
-    def add(self, positions: np.ndarray, scores: torch.Tensor) -> None:
-        """Take note of some documents' positions (b,) and scores (queries, b)."""
-        while len(positions):
-            if self.filled == self.positions.shape[1]:
-                self.sort()
-            new = slice(self.filled, min(self.filled + len(positions), self.positions.shape[1]))
-            taken = new.stop - new.start
-            self.positions[:, new] = positions[:taken]
-            self.scores[:, new] = scores[:, :taken].numpy()
-            positions, scores, self.filled = positions[taken:], scores[:, taken:], new.stop
-
-    def sort(self) -> None:
-        """Keep the `top_k` best, in order."""
-        positions, scores = self.positions[:, : self.filled], self.scores[:, : self.filled]
-        if self.filled > 4 * self.top_k:
-            # ties at the last rank included, few documents are left to sort
-            least = -np.partition(-scores, self.top_k - 1, axis=1)[:, self.top_k - 1, None]
-            width = int((scores >= least).sum(axis=1).max(initial=1))
-            chosen = np.argpartition(-scores, width - 1, axis=1)[:, :width]
-            positions = np.take_along_axis(positions, chosen, axis=1)
-            scores = np.take_along_axis(scores, chosen, axis=1)
-        order = np.lexsort((self.place[positions], -scores), axis=1)[:, : self.top_k]
-        self.filled = order.shape[1]
-        self.positions[:, : self.filled] = np.take_along_axis(positions, order, axis=1)
-        self.scores[:, : self.filled] = np.take_along_axis(scores, order, axis=1)
+    positions = np.empty((len(queries), 0), dtype=np.int64)
+    scores = np.empty(positions.shape, dtype=np.float32)
+    blocks = _score_blocks(queries, documents, block_bytes)
+    while some := list(itertools.islice(blocks, 64)):  # sorted together: one block is few documents
+        seen = np.concatenate([block for block, _ in some])
+        seen = np.broadcast_to(seen, (len(queries), len(seen)))
+        positions = np.hstack([positions, seen])
+        scores = np.hstack([scores, *(found.numpy() for _, found in some)])
+        order = np.lexsort((place[positions], -scores), axis=1)[:, :top_k]
+        positions = np.take_along_axis(positions, order, axis=1)
+        scores = np.take_along_axis(scores, order, axis=1)
+    ids = [[document_ids[i] for i in row] for row in positions]
+    return Ranking(ids, scores.tolist(), time.perf_counter() - start)
 
 
 def plaid_search(
-    queries: Sequence[torch.Tensor],
-    documents: Sequence[torch.Tensor],
+    queries: Iterable[Any],
+    documents: Iterable[Any],
     document_ids: Sequence[str],
     top_k: int = 20,
     *,
@@ -237,7 +241,8 @@ def plaid_search(
     fast-plaid L2-normalises vectors when it decompresses them, so pooled means are scored at unit
     length here, while `exact_search` scores them as they are, shorter. Documents without vectors
     are left out. Equal scores are ordered by document id, descending, among the documents that
-    fast-plaid returns; which of them it returns at the last rank is its own choice.
+    fast-plaid returns; which of them it returns at the last rank is its own choice. It makes no
+    index of fewer than ten vectors: those are searched exactly, at unit length, with a warning.
 
     Parameters
     ----------
@@ -248,9 +253,19 @@ def plaid_search(
     folder
         Where the index is built; a temporary folder, deleted afterwards, by default.
     """
+    check_whole("top_k", top_k, 1, "how many documents per query")
+    queries, documents = _texts(queries, documents, document_ids)
     kept = [i for i, document in enumerate(documents) if len(document)]
-    if not kept or not len(queries):  # fast-plaid makes no empty index and takes no empty batch
+    vectors = sum(len(document) for document in documents)
+    if not vectors or not queries:  # fast-plaid makes no empty index and takes no empty batch
         return Ranking([[] for _ in queries], [[] for _ in queries], 0.0)
+    if vectors < PLAID_VECTORS:
+        logger.warning(
+            "PLAID needs at least %d vectors; these %d are searched exactly, without an index.",
+            PLAID_VECTORS, vectors,
+        )  # fmt: skip
+        unit = [normalize(document.float(), dim=1) for document in documents]
+        return exact_search(queries, unit, document_ids, top_k)
     with contextlib.ExitStack() as stack:
         place = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="l2p-plaid-"))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))

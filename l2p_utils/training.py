@@ -1,9 +1,7 @@
-"""Pooling-aware fine-tuning: one of a profile's models, trained or reused.
+"""Pooling-aware fine-tuning: the loss, the trainer, and one of a profile's models from mined rows.
 
-Takes mined rows and a model; gives a model folder with its provenance and a log of every step. With
-several processes in the profile it starts them; by hand, two of them:
 ``torchrun --standalone --nproc-per-node 2 -m l2p_utils.training --profile paper
---collection beir:scifact --pool-method kmeans --pool-factors 1-6``
+--collection beir:scifact --pool-method kmeans --pool-factors 1-6`` trains in two processes.
 
 Source: S. Josef, *Learn to Pool* (LIR @ ECIR 2026), section on fine-tuning.
 """
@@ -11,38 +9,67 @@ Source: S. Josef, *Learn to Pool* (LIR @ ECIR 2026), section on fine-tuning.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-import yaml
+from accelerate import PartialState
 from datasets import Dataset
-from sentence_transformers.util import get_device_name
+from pylate import losses
+from pylate.losses.contrastive import extract_skiplist_mask
+from pylate.utils import ColBERTCollator
+from sentence_transformers import (
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.evaluation import SentenceEvaluator
+from torch.utils.data import BatchSampler, Sampler
+from transformers import PrinterCallback, TrainerCallback
 
-from l2p_utils import parallel
 from l2p_utils.collection import Collection, carves_dev, load_collection, profile_split, subset
+from l2p_utils.evaluation import encode_collection, load_evaluated, measure
 from l2p_utils.files import (
     PROVENANCE,
     UserError,
     atomic_path,
+    cache_folder,
     locked,
     read_json,
-    recover,
     remove,
     settings_match,
     versions,
     write_json,
 )
-from l2p_utils.fitting import Fitted, fit
+from l2p_utils.hub import snapshot
 from l2p_utils.mining import load_mined, mine, mined_fingerprint, mined_folder
-from l2p_utils.model import fingerprint, forward_precision, load_model, quiet_loading, use_threads
-from l2p_utils.pooling import CODE, PoolMethod, stored_variant
+from l2p_utils.model import (
+    PooledColBERT,
+    fingerprint,
+    forward_precision,
+    load_model,
+    quiet_loading,
+    save_model,
+    use_threads,
+)
+from l2p_utils.pooling import (
+    CACHE_VERSION,
+    DEFAULT_VARIANT,
+    PoolMethod,
+    PoolVariant,
+    check_pool_factor,
+    check_pooling,
+    pool_padded,
+    stored_variant,
+)
 from l2p_utils.profile import (
     BASELINE,
     Profile,
@@ -51,23 +78,339 @@ from l2p_utils.profile import (
     check_run,
     check_seed,
     load_profile,
-    model_name,
     parse_factors,
 )
+from l2p_utils.search import exact_search
 from l2p_utils.teacher import untrained_model
 
+EPSILON = 1e-8
+DEV_METRIC = "dev_ndcg@10"
 LOG_FILE = "training_log.csv"
-COMMAND = ["-m", "l2p_utils.training"]  # what each of several processes runs
+LOG_COLUMNS = ["step", "epoch", "loss", "learning_rate", DEV_METRIC]
+WORKERS = 2  # tokenise the next batches while a GPU computes
 
 
-def training_rows(mined: Dataset, collection: Collection, max_rows: int | None) -> Dataset:
-    """Mined rows with texts, in the columns that PyLate's collator wants.
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def sample_pool_factor(pool_factors: Sequence[int], seed: int, step: int) -> int:
+    """The pool factor of one step, uniform over `pool_factors`.
+
+    It depends on seed and step alone: a resumed training, and every process of a parallel one,
+    draws the factors of an unbroken single one.
+    """
+    return int(np.random.default_rng([seed, step]).choice(list(pool_factors)))
+
+
+class PooledDistillation(losses.Distillation):
+    """PyLate's `Distillation` on pooled documents.
+
+    Per query, the MaxSim scores of the pooled documents are min-max normalised; the loss is
+    KL(softmax(teacher) ‖ softmax(student)), the mean over the batch. Clusters are assigned on
+    detached vectors, means are taken inside the graph. Scores are summed in float32, under autocast
+    too. With pool factor 1 this is PyLate's loss, its treatment of padding included: a padded
+    vector's similarity counts as 0, not −∞.
+
+    Parameters
+    ----------
+    pool_factors
+        One is drawn per step.
+    seed
+        Of the draws, together with `step`.
+    use_sklearn, variant
+        See `l2p_utils.pooling.pool`.
+
+    Attributes
+    ----------
+    step : int
+        The optimiser step, from 0. `fit` sets it, so that all parts of a step share its factor.
+    """
+
+    def __init__(
+        self,
+        model: PooledColBERT,
+        pool_method: PoolMethod = "none",
+        pool_factors: Sequence[int] = (1,),
+        seed: int = 42,
+        protected_tokens: int = 1,
+        use_sklearn: bool = False,
+        variant: PoolVariant = DEFAULT_VARIANT,
+    ) -> None:
+        super().__init__(model)
+        check_pooling(pool_method, variant)
+        self.pool_factors = [check_pool_factor(factor) for factor in pool_factors]
+        self.pool_method = pool_method
+        self.seed = seed
+        self.protected_tokens = protected_tokens
+        self.use_sklearn = use_sklearn
+        self.variant = variant
+        self.step = 0
+
+    def forward(
+        self, sentence_features: Iterable[dict[str, torch.Tensor]], labels: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss of one batch.
+
+        Parameters
+        ----------
+        sentence_features
+            Tokenised queries (batch) and documents (batch · n_ways).
+        labels
+            (batch, n_ways) teacher scores.
+        """
+        sentence_features = list(sentence_features)
+        model = getattr(self.model, "module", self.model)  # a data-parallel one is wrapped
+        queries, documents = (  # (batch, tokens, dim), (batch · n_ways, tokens, dim)
+            torch.nn.functional.normalize(self.model(features)["token_embeddings"], p=2, dim=-1)
+            for features in sentence_features
+        )
+        query_mask, document_mask = extract_skiplist_mask(sentence_features, model.skiplist)
+        with torch.autocast(queries.device.type, enabled=False):
+            documents, document_mask = pool_padded(
+                documents.float(),
+                document_mask,
+                sample_pool_factor(self.pool_factors, self.seed, self.step),
+                self.pool_method,
+                self.protected_tokens,
+                variant=self.variant,
+                use_sklearn=self.use_sklearn,
+            )
+            scores = self.score_metric(  # MaxSim: (batch, n_ways)
+                queries.float(),
+                documents.unflatten(0, labels.shape),  # (batch, n_ways, vectors, dim)
+                queries_mask=None if model.do_query_expansion else query_mask,
+                documents_mask=document_mask.unflatten(0, labels.shape),
+            )
+            return self._divergence(scores, labels.float())
+
+    def _divergence(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        low, high = scores.min(1, keepdim=True).values, scores.max(1, keepdim=True).values
+        student = ((scores - low) / (high - low + EPSILON)).log_softmax(-1)
+        return self.loss_function(student, labels.log_softmax(-1))
+
+
+# --- the trainer ----------------------------------------------------------------------------------
+
+
+class DevEvaluator(SentenceEvaluator):
+    """Unpooled NDCG@10 on held-out queries, by exact search."""
+
+    def __init__(self, collection: Collection, precision: str = "auto") -> None:
+        super().__init__()
+        self.collection = collection
+        self.precision = precision
+        self.primary_metric = DEV_METRIC
+
+    def __call__(self, model: PooledColBERT, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The metric of the model as it is now."""
+        encoded = encode_collection(model, self.collection, self.precision, progress=False)
+        ranking = exact_search(encoded.queries, encoded.documents, encoded.document_ids)
+        return {DEV_METRIC: float(measure(self.collection, ranking)["ndcg@10"].mean())}
+
+
+class _Steps(TrainerCallback):
+    """Tells the loss the step, and saves a checkpoint every so many steps.
+
+    At an epoch's end the trainer saves by itself, after the evaluation: what resumes from that
+    checkpoint has the epoch's score.
+    """
+
+    def __init__(self, loss: PooledDistillation, checkpoint_steps: int) -> None:
+        self.loss, self.checkpoint_steps = loss, checkpoint_steps
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.loss.step = state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        within_epoch = state.epoch != int(state.epoch)
+        control.should_save = within_epoch and state.global_step % self.checkpoint_steps == 0
+
+
+class _EpochOrder(Sampler[int]):
+    """All rows in an order that seed and epoch give."""
+
+    def __init__(self, rows: int, trainer: SentenceTransformerTrainer) -> None:
+        self.rows, self.trainer = rows, trainer
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = int(self.trainer.state.epoch or 0)
+        generator = torch.Generator().manual_seed(self.trainer.args.seed + epoch)
+        yield from torch.randperm(self.rows, generator=generator).tolist()
+
+
+class _Trainer(SentenceTransformerTrainer):
+    # sentence-transformers' own order of an epoch depends on the epochs drawn before it in this
+    # process, so a resumed training would see other batches
+    def get_batch_sampler(self, dataset, batch_size, drop_last, **kwargs):
+        return BatchSampler(_EpochOrder(len(dataset), self), batch_size, drop_last)
+
+
+def _processes() -> PartialState:
+    """The processes of this training: those that torchrun started, or this one alone."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def freeze(model: PooledColBERT, layers: int) -> None:
+    """Keep the embeddings and the lowest `layers` encoder layers as they are."""
+    if layers == 0:
+        return
+    encoder = model[0].auto_model
+    stack = encoder.encoder.layer if hasattr(encoder, "encoder") else encoder.layers  # ModernBERT
+    if layers > len(stack):
+        raise UserError(f"training.frozen_layers is {layers}; the encoder has {len(stack)} layers.")
+    for module in [encoder.embeddings, *stack[:layers]]:
+        module.requires_grad_(False)
+
+
+def divide_batch(batch_size: int, processes: int, micro_batch: int | None) -> tuple[int, int]:
+    """Rows at a time per process, and how often their gradients are accumulated.
+
+    The rows at a time are the largest even part of a process's share within `micro_batch`.
+    """
+    share, rest = divmod(batch_size, processes)
+    if rest:
+        raise UserError(
+            f"training.batch_size is {batch_size}, which {processes} processes cannot share "
+            "evenly. Start another number of processes, or change it."
+        )
+    at_once = next(n for n in range(min(micro_batch or share, share), 0, -1) if share % n == 0)
+    return at_once, share // at_once
+
+
+def fit(
+    loss: PooledDistillation,
+    rows: Dataset,
+    dev: Collection,
+    settings: TrainingSettings,
+    folder: Path,
+    precision: str = "auto",
+    progress: bool = True,
+) -> tuple[PooledColBERT, pd.DataFrame, dict[str, float]]:
+    """Fine-tune the loss's model; in a folder with checkpoints, resume from the last whole one.
+
+    Under torchrun every process calls this with the same arguments; the first one writes.
+
+    Parameters
+    ----------
+    rows
+        As `training_rows` gives them; their order depends on the loss's seed.
+    dev
+        Measured after every epoch; the best epoch is kept.
+
+    Returns
+    -------
+    tuple
+        The best epoch's model; a log with one row per step (step, epoch, loss, learning_rate,
+        pool_factor) and one per evaluation (`dev_ndcg@10`); the best `epoch` and its score.
+    """
+    model = loss.model.float()  # in half precision, where it may be stored, small updates are lost
+    freeze(model, settings.frozen_layers)
+    arguments = _arguments(settings, len(rows), loss.seed, folder, precision, model.device)
+    arguments.disable_tqdm = not progress
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        loss=loss,
+        evaluator=DevEvaluator(dev, precision),
+        # pad to the batch's longest text, not to the model's full length as PyLate does
+        data_collator=ColBERTCollator(
+            lambda texts, is_query, pad, task: model.tokenize(texts, is_query=is_query)
+        ),
+        callbacks=[_Steps(loss, settings.checkpoint_steps)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    # transformers divides a part's loss by the number of parts, and accelerate would do it again
+    trainer.accelerator.gradient_accumulation_steps = 1
+    with _processes().main_process_first():  # which deletes what is half-written
+        checkpoint = _last_checkpoint(folder)
+    try:
+        with quiet_loading():
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"Out of memory in training: {error}. Set training.micro_batch to fewer rows at a time "
+            f"(now {arguments.per_device_train_batch_size}; a step keeps its "
+            f"{settings.batch_size}), or freeze layers (training.frozen_layers)."
+        ) from error
+    log = pd.DataFrame(trainer.state.log_history).rename(columns={f"eval_{DEV_METRIC}": DEV_METRIC})
+    log = log[LOG_COLUMNS].dropna(subset=["loss", DEV_METRIC], how="all", ignore_index=True)
+    log["pool_factor"] = [
+        sample_pool_factor(loss.pool_factors, loss.seed, int(step) - 1) for step in log["step"]
+    ]
+    best = trainer.state.best_global_step
+    epoch = float(log.loc[log["step"] == best, "epoch"].iloc[0])
+    kept = load_model(folder / f"checkpoint-{best}", str(model.device))
+    return kept, log, {DEV_METRIC: trainer.state.best_metric, "epoch": epoch}
+
+
+def _arguments(
+    settings: TrainingSettings,
+    rows: int,
+    seed: int,
+    folder: Path,
+    precision: str,
+    device: torch.device,
+) -> SentenceTransformerTrainingArguments:
+    processes, cuda = _processes().num_processes, device.type == "cuda"
+    at_once, parts = divide_batch(settings.batch_size, processes, settings.micro_batch)
+    steps = math.ceil(rows / settings.batch_size) * settings.epochs
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=parts,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(settings.warmup_ratio * steps),
+        optim="adamw_torch_fused",
+        bf16=forward_precision(precision, device) == "bfloat16",
+        seed=seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",  # and within an epoch, see _Steps
+        save_total_limit=1,  # beside the best one
+        metric_for_best_model=DEV_METRIC,
+        greater_is_better=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        dataloader_drop_last=processes > 1,
+        dataloader_num_workers=WORKERS if cuda else 0,
+        dataloader_pin_memory=cuda,
+        use_cpu=not cuda,
+    )
+    # one GPU per process: otherwise a single process would use all GPUs, with a larger batch
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    if not cuda:
+        # several processes would have "cpu:0", which torch.load refuses: they could not resume
+        arguments._setup_devices = device
+    return arguments
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; half-written ones are deleted."""
+    found = {}
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            found[read_json(checkpoint / "trainer_state.json")["global_step"]] = str(checkpoint)
+        except (OSError, UserError, KeyError):  # the trainer writes that file last
+            remove(checkpoint)
+    return found[max(found)] if found else None
+
+
+# --- the stage ------------------------------------------------------------------------------------
+
+
+def training_rows(mined: Dataset, collection: Collection, max_rows: int | None = None) -> Dataset:
+    """Mined rows with texts, in the columns that PyLate's collator expects.
 
     Parameters
     ----------
     mined
-        `query_id, document_ids, scores` (and `labels`, which are left out: the collator would take
-        them for text).
+        `query_id, document_ids, scores` (and `labels`, which the collator would take for text).
     max_rows
         Take so many, spread evenly over the mined rows.
 
@@ -75,11 +418,6 @@ def training_rows(mined: Dataset, collection: Collection, max_rows: int | None) 
     -------
     datasets.Dataset
         `query` (str), `documents` (list of str), `scores` (list of float).
-
-    Raises
-    ------
-    UserError
-        When a row names a query or a document that the collection does not have.
     """
     if max_rows is not None and max_rows < len(mined):
         mined = mined.select(np.linspace(0, len(mined) - 1, max_rows).round().astype(int))
@@ -106,127 +444,120 @@ def train(
     seed: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Train one of a profile's models, or reuse it when it was made with the same settings.
+    """Fine-tune the baseline on mined rows, or reuse the model that these settings made.
 
-    On the warm-up's collection this makes ``baseline`` from the untrained bundled model; on any
-    other it fine-tunes the baseline, which is warmed up first where it is missing. A profile with
-    several `processes` has them started here, unless a launcher has started this one among others
-    already.
+    A missing baseline is made first. On the adaptation's own collection the result is the baseline,
+    with the profile's seed.
 
     Returns
     -------
     pathlib.Path
-        The model's folder, with `provenance.json` and the log of the training.
-
-    Raises
-    ------
-    UserError
-        When the mined rows or a baseline from the hub are missing, method and factors do not fit
-        together, the seed cannot be one, or there are fewer GPUs than processes.
+        The model's folder: weights, `provenance.json`, and the log of the training.
     """
-    use_threads(profile.threads)
     factors = list(pool_factors)
     check_run(pool_method, factors)
     seed = profile.seed if seed is None else seed
     check_seed(seed)
+    if profile.adaptation is not None and collection == profile.adaptation.collection:
+        if pool_method != "none":
+            raise UserError(
+                f"{collection} is kept for the adaptation, which is unpooled; got pool_method "
+                f"{pool_method!r}. Pass pool_method none and pool_factors 1."
+            )
+        return make_baseline(profile, progress)
+    mined = load_mined(mined_folder(profile, collection))
+    start = make_baseline(profile, progress)
     run = Run(collection=collection, pool_method=pool_method, pool_factors=factors, seed=seed)
-    adaptation = profile.adaptation is not None and collection == profile.adaptation.collection
-    if adaptation and pool_method != "none":
-        raise UserError(
-            f"{collection} is the warm-up's collection, trained unpooled; got pool_method "
-            f"{pool_method!r}. Pass pool_method none and pool_factors 1."
-        )
-    name = BASELINE if adaptation else model_name(collection, pool_method, factors, seed)
-    settings = profile.recipe(collection)
-    target = profile.folder / "models" / name
-    with parallel.first_alone():
-        mined = load_mined(mined_folder(profile, collection))
-    if not adaptation:
-        _make_baseline(profile, progress)
-    with parallel.first_alone():
-        start = _start(profile, adaptation)
-    made_with = {
+    name = profile.run_name(run)
+    settings = {
         "model": name,
-        "run": run.model_dump(),
-        "code": CODE,
+        **_settings(profile, run),
         "pooling": stored_variant(pool_method, profile.hierarchical, profile.use_sklearn),
-        "training": settings.model_dump(),
         "start": fingerprint(start),
         "rows": mined_fingerprint(mined),
-        "precision": forward_precision(profile.precision, torch.device(get_device_name())),
-        **_lengths(profile, collection),
-        **_dev(profile, collection),
     }
-    made = parallel.from_first(settings_match(target, made_with))
-    if made:
-        return target
-    if profile.processes > 1 and parallel.processes() == 1:
-        _start_processes(profile, run, progress)
-    else:
-        _fit_and_save(profile, start, mined, run, settings, target, made_with, progress)
+    if not profile.model.bundled or collection in profile.model.query_lengths:
+        settings["lengths"] = {
+            "query_length": profile.model.query_length_on(collection),
+            "document_length": profile.model.document_length,
+        }
+    target = profile.folder / "models" / name
+    if not settings_match(target, settings):
+        checkpoints = profile.folder / "checkpoints" / name
+        _fit_and_save(profile, settings, start, mined, target, checkpoints, progress)
     return target
 
 
-def _make_baseline(profile: Profile, progress: bool) -> None:
-    """Mine the warm-up's collection and warm up, where that gives the baseline and none is there.
+def make_baseline(profile: Profile, progress: bool = True) -> Path:
+    """The model that all trainings start from, in `models/baseline`; reused if it is up to date.
 
-    One that is there is taken as it is. Of jobs that start at once, one makes it; the processes of
-    one training make it together.
+    A base from the hub is saved as it is. The bundled encoder is adapted: its collection is mined
+    and it is trained on it, unpooled. That is done once per machine and cached under a hash of
+    everything that makes it; profiles with the same model and adaptation share it.
     """
-    baseline = profile.folder / "models" / BASELINE
-    if profile.adaptation is None or parallel.from_first(_has_weights(baseline)):
-        return
-    first = parallel.rank() == 0
-    lock = locked(baseline.with_suffix(".lock"), "makes the baseline")
-    with lock if first else contextlib.nullcontext():
-        if parallel.from_first(_has_weights(baseline)):
-            return
-        collection = profile.adaptation.collection
-        if first:
-            print(
-                f"There is no baseline yet: {collection} is mined and the bundled model warmed up "
-                "on it first, once. That takes some minutes (less in the smoke profile).",
-                flush=True,
-            )
-        with parallel.first_alone():
-            mine(profile, collection, progress)
-        train(profile, collection, "none", [1], progress=progress)
-
-
-def _has_weights(folder: Path) -> bool:
-    recover(folder)
-    return any(folder.rglob("*.safetensors"))
-
-
-def _start(profile: Profile, adaptation: bool) -> Path:
-    """The folder of the model that the training starts from."""
-    if adaptation:
-        untrained_model(profile)
-        return profile.folder / "models" / "bundled"
-    baseline = profile.folder / "models" / BASELINE
-    if not profile.model.bundled and not (baseline / "modules.json").is_file():
-        raise UserError(
-            f"There is no model in {baseline}: {profile.model.base} has not been fetched. Run "
-            "`python -m l2p_utils.fetch` first (`make run` and Snakemake do it by themselves)."
-        )
-    return baseline
-
-
-def _lengths(profile: Profile, collection: str) -> dict[str, Any]:
-    """Lengths that this training sets; the bundled model is made with its own."""
-    if profile.model.bundled and collection not in profile.model.query_lengths:
-        return {}
-    lengths = {
-        "query_length": profile.model.query_length_on(collection),
-        "document_length": profile.model.document_length,
+    target = profile.folder / "models" / BASELINE
+    if profile.adaptation is None:
+        base = profile.model
+        with _processes().main_process_first():
+            commit = snapshot(base.base, "model", base.revision).commit
+            origin = {"revision": base.revision, "commit": commit}
+            settings = {"model": BASELINE, "origin": origin, "base": base.model_dump()}
+            if not settings_match(target, settings):
+                save_model(load_evaluated(profile, BASELINE), target, settings)
+        return target
+    run = Run(collection=profile.adaptation.collection, pool_method="none", seed=profile.seed)
+    makes_it = {"model", "mining", "scoring", "training_data", "released_rows"}
+    settings = {
+        "model": BASELINE,
+        **_settings(profile, run),
+        "profile": profile.model_dump(mode="json", include=makes_it),
+        "fingerprint": profile_split(profile, run.collection).fingerprint,
     }
-    return {"lengths": lengths}
+    if settings_match(target, settings):
+        return target
+    if _processes().num_processes > 1:
+        raise UserError(
+            "There is no baseline yet, and it is made in one process. Run `python -m "
+            f"l2p_utils.training --profile … --collection {run.collection}` first."
+        )
+    text = json.dumps([settings, profile.threads, versions()], sort_keys=True)
+    cached = cache_folder() / "baselines" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    with locked(cached.with_suffix(".lock"), "makes the baseline"):
+        if not settings_match(cached, settings):
+            _adapt(profile, settings, cached, progress)
+        if not settings_match(target, settings):
+            with atomic_path(target) as temporary:
+                shutil.copytree(cached, temporary, dirs_exist_ok=True)
+    return target
 
 
-def _dev(profile: Profile, collection: str) -> dict[str, str]:
-    """Where the epoch is picked, when it is another collection's test queries."""
-    other = profile.dev_collections.get(collection)
-    return {"dev": f"{other}, test split"} if other else {}
+def _settings(profile: Profile, run: Run) -> dict[str, Any]:
+    """What every trained model depends on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    other = profile.dev_collections.get(run.collection)
+    return {
+        "run": run.model_dump(),
+        "code": CACHE_VERSION,
+        "training": profile.recipe(run.collection).model_dump(),
+        "precision": forward_precision(profile.precision, device),
+        **({"dev": f"{other}, test split"} if other else {}),
+    }
+
+
+def _adapt(profile: Profile, settings: dict[str, Any], target: Path, progress: bool) -> None:
+    """Mine the adaptation's collection and train the bundled model on it."""
+    collection = profile.adaptation.collection
+    print(
+        f"Making the baseline, once: {collection} is mined and the bundled model adapted to "
+        "late interaction on it. This takes some minutes.",
+        flush=True,
+    )
+    work = target.with_name(f"{target.name}-unfinished")
+    mined = mine(profile, collection, progress, work / "mined")
+    untrained_model(profile)
+    start = profile.folder / "models" / "bundled"
+    _fit_and_save(profile, settings, start, mined, target, work / "checkpoints", progress)
+    remove(work)
 
 
 def _load_dev(profile: Profile, collection: str, settings: TrainingSettings) -> Collection:
@@ -238,103 +569,64 @@ def _load_dev(profile: Profile, collection: str, settings: TrainingSettings) -> 
     return subset(dev, settings.dev_queries, settings.dev_documents)
 
 
-def _start_processes(profile: Profile, run: Run, progress: bool) -> None:
-    """Train in several processes of this machine, each running this module's command."""
-    parallel.check_devices(profile.processes)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "profile.yaml"  # the profile as it is here, changed or not
-        path.write_text(yaml.safe_dump(profile.model_dump(mode="json")), "utf-8")
-        arguments = {
-            "--profile": path,
-            "--collection": run.collection,
-            "--pool-method": run.pool_method,
-            "--pool-factors": "+".join(map(str, run.pool_factors)),
-            "--seed": run.seed,
-        }
-        words = [str(word) for argument in arguments.items() for word in argument]
-        quiet = [] if progress else ["--quiet"]
-        command = [*COMMAND, *words, *quiet]
-        parallel.launch(command, profile.processes, profile.threads, show=progress)
-
-
 def _fit_and_save(
     profile: Profile,
+    settings: dict[str, Any],
     start: Path,
     mined: Dataset,
-    run: Run,
-    settings: TrainingSettings,
-    target: Path,
-    made_with: dict[str, Any],
-    progress: bool,
-) -> None:
-    checkpoints = profile.folder / "checkpoints" / target.name
-    with parallel.first_alone():
-        if not settings_match(checkpoints, made_with):
-            remove(checkpoints)  # of other settings, or none
-            write_json(checkpoints / PROVENANCE, {"settings": made_with})
-        collection = profile_split(profile, run.collection)
-        dev = _load_dev(profile, run.collection, settings)
-    rows = training_rows(mined, collection, settings.max_rows)
-    model = load_model(start)
-    if "lengths" in made_with:
-        model.query_length = made_with["lengths"]["query_length"]
-        model.document_length = made_with["lengths"]["document_length"]
-    fitted = fit(
-        model,
-        rows,
-        dev,
-        run,
-        settings,
-        run.seed,
-        checkpoints,
-        profile.precision,
-        progress,
-        profile.use_sklearn,
-        profile.hierarchical,
-    )
-    parallel.wait()  # all have read the best epoch: saving removes the checkpoints
-    if parallel.rank() == 0:
-        _save(fitted, target, checkpoints, made_with, len(rows), dev)
-    parallel.wait()
-
-
-def _save(
-    fitted: Fitted,
     target: Path,
     checkpoints: Path,
-    made_with: dict[str, Any],
-    rows: int,
-    dev: Collection,
+    progress: bool,
 ) -> None:
-    cost = asdict(fitted.cost)
-    provenance = {
-        "settings": made_with,
-        "rows": rows,
-        "dev": {
-            "collection": made_with.get("dev", f"{dev.name}, dev split"),
-            "looks_at_test_queries": "dev" in made_with,
-            "fingerprint": dev.fingerprint,
-            "query_length": fitted.model.query_length,
-        },
-        "epoch": read_json(checkpoints / "best" / PROVENANCE),
-        "seconds": cost.pop("seconds"),
-        "cost": cost,
-        "versions": versions(),
-    }
-    with atomic_path(target) as temporary, quiet_loading():
-        fitted.model.save(str(temporary), create_model_card=False)
-        fitted.log.to_csv(temporary / LOG_FILE, index=False)
-        write_json(temporary / PROVENANCE, provenance)
-    remove(checkpoints)
+    """Train from the model in `start`; save the best epoch, the log and the provenance."""
+    began = time.perf_counter()
+    use_threads(profile.threads)
+    run, processes = Run(**settings["run"]), _processes()
+    recipe = profile.recipe(run.collection)
+    with processes.main_process_first():
+        if not settings_match(checkpoints, settings):
+            remove(checkpoints)  # of other settings
+            write_json(checkpoints / PROVENANCE, {"settings": settings})
+    dev = _load_dev(profile, run.collection, recipe)
+    rows = training_rows(mined, profile_split(profile, run.collection), recipe.max_rows)
+    model = load_model(start)
+    for length, value in settings.get("lengths", {}).items():
+        setattr(model, length, value)
+    pooling = {"use_sklearn": profile.use_sklearn, "variant": profile.hierarchical}
+    loss = PooledDistillation(model, run.pool_method, run.pool_factors, run.seed, **pooling)
+    best, log, epoch = fit(loss, rows, dev, recipe, checkpoints, profile.precision, progress)
+    processes.wait_for_everyone()  # all have read the best epoch
+    if processes.is_main_process:
+        provenance = {
+            "settings": settings,
+            "rows": len(rows),
+            "dev": {
+                "collection": settings.get("dev", f"{dev.name}, dev split"),
+                "looks_at_test_queries": "dev" in settings,
+                "fingerprint": dev.fingerprint,
+                "query_length": best.query_length,
+            },
+            "epoch": epoch,
+            "seconds": round(time.perf_counter() - began, 1),  # since it was last resumed
+            "processes": processes.num_processes,
+            "device": torch.cuda.get_device_name() if best.device.type == "cuda" else "cpu",
+            "versions": versions(),
+        }
+        with atomic_path(target) as temporary, quiet_loading():
+            best.save(str(temporary), create_model_card=False)
+            log.to_csv(temporary / LOG_FILE, index=False)
+            write_json(temporary / PROVENANCE, provenance)
+        remove(checkpoints)
+    processes.wait_for_everyone()
 
 
 def read_training_log(folder: str | Path) -> pd.DataFrame:
-    """A trained model's log: one row a step, see `fit`."""
+    """A trained model's log: one row per step, see `fit`."""
     return pd.read_csv(Path(folder) / LOG_FILE)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train one of a profile's models, alone or as one of several processes."""
+    """Train one of a profile's models; under torchrun, as one of several processes."""
     parser = argparse.ArgumentParser(prog="python -m l2p_utils.training", description=main.__doc__)
     parser.add_argument("--profile", required=True, help="a profile's name or a YAML file")
     parser.add_argument("--collection", required=True)
@@ -343,23 +635,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="of the rows' order and the factors")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
+    processes = _processes()
     try:
-        with parallel.group():
-            folder = train(
-                load_profile(options.profile),
-                options.collection,
-                options.pool_method,
-                parse_factors(options.pool_factors),
-                options.seed,
-                progress=not options.quiet,
-            )
-            if parallel.rank() == 0:
-                print(folder, flush=True)
+        folder = train(
+            load_profile(options.profile),
+            options.collection,
+            options.pool_method,
+            parse_factors(options.pool_factors),
+            options.seed,
+            progress=not options.quiet and processes.is_main_process,
+        )
     except UserError as error:
-        parallel.report(error)
+        print(error, file=sys.stderr, flush=True)  # of whichever process: it may be the only one
         return 1
+    processes.print(folder, flush=True)
+    processes.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    parallel.leave(main())
+    sys.exit(main())

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pandas as pd
 
-from l2p_utils.comparison import PAPER_BASELINES
+from l2p_utils.paper import PAPER_BASELINES, read_paper
 from l2p_utils.results import (
     PER_QUERY_COLUMNS,
     ROW_COLUMNS,
     SETTING,
-    read_paper,
     validate_per_query,
     validate_rows,
 )

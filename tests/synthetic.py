@@ -1,4 +1,4 @@
-"""Made-up result rows in the shape of a run's: for tests of what reads, compares and draws rows."""
+"""Made-up result rows in the shape of a run's, for tests of reading, comparing and drawing."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from l2p_utils.results import PER_QUERY_COLUMNS, ROW_COLUMNS, SETTING, write_rows
+from l2p_utils.results import ROW_COLUMNS, SETTING, write_rows
 
+PER_QUERY_COLUMNS = [*SETTING, "query_id", "ndcg@10"]
 PAPER = Path(__file__).parents[1] / "data" / "paper"
 COLLECTIONS = ["docs:scipy", "docs:torch", "docs:numpy", "docs:pandas", "docs:sklearn"]
 UNPOOLED = dict(zip(COLLECTIONS, [0.66, 0.58, 0.61, 0.55, 0.70], strict=True))
-LOSS = {"none": 0.0, "hierarchical": 0.020, "kmeans": 0.024, "span": 0.045}  # a pool factor
+LOSS = {"none": 0.0, "hierarchical": 0.020, "kmeans": 0.024, "span": 0.045}  # per pool factor
 VARIANT = {"none": "", "span": "", "kmeans": "sklearn", "hierarchical": "pylate"}
 # (train_collection, train_method, train_factors), as an offline run trains them.
 OFFLINE_MODELS = [
@@ -105,7 +106,7 @@ def _row(model, collection, engine, method, factor, values):
 
 
 def write_synthetic(folder, models=OFFLINE_MODELS, **options) -> None:
-    """Store made-up rows in `folder`, one model a file, as an evaluation does."""
+    """Store made-up rows in `folder`, one file per model, as an evaluation does."""
     rows, per_query = make_rows(models, **options)
     for model in sorted(rows["model"].unique()):
         chosen = rows["model"] == model

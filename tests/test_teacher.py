@@ -1,13 +1,11 @@
 """Teachers: that their scores are what they are said to be, alone and in batches."""
 
-import re
 import shutil
-from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -16,20 +14,21 @@ from sentence_transformers import SentenceTransformer
 from tiny_reranker import tiny_reranker
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from l2p_utils import teacher as teacher_module
 from l2p_utils.collection import Collection
 from l2p_utils.files import UserError
-from l2p_utils.model import bundled_encoder_path, forward_precision
+from l2p_utils.model import bundled_encoder_path
+from l2p_utils.profile import PROFILES, Profile
 from l2p_utils.search import maxsim_scores
 from l2p_utils.teacher import (
     PROMPT,
     BundledTeacher,
-    _words_apart,
     bundled_teacher,
     dense_similarities,
     load_reranker,
-    scoring_dtype,
+    untrained_model,
 )
+
+# --- the bundled teacher --------------------------------------------------------------------------
 
 
 def teacher_of(dense, late):
@@ -55,24 +54,6 @@ def test_scores_are_looked_up_by_id():
     dense = np.array([[0.0, 1.0, 0.25], [1.0, 0.0, 0.75]])
     teacher = BundledTeacher(["q1", "q2"], ["a", "b", "c"], dense, dense)
     assert teacher.scores("q2", ["c", "b", "a"], []) == pytest.approx({"c": 0.75, "b": 0, "a": 1})
-
-
-def test_ids_are_gone_through_once_for_all_queries():
-    gone_through = []
-
-    class Ids(list):
-        def __iter__(self):
-            gone_through.append(self[0])
-            return super().__iter__()
-
-        def index(self, *_):
-            raise AssertionError("searched from the start")
-
-    scores = np.array([[0.0, 1.0], [1.0, 0.0]])
-    teacher = BundledTeacher(Ids(["q1", "q2"]), Ids(["a", "b"]), scores, scores)
-    for query in ("q1", "q2", "q1"):
-        teacher.scores(query, ["a", "b"], [])
-    assert sorted(gone_through) == ["a", "q1"]
 
 
 def test_constant_scores_do_not_divide_by_zero():
@@ -106,15 +87,14 @@ def test_dense_similarities_are_the_encoders_own_cosines(collection):
     np.testing.assert_allclose(found, encoder.similarity(*vectors), atol=1e-5)
     fast = dense_similarities(collection, 128, "bfloat16")
     np.testing.assert_allclose(fast, found, atol=0.03)
+    assert np.abs(dense_similarities(collection, 8, "float32") - found).max() > 0.01  # cut at 8
 
 
-def test_documents_are_cut_at_the_given_length(collection):
-    whole, cut = (dense_similarities(collection, length, "float32") for length in (128, 8))
-    assert np.abs(whole - cut).max() > 0.01
-
-
-def test_the_bundled_teacher_scores_every_query_with_every_document(collection, bundled_model):
-    teacher = bundled_teacher(collection, bundled_model, "float32")
+def test_the_bundled_teacher_scores_every_query_with_every_document(
+    collection, bundled_model, capsys
+):
+    teacher = bundled_teacher(collection, bundled_model, "float32", progress=False)
+    assert "%" not in capsys.readouterr().err
     assert teacher.query_ids == ["q1", "q2"]
     assert teacher.document_ids == list(collection.corpus)
     assert teacher.dense.shape == teacher.late.shape == (2, 8)
@@ -127,23 +107,19 @@ def test_the_bundled_teacher_scores_every_query_with_every_document(collection, 
     assert best == ["d2", "d7"]
 
 
-def test_bars_say_what_is_worked_on_and_change_no_number(collection, bundled_model, capsys):
-    quiet = bundled_teacher(collection, bundled_model, "float32", progress=False)
-    assert "%" not in capsys.readouterr().err
-    shown = bundled_teacher(collection, bundled_model, "float32")
-    told = capsys.readouterr().err
-    encoding = [
-        f"{how} {what}"
-        for how in ("Encoding", "Dense encoding")
-        for what in ("queries", "documents")
-    ]
-    for work in (*encoding, "Late interaction"):
-        assert re.search(rf"\b{work}.*100%", told), work
-    assert np.array_equal(shown.dense, quiet.dense)
-    assert np.array_equal(shown.late, quiet.late)
+def test_the_bundled_teacher_needs_the_bundled_base():
+    content = yaml.safe_load((PROFILES / "smoke.yaml").read_text("utf-8"))
+    content |= {"runs": [], "plaid": []}
+    del content["adaptation"]
+    content["model"]["base"] = "owner/model"
+    profile = Profile.model_validate({"name": "tiny", **content})
+    with pytest.raises(UserError, match="model.base is 'owner/model'. Give scoring.miner"):
+        untrained_model(profile)
 
 
 # --- the reranker ---------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +127,9 @@ def reranker_folder(tmp_path_factory):
     return tiny_reranker(tmp_path_factory.mktemp("teachers") / "reranker")
 
 
-def load(folder, max_length=96):
-    return load_reranker(folder, max_length, torch.device("cpu"), torch.float32)
-
-
 @pytest.fixture(scope="module")
 def reranker(reranker_folder):
-    return load(reranker_folder)
+    return load_reranker(reranker_folder, 96, CPU)
 
 
 PAIRS = [
@@ -185,10 +157,6 @@ def test_a_score_is_the_logit_of_yes_after_the_cards_prompt(reranker, reranker_f
         logits = model(torch.tensor([ids])).logits[0, -1]
     expected = logits[plain(tokenizer, "Yes")[0]].item()
     assert reranker.scores(PAIRS[:1], 4) == [pytest.approx(expected, abs=1e-5)]
-    assert PROMPT == (
-        "Given a query A and a passage B, determine whether the passage contains an answer to the "
-        "query by providing a prediction of either 'Yes' or 'No'."
-    )
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 5, 32])
@@ -211,59 +179,19 @@ def test_long_texts_are_cut_as_the_card_cuts_them(reranker):
     assert reranker.tokens("sort", passage) == [*short, *found[: 96 - len(short)], *end]
 
 
-def count_characters(reranker, monkeypatch):
-    seen = []
-    tokens = reranker._tokens
-    monkeypatch.setattr(reranker, "_tokens", lambda text: seen.append(len(text)) or tokens(text))
-    return seen
-
-
-def test_of_a_document_of_100_000_characters_only_the_beginning_is_read(reranker, monkeypatch):
-    words = ["sort", "topic12.", "the", "Yes", "naïve", "rows,", "\n", " ", "1.5"]
-    rng = np.random.default_rng(0)
-    document = " ".join(words[i] for i in rng.integers(len(words), size=30_000))[:100_000]
-    whole = plain(reranker.tokenizer, f"B: {document}")
-    seen = count_characters(reranker, monkeypatch)
-    assert reranker._first_tokens(f"B: {document}", 96) == whole[:96]
-    assert sum(seen) < 2_000
-    unbroken = "sort" * 25_000  # no word's end to cut at: all of it is read
-    assert reranker._first_tokens(unbroken, 96) == plain(reranker.tokenizer, unbroken)[:96]
-
-
-PIECES = st.sampled_from(
-    ["Y", "Yes", "e", "s", " ", "  ", "\n", "topic1", "é", "漢", ".", "1", "_"]
-)
-
-
-@given(st.lists(PIECES, max_size=400), st.integers(1, 40))
-def test_the_first_tokens_are_those_of_the_whole_text(reranker, pieces, count):
-    text = "".join(pieces)
-    whole = plain(reranker.tokenizer, text)[:count]
-    for characters in (1, 2, 8):  # with 1, the first look is too short and ends within tokens
-        with mock.patch.object(teacher_module, "CHARACTERS_PER_TOKEN", characters):
-            assert reranker._first_tokens(text, count) == whole
-
-
-def test_where_tokens_reach_over_spaces_texts_are_read_whole(reranker):
-    tokenizer = SimpleNamespace(get_vocab=lambda: {"▁of▁the": 0, "sort": 1})
-    assert not _words_apart(tokenizer)
-    assert _words_apart(SimpleNamespace(get_vocab=lambda: {"▁of": 0, "▁▁▁": 1, ".▁": 2}))
-    assert _words_apart(reranker.tokenizer) and reranker.words_apart
-
-
-def test_a_teacher_without_yes_is_refused(tmp_path):
+def test_a_teacher_without_yes_or_enough_positions_is_refused(tmp_path):
     with pytest.raises(UserError, match=r'"Yes" as one token.*\[\'Y\', \'es?\'.*bge-reranker'):
-        load(tiny_reranker(tmp_path / "reranker", yes=False))
+        load_reranker(tiny_reranker(tmp_path / "no yes", yes=False), 96, CPU)
+    short = tiny_reranker(tmp_path / "short", positions=100)
+    with pytest.raises(UserError, match="max_length is 96, .* 100 positions. Expected at most"):
+        load_reranker(short, 96, CPU)
 
 
-def test_a_teacher_that_is_no_causal_language_model_is_refused():
-    with pytest.raises(UserError, match="no causal language model: .*BertModel.*scoring.teacher"):
-        load(bundled_encoder_path())
-
-
-def test_a_teacher_that_is_not_whole_is_refused(tmp_path, reranker_folder):
+def test_what_is_no_whole_causal_language_model_is_refused(tmp_path, reranker_folder):
+    with pytest.raises(UserError, match=r"lacks weights.*scoring\.teacher"):
+        load_reranker(bundled_encoder_path(), 96, CPU)
     with pytest.raises(UserError, match="could not be loaded"):
-        load(tmp_path / "nowhere")
+        load_reranker(tmp_path / "nowhere", 96, CPU)
     folder = tmp_path / "reranker"
     shutil.copytree(reranker_folder, folder)
     weights = folder / "model.safetensors"
@@ -271,28 +199,19 @@ def test_a_teacher_that_is_not_whole_is_refused(tmp_path, reranker_folder):
     lost = sorted(kept)[-1]
     save_file({k: v for k, v in kept.items() if k != lost}, weights, metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"lacks weights: .*{lost}"):
-        load(folder)
+        load_reranker(folder, 96, CPU)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"could not be loaded.*scoring\.teacher"):
-        load(folder)
-    weights.unlink()
-    with pytest.raises(UserError, match="could not be loaded"):
-        load(folder)
-
-
-def test_texts_that_would_not_fit_into_the_models_positions_are_refused(tmp_path):
-    folder = tiny_reranker(tmp_path / "reranker", positions=100)
-    with pytest.raises(UserError, match="max_length is 96, .* 100 positions. Expected at most"):
-        load(folder)
+        load_reranker(folder, 96, CPU)
 
 
 def test_a_score_that_is_no_number_is_refused(reranker, monkeypatch):
     monkeypatch.setattr(reranker, "_logits", lambda inputs: [float("nan")] * len(inputs))
-    with pytest.raises(UserError, match="no number, in torch.float32"):
+    with pytest.raises(UserError, match="not a number, in torch.float32"):
         reranker.scores(PAIRS, 2)
 
 
-def test_memory_that_does_not_suffice_is_told_with_the_remedy(reranker, monkeypatch):
+def test_too_little_memory_is_an_error_that_names_the_remedy(reranker, monkeypatch):
     def no_memory(inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -301,21 +220,7 @@ def test_memory_that_does_not_suffice_is_told_with_the_remedy(reranker, monkeypa
         reranker.scores(PAIRS, 2)
 
 
-@pytest.mark.parametrize("emulated", [False, True])
-def test_the_precision_is_bfloat16_on_a_gpu_that_has_it_and_float32_elsewhere(
-    monkeypatch, capsys, emulated
-):
-    """As torch answers on an A100, and on a T4 or V100, where bfloat16 is slower than float32."""
-
-    def supported(including_emulation=True):
-        return including_emulation or not emulated
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert scoring_dtype("auto", cpu) == scoring_dtype("float32", gpu) == torch.float32
-    assert scoring_dtype("bfloat16", cpu) == scoring_dtype("bfloat16", gpu) == torch.bfloat16
-    assert capsys.readouterr().err == ""
-    assert scoring_dtype("auto", gpu) == (torch.float32 if emulated else torch.bfloat16)
-    assert ("teacher scores in float32" in capsys.readouterr().err) == emulated
-    assert forward_precision("auto", gpu) == ("float32" if emulated else "bfloat16")
-    assert forward_precision("float16", gpu) == "float16"
+def test_on_a_cpu_the_precision_is_float32_unless_another_is_asked_for(reranker_folder):
+    precisions = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    for precision, dtype in precisions.items():
+        assert load_reranker(reranker_folder, 96, CPU, precision).model.dtype == dtype

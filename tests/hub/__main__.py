@@ -26,7 +26,6 @@ def main() -> None:
             "HF_HOME": folder / "home",
             "HF_HUB_DISABLE_XET": "1",
             "L2P_CACHE": folder / "cache",
-            "L2P_BEIR_URL": f"{hub.address}/zips",
         }
         said = " ".join(f"{name}={value}" for name, value in settings.items())
         print(f"Serving {folder}. In another terminal:\n{said} make run PROFILE={PROFILE} GPUS=2")

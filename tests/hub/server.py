@@ -1,7 +1,6 @@
 """A hub on loopback: as much of the Hugging Face hub's HTTP as its client asks for to read.
 
-Serves folders: ROOT/models/<owner>/<name>/… and ROOT/datasets/<owner>/<name>/…, each one commit;
-and, in place of BEIR's server, ROOT/zips/<name>.zip.
+Serves folders: ROOT/models/<owner>/<name>/… and ROOT/datasets/<owner>/<name>/…, each one commit.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ FILE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
 class LoopbackHub(ThreadingHTTPServer):
     """The server; `faults` are [part of a path, kind, how often] and are used up.
 
-    Kinds: a status as a number ("429" asks to wait for no time; "429:55" for 55 seconds, in the
-    real hub's RateLimit header; "503:7" in Retry-After), "reset" breaks the connection in the
-    middle of a file, "truncated" ends it early, "wrong" gives other bytes of the same length.
+    Kinds: a status ("429", "401", …); "reset" breaks the connection in the middle of a file;
+    "wrong" gives other bytes of the same length.
     """
 
     daemon_threads = True
@@ -47,14 +45,13 @@ class LoopbackHub(ThreadingHTTPServer):
         """Have the next `times` requests whose path holds `part` go wrong."""
         self.faults.append([part, kind, times])
 
-    def fault(self, path: str, body: bool) -> str | None:
-        """The fault of this request; those of a file's bytes spare requests without a body."""
+    def fault(self, path: str, body: bool) -> str:
         for fault in self.faults:
             part, kind, times = fault
-            if part in path and times > 0 and (body or kind[:3].isdigit()):
+            if part in path and times > 0 and (body or kind.isdigit()):
                 fault[2] -= 1
                 return kind
-        return None
+        return ""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -67,96 +64,71 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer(body=False)
 
-    def log_message(self, *arguments) -> None:  # no lines between those of the tests
+    def log_message(self, *arguments) -> None:
         pass
 
     def _answer(self, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.asked.append(f"{self.command} {path}")
         fault = self.server.fault(path, body)
-        if fault and fault[:3].isdigit():
-            status, _, wait = fault.partition(":")
-            names = {"401": "GatedRepo", "403": "GatedRepo"}
-            return self._error(int(status), names.get(status, ""), wait)
-        if found := API.match(path):
-            return self._describe(*found.groups(), body=body)
-        if found := FILE.match(path):
-            return self._file(*found.groups(), body=body, fault=fault)
-        archive = self.server.root / path.lstrip("/")
-        if re.fullmatch(r"/zips/[^/]+\.zip", path) and archive.is_file():
-            return self._send(archive.read_bytes(), body)
+        if fault.isdigit():
+            return self._error(int(fault), "GatedRepo" if fault in ("401", "403") else "")
+        for pattern, answer in ((API, self._describe), (FILE, self._file)):
+            if found := pattern.match(path):
+                kind, name, *rest = found.groups()
+                folder = self.server.root / (kind or "models") / name
+                if not folder.is_dir():
+                    return self._error(404, "RepoNotFound")
+                return answer(folder, name, *rest, body=body, fault=fault)
         return self._error(404, "EntryNotFound")
 
-    def _folder(self, kind: str | None, name: str) -> Path | None:
-        folder = self.server.root / (kind or "models") / name
-        return folder if folder.is_dir() else None
-
-    def _describe(self, kind, name, what, revision, below, body) -> None:
-        folder = self._folder(kind, name)
-        if folder is None:
-            return self._error(404, "RepoNotFound")
+    def _describe(self, folder, name, what, revision, below, body, fault) -> None:
         commit = commit_of(folder)
         if revision not in (None, "main", commit):
             return self._error(404, "RevisionNotFound")
         files = [_entry(folder, path) for path in sorted(folder.rglob("*")) if path.is_file()]
         if what == "tree":
             return self._send(json.dumps(files).encode(), body, {"X-Repo-Commit": commit})
-        siblings = [
-            {
-                "rfilename": file["path"],
-                "size": file["size"],
-                "blobId": file["oid"],
-                **({"lfs": {**file["lfs"], "sha256": file["lfs"]["oid"]}} if "lfs" in file else {}),
-            }
-            for file in files
-        ]
+        siblings = [{"rfilename": f["path"], "size": f["size"], "blobId": f["oid"]} for f in files]
         about = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
         about |= {"private": False, "gated": False, "disabled": False, "tags": [], "likes": 0}
         return self._send(json.dumps(about).encode(), body)
 
-    def _file(self, kind, name, revision, path, body, fault) -> None:
-        folder = self._folder(kind, name)
-        if folder is None:
-            return self._error(404, "RepoNotFound")
-        if revision not in ("main", commit_of(folder)):
+    def _file(self, folder, name, revision, path, body, fault) -> None:
+        commit = commit_of(folder)
+        if revision not in ("main", commit):
             return self._error(404, "RevisionNotFound")
         if not (folder / path).is_file():
             return self._error(404, "EntryNotFound")
-        content = (folder / path).read_bytes()
-        entry = _entry(folder, folder / path)
-        headers = {"X-Repo-Commit": commit_of(folder), "ETag": f'"{entry["oid"]}"'}
+        content, entry = (folder / path).read_bytes(), _entry(folder, folder / path)
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{entry["oid"]}"'}
         if "lfs" in entry:
             headers |= {"X-Linked-Etag": f'"{entry["lfs"]["oid"]}"'}
             headers |= {"X-Linked-Size": str(len(content))}
         if fault == "wrong":
             content = bytes(byte ^ 1 for byte in content)
-        return self._send(content, body, headers, cut=fault in ("reset", "truncated"), fault=fault)
+        return self._send(content, body, headers, reset=fault == "reset")
 
-    def _send(self, content: bytes, body: bool, headers=None, cut=False, fault=None) -> None:
+    def _send(self, content: bytes, body: bool, headers=None, reset=False) -> None:
         self.send_response(200)
         for key, value in (headers or {}).items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if not body:
-            return
-        self.wfile.write(content[: len(content) // 2] if cut else content)
-        if cut:
+        if body:
+            self.wfile.write(content[: len(content) // 2] if reset else content)
+        if body and reset:  # RST instead of FIN
             self.wfile.flush()
-            if fault == "reset":  # RST instead of FIN
-                linger = struct.pack("ii", 1, 0)
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.close_connection = True
 
-    def _error(self, status: int, code: str, wait: str = "") -> None:
+    def _error(self, status: int, code: str) -> None:
         self.send_response(status)
         if code:
             self.send_header("X-Error-Code", code)
-        if status == 429 and wait:  # as the real hub: windows of five minutes, no Retry-After
-            self.send_header("RateLimit", f'"api";r=0;t={wait}')
-            self.send_header("RateLimit-Policy", '"fixed window";"api";q=500;w=300')
-        elif status == 429 or wait:
-            self.send_header("Retry-After", wait or "0")
+        if status == 429:
+            self.send_header("Retry-After", "0")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -164,9 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
 def commit_of(folder: Path) -> str:
     """A repository's commit: 40 digits that depend on its files."""
     digest = hashlib.sha1()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -185,8 +156,7 @@ def _entry(folder: Path, path: Path) -> dict:
 def serving(root: Path) -> Iterator[LoopbackHub]:
     """Serve `root` while the block runs."""
     server = LoopbackHub(root)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield server
     finally:
