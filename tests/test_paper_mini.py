@@ -4,7 +4,6 @@ A copy of the project fetches miniature repositories by their real ids, with fau
 then runs all else without asking the hub for anything.
 """
 
-import json
 import os
 import shutil
 import subprocess
