@@ -125,7 +125,7 @@ rule fetch:
 rule mine:
     input: FETCHED, profile=PROFILE_FILE, notebook=f"{NOTEBOOKS}/01_data_mining.ipynb"
     output: **outputs("01_data_mining--{collection}", ROWS("{collection}"))
-    benchmark: f"{LOGS}/01_data_mining--{{collection}}.tsv"
+    benchmark: f"{LOGS}/mine/{{collection}}.tsv"
     params: values=lambda wildcards: values(f"collection={MINED[wildcards.collection]}")
     threads: PROFILE.threads
     resources: **needs(1, 24_000, 720)
@@ -138,7 +138,7 @@ rule baseline:
     output:
         **outputs(f"02_training--{BASELINE}", MODEL(BASELINE)) if ADAPTATION
         else {"product": update(MODEL(BASELINE))}
-    benchmark: f"{LOGS}/02_training--{BASELINE}.tsv"
+    benchmark: f"{LOGS}/baseline/{BASELINE}.tsv"
     params: values=training(ADAPTATION.collection, "none", [1]) if ADAPTATION else values()
     threads: PROFILE.threads
     resources: **needs(1, 16_000, 60)
@@ -153,7 +153,7 @@ rule train:
         profile=PROFILE_FILE,
         notebook=f"{NOTEBOOKS}/02_training.ipynb",
     output: **outputs("02_training--{run}", MODEL("{run}"))
-    benchmark: f"{LOGS}/02_training--{{run}}.tsv"
+    benchmark: f"{LOGS}/train/{{run}}.tsv"
     params: values=lambda wildcards: training(**RUNS[wildcards.run].model_dump())
     threads: PROFILE.threads
     resources: **needs(1, 24_000, 480)
@@ -167,7 +167,7 @@ rule evaluate:
         profile=PROFILE_FILE,
         notebook=f"{NOTEBOOKS}/03_evaluation.ipynb",
     output: **outputs("03_evaluation--{model}", RESULT("{model}"))
-    benchmark: f"{LOGS}/03_evaluation--{{model}}.tsv"
+    benchmark: f"{LOGS}/evaluate/{{model}}.tsv"
     params: values=lambda wildcards: values(f"model={wildcards.model}")
     threads: PROFILE.threads
     resources: **needs(1, 48_000, 480)
@@ -178,7 +178,7 @@ rule evaluate:
 rule read:
     input: map(RESULT, PROFILE.evaluated_names), notebook=f"{NOTEBOOKS}/{{reading}}.ipynb"
     output: executed=f"{DONE}/{{reading}}.ipynb", page=f"{DONE}/{{reading}}.html"
-    benchmark: f"{LOGS}/{{reading}}.tsv"
+    benchmark: f"{LOGS}/read/{{reading}}.tsv"
     params: values=[f"source={FOLDER}/results", f"output={FOLDER}/figures"]
     resources: **needs(0, 4_000, 15)
     shell: RUN
@@ -187,7 +187,7 @@ rule read:
 rule token_pooling:
     input: notebook=f"{NOTEBOOKS}/00_token_pooling.ipynb"
     output: executed=f"{DONE}/00_token_pooling.ipynb", page=f"{DONE}/00_token_pooling.html"
-    benchmark: f"{LOGS}/00_token_pooling.tsv"
+    benchmark: f"{LOGS}/token_pooling/00_token_pooling.tsv"
     params: values=[]
     resources: **needs(0, 4_000, 15)
     shell: RUN
