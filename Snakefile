@@ -5,9 +5,8 @@
 # A job's output is its executed notebook and what that makes (mined rows, a model, result rows). The
 # latter stand under `update()`: they are kept when a job runs again, and the stages reuse what the same
 # settings made; one that was deleted is made again.
-#
-# Each job says what it needs: threads, gpu, mem_mb, runtime (minutes). `--resources gpu=N` shares N
-# GPUs among the jobs of one machine, `mem_mb=N` its memory; cluster/ has a profile for Slurm.
+# Each job says what it needs: threads, gpu, mem_mb, runtime (minutes). `--resources gpu=N mem_mb=M`
+# shares a machine's GPUs and memory among its jobs; cluster/ has a profile for Slurm.
 import os
 import shlex
 import sys
@@ -63,12 +62,10 @@ def values(*assignments):
 
 
 def training(collection, pool_method, pool_factors, seed=None):
-    return values(
-        f"collection={collection}",
-        f"pool_method={pool_method}",
-        f"pool_factors={factors_name(pool_factors)}",
-        f"seed={PROFILE.seed if seed is None else seed}",
-    )
+    seed = PROFILE.seed if seed is None else seed
+    run = {"collection": collection, "pool_method": pool_method, "seed": seed}
+    run["pool_factors"] = factors_name(pool_factors)
+    return values(*(f"{name}={value}" for name, value in run.items()))
 
 
 def needs(gpu, mem_mb, minutes):

@@ -75,14 +75,18 @@ def project(tmp_path):
         nbformat.write(
             new_notebook(cells=cells, metadata=KERNEL), tmp_path / "notebooks" / f"{name}.ipynb"
         )
-    (tmp_path / "small.yaml").write_text(PROFILE)
+    (tmp_path / "my small.yaml").write_text(PROFILE)
     (tmp_path / "run").mkdir()
     return tmp_path
 
 
 def command(folder, *arguments, profile=None):
     """Snakemake's command line in `folder`, as the Makefile has it."""
-    config = ["--config", f"profile={profile or folder / 'small.yaml'}", f"folder={folder / 'run'}"]
+    config = [
+        "--config",
+        f"profile={profile or folder / 'my small.yaml'}",
+        f"folder={folder / 'run'}",
+    ]
     if profile is None:
         config += [f"notebooks={folder / 'notebooks'}"]
     options = ["--cores=2", "--keep-going", "--rerun-incomplete", "--nolock", "--scheduler=greedy"]
@@ -228,8 +232,8 @@ def test_what_a_job_made_is_kept_when_it_runs_again_and_made_again_when_deleted(
     product.write_text("made before")
     (run / "keep").touch()
     later = time.time() + 5
-    (project / "small.yaml").write_text(PROFILE.replace("one model", "a model"))
-    os.utime(project / "small.yaml", (later, later))
+    (project / "my small.yaml").write_text(PROFILE.replace("one model", "a model"))
+    os.utime(project / "my small.yaml", (later, later))
     status, said = snakemake(project, job)
     assert status == 0 and "02_training--baseline: done" in said
     assert product.read_text() == "made before"
@@ -249,7 +253,7 @@ def test_a_run_that_is_refused_deletes_nothing(project):
     before = everything_in(run / "notebooks")
     with FileLock(run / ".lock"):
         status, said = snakemake(project)
-    assert status == 1 and "Another run of the profile 'small' is at work" in said
+    assert status == 1 and "Another run of the profile 'my-small' is at work" in said
     assert everything_in(run / "notebooks") == before
 
 
@@ -290,7 +294,7 @@ def test_a_killed_run_resumes(project):
     wait_for(lambda: at_work.exists() and at_work.read_text() == product)
 
     status, said = snakemake(project, target)
-    assert status == 1 and "Another run of the profile 'small' is at work" in said
+    assert status == 1 and "Another run of the profile 'my-small' is at work" in said
 
     first.kill()
     first.wait()
@@ -310,6 +314,15 @@ def test_make_shares_the_machines_memory_among_the_jobs():
     assert f"--resources gpu=1 mem_mb={total // 1000} --config" in said[()]
     assert "--resources gpu=1 mem_mb=5000 --config" in said["MEM_MB=5000",]
     assert "mem_mb" not in said["MEM_MB=",]
+
+
+def test_make_stops_where_mining_or_the_baseline_failed_and_passes_options_on():
+    make = ["make", "-n", "run", "lab", "PROFILE=my own.yaml", "LAB=--port 9 --allow-root"]
+    said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True).stdout
+    first, rest = re.search(r"(.*--until mine baseline) && (.*--keep-going);", said).groups()
+    assert "--keep-going" not in first
+    assert first.count("'profile=my own.yaml'") + first.count('"profile=my own.yaml"') == 1
+    assert said.rstrip().endswith("--port 9 --allow-root")
 
 
 def test_two_jobs_of_a_bundled_profile_fit_into_8_gb(tmp_path):
