@@ -153,7 +153,7 @@ def test_the_rows_scores_are_the_rerankers(hub, mini):
     commit = commit_of(hub.root / "models" / TEACHER)
     assert made["teacher"] == f'{TEACHER} @ {commit}, logit of "Yes", 256 tokens'
     assert len(mined) >= 20 and set(map(len, mined["document_ids"])) == {4}
-    teacher = load_reranker(hub.root / "models" / TEACHER, 256, torch.device("cpu"), torch.float32)
+    teacher = load_reranker(hub.root / "models" / TEACHER, 256, torch.device("cpu"), "float32")
     texts = texts_of(hub, "scifact")
     for row in list(mined)[:5]:
         pairs = [(texts[row["query_id"]], texts[document]) for document in row["document_ids"]]
