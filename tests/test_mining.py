@@ -567,6 +567,7 @@ def test_released_rows_are_taken_as_they_are(release, name):
     mined, made = release(rows, name=name, revision="@v2")
     assert mined == rows
     assert made["settings"]["released"] == ["owner/rows", "c0"]
+    assert made["repositories"] == {"owner/rows": "c0"}
     assert made["teacher"] == made["miner"] == "released: owner/rows @ c0"
     assert (made["rows"], made["queries"], made["queries_dropped"]) == (7, 7, {})
 
