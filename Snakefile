@@ -5,9 +5,8 @@
 # A job's output is its executed notebook and what that makes (mined rows, a model, result rows). The
 # latter stand under `update()`: they are kept when a job runs again, and the stages reuse what the same
 # settings made; one that was deleted is made again.
-#
-# Each job says what it needs: threads, gpu, mem_mb, runtime (minutes). `--resources gpu=N` shares N
-# GPUs among the jobs of one machine, `mem_mb=N` its memory; cluster/ has a profile for Slurm.
+# Each job says what it needs: threads, gpu, mem_mb, runtime (minutes). `--resources gpu=N mem_mb=M`
+# shares a machine's GPUs and memory among its jobs; cluster/ has a profile for Slurm.
 import os
 import shlex
 import sys
@@ -63,12 +62,10 @@ def values(*assignments):
 
 
 def training(collection, pool_method, pool_factors, seed=None):
-    return values(
-        f"collection={collection}",
-        f"pool_method={pool_method}",
-        f"pool_factors={factors_name(pool_factors)}",
-        f"seed={PROFILE.seed if seed is None else seed}",
-    )
+    seed = PROFILE.seed if seed is None else seed
+    run = {"collection": collection, "pool_method": pool_method, "seed": seed}
+    run["pool_factors"] = factors_name(pool_factors)
+    return values(*(f"{name}={value}" for name, value in run.items()))
 
 
 def needs(gpu, mem_mb, minutes):
@@ -125,7 +122,7 @@ rule fetch:
 rule mine:
     input: FETCHED, profile=PROFILE_FILE, notebook=f"{NOTEBOOKS}/01_data_mining.ipynb"
     output: **outputs("01_data_mining--{collection}", ROWS("{collection}"))
-    benchmark: f"{LOGS}/01_data_mining--{{collection}}.tsv"
+    benchmark: f"{LOGS}/mine/{{collection}}.tsv"
     params: values=lambda wildcards: values(f"collection={MINED[wildcards.collection]}")
     threads: PROFILE.threads
     resources: **needs(1, 24_000, 720)
@@ -138,7 +135,7 @@ rule baseline:
     output:
         **outputs(f"02_training--{BASELINE}", MODEL(BASELINE)) if ADAPTATION
         else {"product": update(MODEL(BASELINE))}
-    benchmark: f"{LOGS}/02_training--{BASELINE}.tsv"
+    benchmark: f"{LOGS}/baseline/{BASELINE}.tsv"
     params: values=training(ADAPTATION.collection, "none", [1]) if ADAPTATION else values()
     threads: PROFILE.threads
     resources: **needs(1, 16_000, 60)
@@ -153,7 +150,7 @@ rule train:
         profile=PROFILE_FILE,
         notebook=f"{NOTEBOOKS}/02_training.ipynb",
     output: **outputs("02_training--{run}", MODEL("{run}"))
-    benchmark: f"{LOGS}/02_training--{{run}}.tsv"
+    benchmark: f"{LOGS}/train/{{run}}.tsv"
     params: values=lambda wildcards: training(**RUNS[wildcards.run].model_dump())
     threads: PROFILE.threads
     resources: **needs(1, 24_000, 480)
@@ -167,7 +164,7 @@ rule evaluate:
         profile=PROFILE_FILE,
         notebook=f"{NOTEBOOKS}/03_evaluation.ipynb",
     output: **outputs("03_evaluation--{model}", RESULT("{model}"))
-    benchmark: f"{LOGS}/03_evaluation--{{model}}.tsv"
+    benchmark: f"{LOGS}/evaluate/{{model}}.tsv"
     params: values=lambda wildcards: values(f"model={wildcards.model}")
     threads: PROFILE.threads
     resources: **needs(1, 48_000, 480)
@@ -178,7 +175,7 @@ rule evaluate:
 rule read:
     input: map(RESULT, PROFILE.evaluated_names), notebook=f"{NOTEBOOKS}/{{reading}}.ipynb"
     output: executed=f"{DONE}/{{reading}}.ipynb", page=f"{DONE}/{{reading}}.html"
-    benchmark: f"{LOGS}/{{reading}}.tsv"
+    benchmark: f"{LOGS}/read/{{reading}}.tsv"
     params: values=[f"source={FOLDER}/results", f"output={FOLDER}/figures"]
     resources: **needs(0, 4_000, 15)
     shell: RUN
@@ -187,7 +184,7 @@ rule read:
 rule token_pooling:
     input: notebook=f"{NOTEBOOKS}/00_token_pooling.ipynb"
     output: executed=f"{DONE}/00_token_pooling.ipynb", page=f"{DONE}/00_token_pooling.html"
-    benchmark: f"{LOGS}/00_token_pooling.tsv"
+    benchmark: f"{LOGS}/token_pooling/00_token_pooling.tsv"
     params: values=[]
     resources: **needs(0, 4_000, 15)
     shell: RUN

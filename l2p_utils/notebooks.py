@@ -10,7 +10,6 @@ import argparse
 import ast
 import contextlib
 import csv
-import difflib
 import logging
 import os
 import re
@@ -20,11 +19,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from l2p_utils.files import ROOT, UserError, atomic_path, remove
-from l2p_utils.profile import BASELINE, HUB, Profile, load_profile
+from l2p_utils.profile import HUB, Profile, load_profile
 
 NOTEBOOKS = ROOT / "notebooks"
 READING = [
@@ -41,11 +41,10 @@ FROM_QUICK = {  # copied from a finished run of quick; 09 is executed on it
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # Seconds per job of `quick` on two idle cores: what a plan goes by before anything has run.
-SECONDS = {"mine": 60, "baseline": 240, "train": 240, "evaluate": 420, "read": 15}
-PREFIXES = {
-    "mine": "01_", "baseline": "02_training--baseline", "train": "02_", "evaluate": "03_",
-    "read": "0[4-8]_", "token_pooling": "00_",
+SECONDS = {
+    "mine": 60, "baseline": 240, "train": 240, "evaluate": 420, "read": 15, "token_pooling": 20,
 }  # fmt: skip
+STAGES = ["fetch", *SECONDS]
 
 
 class NotebookError(Exception):
@@ -69,9 +68,9 @@ def check_parameters(namespace: Mapping[str, Any], **known: type | tuple | Calla
     """
     injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
     names = re.findall(r"^(\w+) = ", "\n".join(injected[-1:]), re.M)
-    unknown = sorted(set(names) - set(known))
-    problems = [f"unknown: {', '.join(unknown)}. This notebook has: {', '.join(known)}."]
-    problems = problems if unknown else []
+    problems = []
+    if unknown := sorted(set(names) - set(known)):
+        problems = [f"unknown: {', '.join(unknown)}. This notebook has: {', '.join(known)}."]
     for name, expected in known.items():
         value = namespace.get(name)
         try:
@@ -292,33 +291,31 @@ def check_data(profile: Profile) -> None:
     """
     from l2p_utils.collection import carves_dev, load_collection, profile_split
 
-    splits: list[tuple[str, Callable[[], Any]]] = []
+    loads: list[tuple[str, Callable[[], Any]]] = []
     for name in profile.training_collections:
-        splits.append((name, lambda name=name: profile_split(profile, name)))
+        loads.append((name, partial(profile_split, profile, name)))
         other = profile.dev_collections.get(name)
         dev = (other, "test") if other else (name, "dev", False, carves_dev(profile, name))
-        splits.append((dev[0], lambda dev=dev: load_collection(*dev)))
-    for name in profile.measured_collections:
-        splits.append((name, lambda name=name: load_collection(name)))
+        loads.append((dev[0], partial(load_collection, *dev)))
+    loads += [(name, partial(load_collection, name)) for name in profile.measured_collections]
     fetched = (profile.folder / "fetched.json").exists()
-    problems: list[str] = []
-    for name, load in splits:
+    problems: dict[str, None] = {}  # each once, in their order
+    for name, load in loads:
         try:
             if fetched or not name.startswith(HUB):
                 load()
         except UserError as error:
-            problems.append(str(error))
+            problems[str(error)] = None
     if problems:
-        told = "\n  ".join(dict.fromkeys(problems))
-        raise UserError(f"The data of {profile.name} were refused, nothing was run:\n  {told}")
+        listed = "\n  ".join(problems)
+        raise UserError(f"The data of {profile.name} were refused, nothing was run:\n  {listed}")
 
 
 def plan(profile: Profile, name: str) -> str:
     """Jobs per stage of the profile (`name` as the user gave it): all, still to do, how long."""
-    adapted = profile.adaptation is not None
     jobs = {
         "fetch": int(profile.needs_hub),
-        "mine": len(profile.training_collections) - adapted,
+        "mine": len(profile.training_collections) - (profile.adaptation is not None),
         "baseline": 1,
         "train": len(profile.runs),
         "evaluate": len(profile.evaluated_names),
@@ -326,59 +323,50 @@ def plan(profile: Profile, name: str) -> str:
         "token_pooling": 1,
     }
     command = ["-m", "snakemake", "-n", "--cores", "1", "--nolock", "--config", f"profile={name}"]
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise UserError(done.stdout + done.stderr)
-    left = {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", done.stdout, re.M)}
-    row = "{:<14} {:>5} {:>6} {:>6}   {}".format
-    lines, total = [row("stage", "jobs", "done", "to do", "about")], 0.0
+    shown = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    if shown.returncode:
+        raise UserError(shown.stdout + shown.stderr)
+    left = {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", shown.stdout, re.M)}
+    row, total = "{:<14} {:>5} {:>6} {:>6}   {}".format, 0.0
+    lines = [row("stage", "jobs", "done", "to do", "about")]
     for stage, count in jobs.items():
-        times = [job["seconds"] for job in _timings(profile.folder, PREFIXES.get(stage, "-"))]
-        each = sum(times) / len(times) if times else SECONDS.get(stage, 20)
-        known = stage != "fetch" and (times or not profile.needs_hub)
-        todo = left.get(stage, 0)
-        seconds = todo * each if known else 0
+        todo, before = left.get(stage, 0), [job["seconds"] for job in _timings(profile, stage)]
+        guess = 0 if profile.needs_hub else SECONDS.get(stage, 0)
+        seconds = todo * (sum(before) / len(before) if before else guess)
         total += seconds
         if count:
-            about = duration(seconds) if seconds else "" if known or not todo else "unknown"
+            about = duration(seconds) if seconds else "?" if todo else ""
             lines.append(row(stage, count, count - todo, todo, about))
-    if not total:
-        return "\n".join(lines)
-    return "\n".join(
-        [*lines, f"In all {duration(total)} of one core, from jobs run before or guessed."]
-    )
+    if total:
+        lines.append(f"In all {duration(total)}, one job at a time.")
+    return "\n".join(lines)
 
 
-def _timings(folder: Path, prefix: str = "") -> list[dict[str, Any]]:
-    """Job, seconds, MB and end of each job's last run, as Snakemake's `benchmark:` noted them."""
+def _timings(profile: Profile, stage: str = "*") -> list[dict[str, Any]]:
+    """Stage, seconds, MB and end of each job's last run, as Snakemake's `benchmark:` noted them."""
     found = []
-    for path in sorted((folder / "logs").glob(f"{prefix}*.tsv")):
-        if prefix == "02_" and path.stem == f"02_training--{BASELINE}":
-            continue
+    for path in sorted(profile.folder.glob(f"logs/{stage}/*.tsv")):
         with path.open() as file:
             entry = next(csv.DictReader(file, delimiter="\t"))
         memory = 0.0 if entry["max_rss"] in ("NA", "-") else float(entry["max_rss"])
         times = {"seconds": float(entry["s"]), "end": path.stat().st_mtime}
-        found.append({"job": path.stem, "memory": memory, **times})
+        found.append({"stage": path.parent.name, "memory": memory, **times})
     return found
 
 
-def report(folder: Path) -> str:
+def report(profile: Profile) -> str:
     """A run as text: how long each stage took, where things are, which jobs failed."""
-    jobs = _timings(folder)
-    failed = sorted((folder / "notebooks").glob("*.failed.ipynb"))
+    folder, jobs = profile.folder, _timings(profile)
+    failed = sorted(folder.glob("notebooks/*.failed.ipynb"))
     if not jobs and not failed:
         raise UserError(f"Nothing was run in {os.path.relpath(folder)}. Try `make run`.")
     row = "{:<20} {:>5} {:>13} {:>13} {:>9}".format
     lines = [row("stage", "jobs", "total", "longest", "memory")]
-    stages = [job["job"].split("--")[0] for job in jobs]
-    for stage in dict.fromkeys(stages):
-        of = [job for job, name in zip(jobs, stages, strict=True) if name == stage]
-        seconds = [job["seconds"] for job in of]
-        memory = f"{max(job['memory'] for job in of) / 1000:.1f} GB"
-        lines.append(row(stage, len(of), duration(sum(seconds)), duration(max(seconds)), memory))
+    for stage in [name for name in STAGES if any(job["stage"] == name for job in jobs)]:
+        seconds = [job["seconds"] for job in jobs if job["stage"] == stage]
+        memory = max(job["memory"] for job in jobs if job["stage"] == stage) / 1000
+        times = (duration(sum(seconds)), duration(max(seconds)))
+        lines.append(row(stage, len(seconds), *times, f"{memory:.1f} GB"))
     busy = until = 0.0
     for job in sorted(jobs, key=lambda job: job["end"] - job["seconds"]):
         busy += max(0.0, job["end"] - max(job["end"] - job["seconds"], until))
@@ -389,10 +377,8 @@ def report(folder: Path) -> str:
         "result rows": "results/*.csv",
         "figures, tables": "figures/*.png",
     }.items():
-        found = [path for path in folder.glob(pattern) if not path.name.startswith(".")]
-        if found:
-            where = os.path.relpath(folder / pattern)
-            lines.append(f"{what:<20} {where}  ({len(found)})")
+        if found := list(folder.glob(pattern)):
+            lines.append(f"{what:<20} {os.path.relpath(folder / pattern)}  ({len(found)})")
     if failed:
         lines += ["", "FAILED (errors above; what depends on them was not run):"]
         lines += [f"  {os.path.relpath(path)}" for path in failed]
@@ -467,26 +453,6 @@ def _clean(value: Any) -> Any:
     return re.sub(r"\bT_[0-9a-f]{5}\b", "T_table", re.sub(r"\b0x[0-9a-f]{6,}\b", "0x…", text))
 
 
-def text_outputs(cell: Any) -> list[str]:
-    """A cell's outputs as text; of a picture only its kind."""
-    found = []
-    for output in cell.get("outputs", []):
-        if output.output_type == "stream":
-            found.append(output.text)
-        for kind, value in sorted(output.get("data", {}).items()):
-            found.append(value if kind.startswith("text/") else f"[{kind}]")
-    return found
-
-
-def differences(stored: Any, fresh: Any) -> str:
-    """Where the text outputs of two normalised notebooks differ; "" where they agree."""
-    texts = []
-    for notebook in (stored, fresh):
-        cells = [f"[{cell.id}]\n" + "\n".join(text_outputs(cell)) for cell in notebook.cells]
-        texts.append("\n".join(cells).splitlines())
-    return "\n".join(difflib.unified_diff(*texts, "stored", "fresh", lineterm="", n=0))
-
-
 def execute_fresh(name: str) -> Any:
     """Execute notebooks/`name` with its own parameters; the normalised result."""
     import nbformat
@@ -544,7 +510,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "refresh":
             refresh(options.names)
         elif options.command == "report":
-            print("\n" + report(load_profile(options.profile).folder))
+            print("\n" + report(load_profile(options.profile)))
         else:
             profile = load_profile(options.profile)
             check_data(profile)

@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from l2p_utils.exhibits import CONTENTS, FIGURES, TABLES, missing, read_source, rows_source
 from matplotlib.colors import to_hex
 from PIL import Image
 from synthetic import COLLECTIONS, OFFLINE_MODELS, PAPER, QUICK_MODELS, make_rows, write_synthetic
 
-from l2p_utils.exhibits import CONTENTS, FIGURES, TABLES, missing, read_source, rows_source
 from l2p_utils.figures import (
     COLOURS,
     PANELS,
