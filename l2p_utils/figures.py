@@ -167,7 +167,7 @@ def _panels(
         axes.append(figure.add_subplot(grid[divmod(place, columns)], sharex=first, sharey=first))
     strip = figure.add_subplot(grid[lines, :])
     strip.axis("off")
-    figure.suptitle(textwrap.fill(title, int(width * 9)), fontsize=12, fontweight="bold")
+    figure.suptitle(textwrap.fill(title, int(width * 9.3)), fontsize=12, fontweight="bold")
     figure.supxlabel(small, fontsize=8.5, color="#555555", x=0.012, ha="left")
     return figure, axes, strip
 
