@@ -443,6 +443,7 @@ def comparison_summary(comparison: pd.DataFrame) -> pd.DataFrame:
     sizes = measured["points"].abs().groupby(measured["exhibit"])
     worst = measured.loc[sizes.idxmax()].set_index("exhibit")
     pooled = worst["pool_method"] + " PF" + worst["pool_factor"].astype(str)
+    pooled = pooled.replace("none PF1", "unpooled")
     return counts.assign(
         **{"by definition": trivial.groupby(both["exhibit"]).sum(), "mean": sizes.mean()},
         largest=worst["points"],

@@ -496,8 +496,8 @@ def make_baseline(profile: Profile, progress: bool = True) -> Path:
     everything that makes it; profiles with the same model and adaptation share it.
     """
     target = profile.folder / "models" / BASELINE
-    base = profile.model
     if profile.adaptation is None:
+        base = profile.model
         with _processes().main_process_first():
             commit = snapshot(base.base, "model", base.revision).commit
             origin = {"revision": base.revision, "commit": commit}
@@ -646,7 +646,7 @@ def main(arguments: list[str] | None = None) -> int:
             progress=not options.quiet and processes.is_main_process,
         )
     except UserError as error:
-        processes.print(error, file=sys.stderr, flush=True)
+        print(error, file=sys.stderr, flush=True)  # of whichever process: it may be the only one
         return 1
     processes.print(folder, flush=True)
     processes.destroy_process_group()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import OFFLINE_MODELS, PAPER, QUICK_MODELS, make_rows
+from scipy.stats import norm
 
 from l2p_utils.claims import (
     CLAIM_COLUMNS,
@@ -18,11 +18,14 @@ from l2p_utils.claims import (
     check_claims,
     claims_table,
     curve,
+    intervals,
     judge_ours,
-    summary,
 )
 from l2p_utils.files import UserError
-from l2p_utils.results import ROLES, read_paper, validate_per_query, validate_rows
+from l2p_utils.paper import read_paper, roles_of
+from l2p_utils.results import read_per_query, read_rows, validate_per_query, validate_rows
+from tests.hub_rows import hub_rows
+from tests.synthetic import OFFLINE_MODELS, PAPER, QUICK_MODELS, make_rows
 
 PART = {part.name: part for part in PARTS}
 
@@ -80,13 +83,13 @@ def test_the_protocols_example_of_finding_3(paper):
     cells = PaperCells(paper)
     for model, value in (("pf1", 38.6), ("baseline", 84.1)):
         [(weight, cell)] = curve(model, "span", ["SciFact"], [2])
-        assert weight * cells.value(cell, "points") == pytest.approx(value, abs=0.05)
+        assert cells.total([(weight, cell)], "points") == pytest.approx(value, abs=0.05)
 
 
 def test_means_over_factors_are_those_worked_out_by_hand(paper):
     cells = PaperCells(paper)
     side = curve("kmeans 1-6", "kmeans", ["FiQA"], [4, 5])  # 97.6 and 95.1 in Figure 3
-    assert sum(w * cells.value(c, "points") for w, c in side) == pytest.approx(96.35)
+    assert cells.total(side, "points") == pytest.approx(96.35)
 
 
 # ---------------------------------------------------------------- the statements
@@ -110,7 +113,7 @@ def test_the_weights_of_each_side_belong_to_whole_means():
 def test_finding_7_leaves_out_the_collection_trained_on():
     for part in PARTS:
         if part.finding == 7:
-            cells = set().union(*(x.cells for x in part.build(part.datasets)))
+            cells = {cell for x in part.build(part.datasets) for _, cell in x.weights()}
             assert all(cell.dataset != cell.trained_on for cell in cells)
             assert len(part.datasets) == 4
 
@@ -177,7 +180,7 @@ def test_a_whole_grid_leaves_nothing_unjudged(paper, offline):
 
 def test_a_part_of_several_comparisons_shows_its_weakest_and_widens_its_interval(offline):
     rows, per_query = offline
-    cells = OurCells(rows, per_query, ROLES)
+    cells = OurCells(rows, per_query, roles_of(rows))
 
     def compare(factors):
         comparisons = [
@@ -188,7 +191,7 @@ def test_a_part_of_several_comparisons_shows_its_weakest_and_widens_its_interval
             )
             for f in factors
         ]
-        part = Part(0, "x", "x", ("SciFact",), lambda _: comparisons)
+        part = Part("0x", "x", ("SciFact",), lambda _: comparisons)
         return judge_ours(part, cells, seed=1, resamples=2000)
 
     alone = {factor: compare([factor]) for factor in range(2, 7)}
@@ -257,7 +260,66 @@ def test_the_table_shows_every_part_with_interval_and_verdict(paper, quick):
     assert f"{number} [" in seven and "docs:scipy" in seven
 
 
-def test_the_summary_counts_every_part_once(paper, quick):
-    counts = summary(check_claims(*quick, paper, resamples=500))
-    assert counts.drop(columns="statement").to_numpy().sum() == len(PARTS)
-    assert list(counts.index) == list(FINDINGS)
+# ---------------------------------------------------------------- the reference run
+
+
+def test_the_reference_runs_claims_are_the_stored_ones(paper):
+    """`tests/fixtures/claims.csv` holds verdicts and intervals from before SciPy's bootstrap."""
+    stored = pd.read_csv(PAPER.parents[1] / "tests" / "fixtures" / "claims.csv", dtype=str)
+    folder = PAPER.with_name("offline")
+    claims = check_claims(read_rows(folder), read_per_query(folder), paper)
+    numbers = ["difference", "low", "high"]
+    texts = [column for column in CLAIM_COLUMNS if column not in ["finding", *numbers]]
+    pd.testing.assert_frame_equal(claims[texts], stored[texts], check_dtype=False)
+    gaps = (claims[numbers] - stored[numbers].astype(float)).abs()
+    points = claims["unit"] == "points"
+    assert gaps["difference"].max() < 1e-4
+    assert gaps[points].to_numpy().max() < 0.1 and gaps[~points].to_numpy().max() < 0.002
+
+
+# ---------------------------------------------------------------- the bootstrap
+
+
+def test_intervals_agree_with_the_normal_approximation_at_bonferronis_level():
+    generator = np.random.default_rng(0)
+    groups = [generator.normal(0.1, 1, (3, 400)), generator.normal(0, 2, (3, 900))]
+    low, high = intervals(groups, seed=1, resamples=20_000)
+    middle = sum(group.mean(axis=1) for group in groups)
+    error = np.sqrt(sum(group.var(axis=1) / group.shape[1] for group in groups))
+    half = norm.ppf(1 - 0.025 / 3) * error
+    assert low == pytest.approx(middle - half, abs=0.01)
+    assert high == pytest.approx(middle + half, abs=0.01)
+
+
+def test_one_draw_serves_all_comparisons_and_collections_are_drawn_apart():
+    values = np.random.default_rng(2).normal(size=50)
+    low, high = intervals([np.stack([values, values + 1])], seed=1, resamples=500)
+    assert [low[1], high[1]] == pytest.approx([low[0] + 1, high[0] + 1])
+    # The same values in two collections: drawn together, the difference would have no width.
+    low, high = intervals([values[None], -values[None]], seed=1, resamples=500)
+    assert low[0] < -0.1 < 0.1 < high[0]
+
+
+def test_a_single_query_has_no_interval_and_is_undecided(paper, quick):
+    rows, per_query = quick
+    one = per_query[per_query["query_id"] == "q001"]
+    claims = claims_of((rows, one), paper)
+    assert set(claims["verdict"]) == {"undecided", "not run"}
+    assert claims[["low", "high"]].isna().all().all() and "nan" not in claims_table(
+        claims.reset_index()
+    )
+
+
+def test_a_baseline_that_finds_nothing_gives_no_percentages(paper, quick):
+    rows, per_query = quick
+    base = per_query["model"] == "baseline"
+    nothing = per_query.assign(**{"ndcg@10": per_query["ndcg@10"].mask(base, 0.0)})
+    assert set(claims_of((rows, nothing), paper)["verdict"]) == {"not run"}
+
+
+def test_the_papers_numbers_as_rows_give_the_papers_side_of_every_finding(paper):
+    claims = claims_of(hub_rows(), paper)
+    assert not (claims["verdict"] == "not run").any()
+    assert claims.loc["1a", "ours"] == claims.loc["1a", "paper"] == "91.9 vs 89.5"
+    assert claims.loc["4a", "ours"] == "PF3: 91.0 vs 89.6"
+    assert "SciFact (nano:scifact)" in claims.loc["2f", "statement"]
