@@ -725,9 +725,9 @@ def engines_table(per_query: pd.DataFrame) -> pd.DataFrame:
     split = {
         SEARCH[engine]: part.set_index(keys)["ndcg@10"] for engine, part in values.groupby("engine")
     }
-    if len(split) < 2:
-        return pd.DataFrame()
     both = pd.concat(split, axis=1, join="inner").reset_index()
+    if len(split) < 2 or both.empty:
+        return pd.DataFrame()
     groups = both.groupby(keys[:-1])
     means = groups[list(split)].mean().assign(queries=groups.size()).reset_index()
     largest = means["pool_factor"].max()
