@@ -97,7 +97,7 @@ BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E08A00", "#009E73", "#CC79A7"
 SKY, GREY, PURPLE = "#56B4E9", "#555555", "#7B3294"
 COLOURS = {"hierarchical": BLUE, "kmeans": ORANGE, "span": GREEN}
 MARKERS = {"hierarchical": "o", "kmeans": "^", "span": "D"}
-MODEL_COLOURS, MODEL_MARKERS = (GREY, SKY, PURPLE, ORANGE, BLUE, GREEN, PINK), "osXP^vD"
+MODEL_COLOURS, MODEL_MARKERS = (GREY, SKY, PURPLE, ORANGE, BLUE, GREEN, PINK), "osXP^v"
 # Where curves run together all are seen: wider lines and larger, open squares lie below.
 NESTED = {
     "span": (3.2, 10.6, False),
@@ -173,15 +173,15 @@ def _panels(
 
 
 def _legend(strip: Axes, handles: dict[str, object]) -> None:
-    """One legend for all panels."""
-    if handles:
-        letters = strip.figure.get_size_inches()[0] * 10
-        fitting = max(int(letters // (max(map(len, handles)) + 9)), 1)
-        columns = len(handles) if len(handles) <= min(fitting, 4) else min(fitting, 3)
-        strip.legend(
-            handles.values(), handles, loc="center", ncols=columns, frameon=False, fontsize=10,
-            handlelength=2.8, columnspacing=1.6, borderaxespad=0,
-        )  # fmt: skip
+    """One legend for all panels; the figure grows with its lines."""
+    width, height = strip.figure.get_size_inches()
+    fitting = max(int(width * 10 // (max(map(len, handles)) + 9)), 1)
+    columns = len(handles) if len(handles) <= min(fitting, 4) else min(fitting, 3)
+    strip.figure.set_size_inches(width, height + 0.25 * (math.ceil(len(handles) / columns) - 1))
+    strip.legend(
+        handles.values(), handles, loc="center", ncols=columns, frameon=False, fontsize=10,
+        handlelength=2.8, columnspacing=1.6, borderaxespad=0,
+    )  # fmt: skip
 
 
 class Line(NamedTuple):
@@ -197,8 +197,6 @@ def _draw_lines(
     size: tuple[float, float], ylabel: str = RELATIVE, limits: tuple[int, int] | None = None,
 ) -> NotebookFigure:  # fmt: skip
     """A panel per facet, by its title; common limits, whole fives around the data; 100 % dashed."""
-    if not facets:
-        raise UserError(f"{title}: there is no pooled measurement to draw.")
     with matplotlib.rc_context(STYLE):
         figure, axes, strip = _panels(len(facets), columns, size, title, notes)
         handles: dict[str, object] = {}
@@ -366,8 +364,9 @@ def _draw_own(source: Exhibits, exhibit: str) -> NotebookFigure:
     if rows.empty:
         engine = SEARCH[ENGINE.get(exhibit, "exact")]
         raise UserError(f"{source.name}: there are no rows of {engine} to draw.")
-    if exhibit == "figure1" and (rows["model"] == BASELINE).any():
-        return draw_kept(_main_variants(rows[rows["model"] == BASELINE]))
+    baseline = rows[rows["model"] == BASELINE]
+    if exhibit == "figure1" and (baseline["pool_method"] != "none").any():
+        return draw_kept(_main_variants(baseline))
     return draw_models(rows, OWN_METHOD.get(exhibit))
 
 
@@ -393,12 +392,13 @@ def _curves(rows: pd.DataFrame, pool_method: str | None = None) -> pd.DataFrame:
     if relative["relative_ndcg@10"].isna().all():
         relative_ndcg(rows)  # says what is missing
     relative = relative.rename(columns={"relative_ndcg@10": "relative"})
-    methods = [method for method in COLOURS if (rows["pool_method"] == method).any()]
-    methods = [pool_method] if pool_method in methods else methods or ["none"]
-    unpooled = relative[relative["pool_method"] == "none"].drop(columns="pool_method")
-    starts = unpooled.merge(pd.DataFrame({"pool_method": methods}), how="cross")
-    pooled = relative["pool_method"].isin(methods) & (relative["pool_method"] != "none")
-    return pd.concat([starts, relative[pooled]], ignore_index=True)
+    unpooled = relative[relative["pool_method"] == "none"]
+    pooled = relative[relative["pool_method"] != "none"]
+    if (pooled["pool_method"] == pool_method).any():
+        pooled = pooled[pooled["pool_method"] == pool_method]
+    pairs = pooled[["model", "collection", "pool_method"]].drop_duplicates()
+    starts = unpooled.drop(columns="pool_method").merge(pairs, on=["model", "collection"])
+    return pd.concat([starts, pooled], ignore_index=True) if len(pooled) else unpooled
 
 
 def _short(collections: Iterable[str]) -> dict[str, str]:
@@ -427,7 +427,7 @@ def draw_models(rows: pd.DataFrame, pool_method: str | None = None) -> NotebookF
     models = sorted(curves["model"].unique(), key=lambda name: (name != BASELINE, name))
     looks = {
         model: dict(
-            color=MODEL_COLOURS[number % 7], marker=MODEL_MARKERS[number % 7],
+            color=MODEL_COLOURS[number % 7], marker=MODEL_MARKERS[number % 6],
             linestyle="--" if model == BASELINE else "-",
         )
         for number, model in enumerate(models)
@@ -456,6 +456,8 @@ def draw_kept(rows: pd.DataFrame) -> NotebookFigure:
     rows
         The model's rows of one engine, one variant per method; the unpooled ones among them.
     """
+    if (rows["pool_method"] == "none").all():
+        raise UserError("There is no pooled measurement to draw: evaluate at pool factors above 1.")
     curves = kept_ndcg(rows).dropna(subset=["kept"])
     names, facets = _short(curves["collection"]), {}
     for (collection, method), curve in curves.groupby(["collection", "pool_method"]):

@@ -447,7 +447,8 @@ def _outputs(outputs: list[Any], count: int) -> Iterator[dict[str, Any]]:
                 yield {"output_type": "stream", "name": "stdout", "text": printed}
                 printed = ""
             continue
-        data = {kind: _clean(value) for kind, value in output.get("data", {}).items()}
+        data = output.get("data", {})
+        data = {k: _clean(v) if k.startswith("text/") else v for k, v in data.items()}
         if "<progress" in str(data.get("text/html")) or any("widget-view" in kind for kind in data):
             continue
         fixed = {"output_type": output.output_type, "data": data}
