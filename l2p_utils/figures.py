@@ -56,7 +56,6 @@ from l2p_utils.results import (
 )
 
 DPI = 220  # of files; notebooks show 110
-KINDS = ("png", "svg")
 
 # ---------------------------------------------------------------- how each exhibit looks
 
@@ -100,11 +99,9 @@ MARKERS = {"hierarchical": "o", "kmeans": "^", "span": "D"}
 MODEL_COLOURS, MODEL_MARKERS = (GREY, SKY, PURPLE, ORANGE, BLUE, GREEN, PINK), "osXP^v"
 # Where curves run together all are seen: wider lines and larger, open squares lie below.
 NESTED = {
-    "span": (3.2, 10.6, False),
-    "hierarchical": (2.1, 6.2, False),
-    "kmeans": (1.5, 3.8, True),
-    "FT FiQA KMeans PF1-6": (2.65, 8.4, False),
-}
+    "span": (3.2, 10.6, False), "FT FiQA KMeans PF1-6": (2.65, 8.4, False),
+    "hierarchical": (2.1, 6.2, False), "kmeans": (1.5, 3.8, True),
+}  # fmt: skip
 SPAN_STYLES = {
     "FT PF1": dict(color=GREY, linestyle=":", marker="X", zorder=3),
     "FT Span PF2": dict(color=SKY, linestyle="-", marker="v", zorder=3),
@@ -262,20 +259,10 @@ def _cells(source: Exhibits, exhibit: str) -> pd.DataFrame:
 
 
 def draw(source: Exhibits, exhibit: str) -> NotebookFigure:
-    """Draw one of the paper's figures, or the overview, from `source`.
+    """Draw "figure1" … "figure4" or "overview" from `source`; UserError without rows for it.
 
     Panels without any number are left out. Where a run has none at all, because its collections
     are others, its models are compared on its own collections.
-
-    Parameters
-    ----------
-    exhibit
-        "figure1" … "figure4", or "overview".
-
-    Raises
-    ------
-    UserError
-        When there is no such figure, or the run has no rows for it.
     """
     if exhibit not in (*PANELS, "overview"):
         raise UserError(f"no figure {exhibit!r}: expected one of {[*PANELS, 'overview']}.")
@@ -415,12 +402,7 @@ def _engine_note(rows: pd.DataFrame) -> str:
 def draw_models(rows: pd.DataFrame, pool_method: str | None = None) -> NotebookFigure:
     """Every model of a run on its collections: a row per collection, a column per pool method.
 
-    Parameters
-    ----------
-    rows
-        Of one engine.
-    pool_method
-        Only this one, where it was run.
+    `rows` are of one engine. Of `pool_method` alone, where it was run.
     """
     curves = _curves(rows, pool_method)
     methods = list(dict.fromkeys(curves["pool_method"]))
@@ -451,10 +433,7 @@ def draw_models(rows: pd.DataFrame, pool_method: str | None = None) -> NotebookF
 def draw_kept(rows: pd.DataFrame) -> NotebookFigure:
     """What one model keeps of its own unpooled NDCG@10: a panel per collection, a curve per method.
 
-    Parameters
-    ----------
-    rows
-        The model's rows of one engine, one variant per method; the unpooled ones among them.
+    `rows` are the model's of one engine, one variant per method, with the unpooled ones.
     """
     if (rows["pool_method"] == "none").all():
         raise UserError("There is no pooled measurement to draw: evaluate at pool factors above 1.")
@@ -483,21 +462,18 @@ def draw_comparison(comparison: pd.DataFrame) -> NotebookFigure:
 
     The shaded band is the tolerance. Percentages count as that part of the paper's unpooled
     baseline; Table 2's differences, averages and the baseline's own 100 % are not drawn.
-
-    Parameters
-    ----------
-    comparison
-        From `paper.compare_with_paper`.
+    `comparison` is from `paper.compare_with_paper`.
     """
     dots = _dots(comparison)
     engines = [engine for engine in HUB_SUITES if (dots["engine"] == engine).any()]
     title = "The paper's values and ours"
     band = "Shaded: the tolerance, ± {exact:g} point (exact search), ± {plaid:g} points (PLAID)."
     notes = [f"{band.format(**POINTS)} Filled: inside; open: outside."]
-    notes += [
-        f"{SEARCH[engine]}: of {len(part)} printed values {_counts(part['verdict'])}."
-        for engine, part in comparison.groupby("engine")
-    ]
+    for engine, part in comparison.groupby("engine"):
+        counts = ", ".join(
+            f"{n} {verdict}" for verdict, n in part["verdict"].value_counts().items()
+        )
+        notes.append(f"{SEARCH[engine]}: of {len(part)} printed values {counts}.")
     with matplotlib.rc_context(STYLE):
         figure, axes, strip = _panels(max(len(engines), 1), 2, (5.1, 4.0), title, notes)
         handles: dict[str, object] = {}
@@ -519,10 +495,6 @@ def draw_comparison(comparison: pd.DataFrame) -> NotebookFigure:
     return figure
 
 
-def _counts(verdicts: pd.Series) -> str:
-    return ", ".join(f"{count} {verdict}" for verdict, count in verdicts.value_counts().items())
-
-
 def _dots(values: pd.DataFrame) -> pd.DataFrame:
     """Values with a place on the NDCG scale, ``x``: the paper's, in points."""
     drawn = values["quantity"].isin(["ndcg", "relative"]) & (values["dataset"] != "Average")
@@ -541,12 +513,7 @@ def table(source: Exhibits, exhibit: str) -> pd.DataFrame:
     """One of the paper's tables, a model per line: ``PF1`` … columns of "NDCG@10 (relative %)".
 
     Table 2 adds the difference to the baseline at the same factor. Models that were not run have
-    no line. A run on its own collections gives all its models there.
-
-    Raises
-    ------
-    UserError
-        When there is no such table.
+    no line. A run on its own collections gives all its models there. UserError for another name.
     """
     if exhibit not in TABLES:
         raise UserError(f"no table {exhibit!r}: expected one of {TABLES}.")
@@ -618,12 +585,9 @@ def table_markdown(source: Exhibits, exhibit: str) -> str:
 def means_table(sources: Iterable[Exhibits], exhibit: str) -> pd.DataFrame:
     """Relative NDCG@10 (%) of an exhibit's curves: unpooled, mean of the pooled factors, largest.
 
-    Returns
-    -------
-    pandas.DataFrame
-        A line per data set, model and pool method; three columns for each source that has any of
-        them, "not run" where it has no number. Where a source is a run on its own collections, its
-        lines alone: they have nothing in common with the paper's.
+    A line per data set, model and pool method; three columns for each source that has any of them,
+    "not run" where it has no number. Where a source is a run on its own collections, its lines
+    alone: they have nothing in common with the paper's.
     """
     names, tables, keys = {}, {}, ["dataset", "label", "pool_method"]
     for source in sources:
@@ -714,11 +678,8 @@ def index_table(rows: pd.DataFrame) -> pd.DataFrame:
 def engines_table(per_query: pd.DataFrame) -> pd.DataFrame:
     """NDCG@10 of exact search and of PLAID on the same queries, unpooled and at the largest factor.
 
-    Returns
-    -------
-    pandas.DataFrame
-        A line per model, collection and pool method that both engines searched; ``queries`` is how
-        many both answered.
+    A line per model, collection and pool method that both engines searched; ``queries`` is how
+    many both answered.
     """
     keys = ["model", "collection", "pool_method", "pool_variant", "pool_factor", "query_id"]
     values = per_query.assign(
@@ -745,24 +706,15 @@ def engines_table(per_query: pd.DataFrame) -> pd.DataFrame:
 
 def save(source: Exhibits, exhibit: str, folder: str | Path) -> list[Path]:
     """Write one figure (PNG and SVG) or table (CSV and Markdown) of `source` into `folder`."""
-    output = Path(folder)
     if exhibit not in TABLES:
-        figure = draw(source, exhibit)
-        return [_write(output / f"{exhibit}.{kind}", render(figure, kind)) for kind in KINDS]
-    values = table_values(source, exhibit).to_csv(index=False, lineterminator="\n")
-    return [
-        _write(output / f"{exhibit}.csv", values.encode()),
-        _write(output / f"{exhibit}.md", table_markdown(source, exhibit).encode()),
-    ]
+        return _write(folder, exhibit, _pictures(draw(source, exhibit)))
+    files = {"csv": _csv(table_values(source, exhibit)), "md": table_markdown(source, exhibit)}
+    return _write(folder, exhibit, files)
 
 
 def save_claims(claims: pd.DataFrame, folder: str | Path) -> list[Path]:
     """Write the judged findings into `folder` as ``claims.csv`` and ``claims.md``."""
-    csv = claims.round(4).to_csv(index=False, lineterminator="\n")
-    return [
-        _write(Path(folder) / "claims.csv", csv.encode()),
-        _write(Path(folder) / "claims.md", claims_table(claims).encode()),
-    ]
+    return _write(folder, "claims", {"csv": _csv(claims.round(4)), "md": claims_table(claims)})
 
 
 def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path) -> list[Path]:
@@ -772,32 +724,32 @@ def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path)
     """
     if not roles_of(rows).own:
         return []
-    comparison, output = compare_with_paper(paper, rows), Path(folder)
-    csv = comparison.round(6).to_csv(index=False, lineterminator="\n")
-    text = comparison_markdown(comparison, rows, paper)
-    figure = draw_comparison(comparison)
-    return [
-        _write(output / "paper_vs_ours.csv", csv.encode()),
-        _write(output / "paper_vs_ours.md", text.encode()),
-        *(_write(output / f"paper_vs_ours.{kind}", render(figure, kind)) for kind in KINDS),
-    ]
+    comparison = compare_with_paper(paper, rows)
+    files = {"csv": _csv(comparison.round(6)), "md": comparison_markdown(comparison, rows, paper)}
+    return _write(folder, "paper_vs_ours", files | _pictures(draw_comparison(comparison)))
 
 
-def _write(path: Path, content: bytes) -> Path:
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
-    return path
+def _csv(frame: pd.DataFrame) -> str:
+    return frame.to_csv(index=False, lineterminator="\n")
+
+
+def _pictures(figure: NotebookFigure) -> dict[str, bytes]:
+    return {kind: render(figure, kind) for kind in ("png", "svg")}
+
+
+def _write(folder: str | Path, name: str, files: dict[str, str | bytes]) -> list[Path]:
+    """Write ``name.<suffix>`` for each suffix in `files`."""
+    for suffix, content in files.items():
+        with atomic_path(Path(folder) / f"{name}.{suffix}") as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    return [Path(folder) / f"{name}.{suffix}" for suffix in files]
 
 
 def draw_all(source_folder: str | Path, output_folder: str | Path, paper_folder: str | Path) -> int:
     """Draw every figure and table of `source_folder`; how many files were written.
 
     Of result rows also the claims, and of the paper's own data sets ``paper_vs_ours``.
-
-    Parameters
-    ----------
-    paper_folder
-        The paper's numbers, ``data/paper``.
+    `paper_folder` holds the paper's numbers, as ``data/paper``.
     """
     source, output = read_source(source_folder), Path(output_folder)
     engines = set(ENGINE.values()) if source.rows is None else set(source.rows["engine"])
