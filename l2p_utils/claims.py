@@ -485,8 +485,8 @@ def _named(text: str, names: Mapping[str, str]) -> str:
 # ---------------------------------------------------------------- showing
 
 
-def claims_table(claims: pd.DataFrame) -> str:
-    """The claims as a Markdown table, finding by finding, with a note on how they are judged."""
+def claims_table(claims: pd.DataFrame, note: bool = True) -> str:
+    """The claims as a Markdown table, finding by finding; with a note on how they are judged."""
     lines = ["| | statement | the paper | by its sign | ours | difference [95 %] | verdict |"]
     lines.append("|" + " --- |" * 7)
     for finding, parts in claims.groupby("finding", sort=False):
@@ -496,7 +496,7 @@ def claims_table(claims: pd.DataFrame) -> str:
             verdict = f"**{part.verdict}**" if part.verdict in (HOLDS, FAILS) else part.verdict
             cells = [part.part, part.statement, part.paper, sign, part.ours or "–"]
             lines.append(f"| {' | '.join([*cells, _interval(part), verdict])} |")
-    return "\n".join([*lines, "", NOTE]) + "\n"
+    return "\n".join([*lines, "", NOTE] if note else lines) + "\n"
 
 
 def _interval(part) -> str:
