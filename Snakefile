@@ -50,16 +50,12 @@ RUN = (
     f" --end-with-parent --of {TOTAL} --parameters {{params.values:q}}"
 )
 COMPUTE = RUN + (" --gpus {resources.gpu}" if PROFILE.gpu else "")
-SAVE_BASE = (  # a base from the hub as models/baseline: no notebook is about that
-    f"HF_HUB_OFFLINE=1 {shlex.quote(sys.executable)} -c 'import sys; from l2p_utils import profile, "
-    "training; training.make_baseline(profile.load_profile(sys.argv[1].removeprefix(\"profile=\")))' {params.values:q}"
-)
-
+# a base from the hub becomes models/baseline: no notebook is about that
+SAVE_BASE = f"HF_HUB_OFFLINE=1 exec {PYTHON}.training --baseline --profile {{params.profile:q}}"
 
 def values(*assignments):
     """For the command line; a profile given as a file is found from anywhere."""
     return [f"profile={Path(PROFILE_FILE).resolve() if OWN else NAME}", *assignments]
-
 
 def training(collection, pool_method, pool_factors, seed=None):
     seed = PROFILE.seed if seed is None else seed
@@ -67,25 +63,21 @@ def training(collection, pool_method, pool_factors, seed=None):
     run["pool_factors"] = factors_name(pool_factors)
     return values(*(f"{name}={value}" for name, value in run.items()))
 
-
 def needs(gpu, mem_mb, minutes):
     """A job's resources, as a profile with hub models needs them; bundled ones take `SMALL_MB`."""
     memory = mem_mb if FETCHED else min(mem_mb, SMALL_MB)
     return {"gpu": gpu if PROFILE.gpu else 0, "mem_mb": memory, "runtime": minutes}
-
 
 def outputs(name, product):
     """A notebook executed, its page, and what it makes."""
     page = f"{DONE}/{name}.html"
     return {"executed": f"{DONE}/{name}.ipynb", "page": page, "product": update(product)}
 
-
 wildcard_constraints:
     collection="|".join(map(re.escape, MINED)) or "(?!)",
     run="|".join(map(re.escape, RUNS)) or "(?!)",
     model="|".join(map(re.escape, PROFILE.evaluated_names)),
     reading="|".join(READING),
-
 
 onstart:
     # one run of a profile at a time; the lock goes with the process, however it ends
@@ -96,10 +88,8 @@ onstart:
     except Timeout:
         sys.exit(f"Another run of the profile {PROFILE.name!r} is at work in {FOLDER}; wait for it.")
 
-
 localrules:
     fetch,
-
 
 # Priorities: all else waits for the baseline; of the rest, the longest trainings come first.
 rule all:
@@ -111,13 +101,11 @@ rule all:
         expand(f"{DONE}/{{reading}}.ipynb", reading=READING),
         f"{DONE}/00_token_pooling.ipynb",
 
-
 rule fetch:
     input: profile=PROFILE_FILE
     output: f"{FOLDER}/fetched.json"
-    params: profile=Path(PROFILE_FILE).resolve() if OWN else NAME
+    params: profile=values()[0].removeprefix("profile=")
     shell: f"env -u HF_HUB_OFFLINE {PYTHON}.hub {{params.profile:q}}"
-
 
 rule mine:
     input: FETCHED, profile=PROFILE_FILE, notebook=f"{NOTEBOOKS}/01_data_mining.ipynb"
@@ -129,19 +117,19 @@ rule mine:
     priority: 80
     shell: COMPUTE
 
-
 rule baseline:
     input: FETCHED, profile=PROFILE_FILE, notebook=f"{NOTEBOOKS}/02_training.ipynb"
     output:
         **outputs(f"02_training--{BASELINE}", MODEL(BASELINE)) if ADAPTATION
         else {"product": update(MODEL(BASELINE))}
     benchmark: f"{LOGS}/baseline/{BASELINE}.tsv"
-    params: values=training(ADAPTATION.collection, "none", [1]) if ADAPTATION else values()
+    params:
+        values=training(ADAPTATION.collection, "none", [1]) if ADAPTATION else [],
+        profile=values()[0].removeprefix("profile="),
     threads: PROFILE.threads
     resources: **needs(1, 16_000, 60)
     priority: 100
     shell: COMPUTE if ADAPTATION else SAVE_BASE
-
 
 rule train:
     input:
@@ -157,7 +145,6 @@ rule train:
     priority: lambda wildcards: 60 if "kmeans" in wildcards.run or "hier" in wildcards.run else 50
     shell: COMPUTE
 
-
 rule evaluate:
     input:
         lambda wildcards: MODEL(wildcards.model) if wildcards.model in TRAINED else FETCHED,
@@ -171,7 +158,6 @@ rule evaluate:
     priority: 20
     shell: COMPUTE
 
-
 rule read:
     input: map(RESULT, PROFILE.evaluated_names), notebook=f"{NOTEBOOKS}/{{reading}}.ipynb"
     output: executed=f"{DONE}/{{reading}}.ipynb", page=f"{DONE}/{{reading}}.html"
@@ -179,7 +165,6 @@ rule read:
     params: values=[f"source={FOLDER}/results", f"output={FOLDER}/figures"]
     resources: **needs(0, 4_000, 15)
     shell: RUN
-
 
 rule token_pooling:
     input: notebook=f"{NOTEBOOKS}/00_token_pooling.ipynb"

@@ -626,17 +626,22 @@ def test_a_base_that_is_not_what_the_profile_expects_is_refused(hub_profile):
 def test_the_command_trains_what_it_is_told(monkeypatch, capsys):
     asked = []
 
-    def train(profile, *arguments, progress):
-        asked.append((profile.name, *arguments, progress))
+    def train(profile, *arguments):
+        asked.append((profile.name, *arguments))
         return "the folder"
 
     monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(training, "make_baseline", train)
     given = "--profile smoke --collection docs:scipy --pool-method kmeans --pool-factors 1-3"
     assert training.main(given.split()) == 0
     assert asked == [("smoke", "docs:scipy", "kmeans", [1, 2, 3], None, True)]
     assert "the folder" in capsys.readouterr().out
     assert training.main([*given.split()[:-1], "0"]) == 1
     assert "pool_factors is '0'" in capsys.readouterr().err
+    assert training.main("--profile smoke --baseline --quiet".split()) == 0
+    assert asked[1:] == [("smoke", False)]
+    with pytest.raises(SystemExit):
+        training.main(["--profile", "smoke"])
 
 
 if __name__ == "__main__":
