@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import httpx
 import tenacity
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 
@@ -193,7 +194,7 @@ def _verify(found: Snapshot, kind: Kind) -> None:
             wrong = HfApi().verify_repo_checksums(found.name, **asked).mismatches
             if wrong and attempt == "first":
                 _download(found.name, **asked, ignore_patterns=UNUSED, force_download=True)
-        except (errors.HfHubHTTPError, OSError) as error:
+        except (httpx.HTTPError, OSError) as error:  # the hub's own errors are among them
             raise UserError(_explain(found.name, kind, found.commit, error)) from error
         if not wrong:
             return

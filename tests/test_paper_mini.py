@@ -32,8 +32,7 @@ from l2p_utils.teacher import load_reranker
 
 ROOT = Path(__file__).parents[1]
 MINI = ROOT / "tests" / "hub" / "paper_mini.yaml"
-NANO = ["nano:fiqa", "nano:nfcorpus", "nano:scidocs", "nano:scifact", "nano:touche"]
-BEIR = ["beir:fiqa", "beir:nfcorpus", "beir:scidocs", "beir:scifact"]
+NANO, BEIR = ["nano:fiqa", "nano:scifact"], ["beir:fiqa", "beir:scifact"]
 KMEANS = "beir-scifact-kmeans-pf1-6-s42"
 # what goes wrong while everything is fetched, once each
 FAULTS = [
@@ -104,15 +103,15 @@ def test_every_kind_of_job_of_the_paper_profile_is_in_the_miniature():
     paper, mini = load_profile("paper"), load_profile(MINI)
     for name in ("base", *EXPECTED):
         assert getattr(mini.model, name) == getattr(paper.model, name)
-    same = ("training_data", "released_rows", "dev_collections", "released_models")
-    same += ("use_sklearn", "hierarchical", "gpu", "hub_collections", "adaptation")
-    for name in same:
+    same = ("training_data", "released_rows", "dev_collections", "training_collections")
+    for name in (*same, "use_sklearn", "hierarchical", "gpu", "adaptation"):
         assert getattr(mini, name) == getattr(paper, name), name
+    for name in ("hub_collections", "released_models"):
+        assert set(getattr(mini, name)) < set(getattr(paper, name)), name
     for name in ("miner", "teacher"):
         assert getattr(mini.scoring, name) == getattr(paper.scoring, name)
-    assert mini.evaluation == paper.evaluation
-    assert mini.training_collections == paper.training_collections
-    assert {run.pool_method for run in mini.runs} >= {"none", "kmeans", "hierarchical"}
+    for name in ("pool_methods", "pool_factors", "baseline_variants", "precision"):
+        assert getattr(mini.evaluation, name) == getattr(paper.evaluation, name)
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -185,7 +184,6 @@ def test_the_rows_are_the_profiles_grid(mini):
     assert plaid.groupby("model")["collection"].unique().map(sorted).to_dict() == {
         "baseline": BEIR,
         KMEANS: ["beir:scifact"],
-        KMEANS.replace("s42", "s43"): ["beir:scifact"],
     }
     assert (plaid["index_bytes"] > 0).all()
 
@@ -193,9 +191,9 @@ def test_the_rows_are_the_profiles_grid(mini):
 def test_lengths_are_the_profiles(mini):
     lengths = mini.rows.groupby("model")["document_length"].unique().map(list).to_dict()
     assert lengths.pop("baseline-d12") == [12]
-    assert list(lengths.values()) == [[24]] * 7
+    assert list(lengths.values()) == [[24]] * 4
     queries = mini.rows.groupby("collection")["query_length"].unique().map(list).to_dict()
-    assert queries == {name: [8 if name in BEIR[:2] else 12] for name in [*NANO, *BEIR]}
+    assert queries == {name: [8 if name == "beir:fiqa" else 12] for name in [*NANO, *BEIR]}
 
 
 def test_documents_are_found(mini):

@@ -638,7 +638,7 @@ def test_the_command_trains_what_it_is_told(monkeypatch, capsys):
     assert "the folder" in capsys.readouterr().out
     assert training.main([*given.split()[:-1], "0"]) == 1
     assert "pool_factors is '0'" in capsys.readouterr().err
-    assert training.main("--profile smoke --baseline --quiet".split()) == 0
+    assert training.main(["--profile", "smoke", "--baseline", "--quiet"]) == 0
     assert asked[1:] == [("smoke", False)]
     with pytest.raises(SystemExit):
         training.main(["--profile", "smoke"])
