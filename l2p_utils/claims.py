@@ -317,7 +317,7 @@ class OurCells:
     def values(self, cell: Cell) -> pd.Series | None:
         """NDCG@10 by query id (sorted); None where the cell was not run."""
         if cell not in self._cache:
-            source = self._roles.trained(cell.trained_on)
+            source = self._roles.training.get(cell.trained_on, "")
             training = (source, cell.train_method, cell.train_factors)
             names = find_models(self._rows, *training) if cell.trained_on else [BASELINE]
             method = "none" if cell.pool_factor == 1 else cell.pool_method
@@ -430,7 +430,7 @@ def check_claims(
     rows: pd.DataFrame | None,
     per_query: pd.DataFrame | None,
     paper: pd.DataFrame,
-    roles: Roles | Mapping[str, str] | None = None,
+    roles: Mapping[str, str] | None = None,
     seed: int = 42,
     resamples: int = 10_000,
 ) -> pd.DataFrame:
