@@ -90,7 +90,7 @@ def parse_factors(value: Any) -> list[int]:
         low, high = map(int, value.split("-"))
         factors = list(range(low, high + 1))
     elif isinstance(value, str) and re.fullmatch(r"\d+(\+\d+)*", value):
-        factors = [int(part) for part in value.split("+")]
+        factors = list(map(int, value.split("+")))
     elif type(value) is int:
         factors = [value]
     whole = isinstance(factors, list | tuple) and all(type(n) is int and n >= 1 for n in factors)
@@ -117,22 +117,22 @@ def check_run(pool_method: str, pool_factors: list[int]) -> None:
         )
 
 
+def _refuse(wrong: bool, message: str) -> None:
+    if wrong:
+        raise ValueError(message)
+
+
 def _refuse_repeats(values: Sequence[Any]) -> Sequence[Any]:
     twice = sorted({str(value) for value in values if values.count(value) > 1})
-    if twice:
-        raise ValueError(f"listed twice: {', '.join(twice)}; expected each once")
+    _refuse(bool(twice), f"listed twice: {', '.join(twice)}; expected each once")
     return values
 
 
 def _check_source(value: str) -> str:
-    if value != "bundled" and "/" not in value:
-        raise ValueError("expected `bundled`, a hub id (owner/name) or a folder's path")
-    return value
-
-
-def _check_revision(value: str) -> str:
-    if value.endswith("@"):
-        raise ValueError(f"{value!r}: its revision is empty; expected owner/name@<revision>")
+    known = value == "bundled" or "/" in value
+    _refuse(not known, "expected `bundled`, a hub id (owner/name) or a folder's path")
+    empty = f"{value!r}: its revision is empty; expected owner/name@<revision>"
+    _refuse(value.endswith("@"), empty)
     return value
 
 
@@ -141,8 +141,8 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 QueryLength = Annotated[int, Field(ge=4, le=8192)]  # lengths: word pieces, prefix token included
 DocumentLength = Annotated[int, Field(ge=8, le=8192)]
-Source = Annotated[str, AfterValidator(_check_source)]  # `bundled`, a hub id or a folder
-Pinned = Annotated[str, AfterValidator(_check_revision)]  # perhaps @revision, see `pinned`
+# `bundled`, a hub id (see `pinned` for revisions) or a folder
+Source = Annotated[str, AfterValidator(_check_source)]
 Factors = Annotated[list[int], BeforeValidator(parse_factors)]
 Method = Literal["span", "kmeans", "hierarchical"]
 Methods = Annotated[list[Method], AfterValidator(_refuse_repeats)]
@@ -151,13 +151,8 @@ Variant = Literal["pylate", "paper", "euclidean"]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        protected_namespaces=(),
-        strict=True,  # neither True nor "3" is a count
-        allow_inf_nan=False,
-    )
+    # strict: neither True nor "3" is a count
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSettings(_Settings):
@@ -210,11 +205,11 @@ class MiningSettings(_Settings):
     @model_validator(mode="after")
     def _consistent(self) -> MiningSettings:
         candidates = self.hard_candidates + self.random_candidates
-        if not 2 <= self.n_ways <= 1 + candidates:
-            raise ValueError(
-                f"hard + medium + random is {self.n_ways - 1}; expected at least 1 negative and at "
-                f"most the {candidates} candidates (hard_candidates + random_candidates)"
-            )
+        _refuse(
+            not 2 <= self.n_ways <= 1 + candidates,
+            f"hard + medium + random is {self.n_ways - 1}; expected at least 1 negative and at "
+            f"most the {candidates} candidates (hard_candidates + random_candidates)",
+        )
         return self
 
 
@@ -231,11 +226,9 @@ class Scoring(_Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Scoring:
-        if (self.miner == "bundled") != (self.teacher == "bundled"):
-            raise ValueError(
-                f"miner {self.miner!r} with teacher {self.teacher!r}: expected both bundled, or "
-                "neither"
-            )
+        pair = f"miner {self.miner!r} with teacher {self.teacher!r}"
+        mixed = (self.miner == "bundled") != (self.teacher == "bundled")
+        _refuse(mixed, f"{pair}: expected both bundled, or neither")
         return self
 
 
@@ -310,7 +303,7 @@ class Profile(_Settings):
     hierarchical: Variant = "pylate"  # Ward's input in training and evaluation
     model: ModelSettings
     training_data: Literal["mined", "released"] = "mined"  # or rows that the authors published
-    released_rows: dict[str, Pinned] = {}  # by collection, the hub data set of those
+    released_rows: dict[str, Source] = {}  # by collection, the hub data set of those
     mining: MiningSettings
     scoring: Scoring = Scoring()
     adaptation: Adaptation | None = None  # {} with the bundled base, else null
@@ -318,57 +311,50 @@ class Profile(_Settings):
     gpu: bool = False  # whether jobs that compute ask for a GPU
     dev_collections: dict[str, str] = {}  # by training collection, whose test split picks epochs
     runs: list[Run]
-    released_models: list[Annotated[Source, AfterValidator(_check_revision)]] = []  # measured as is
+    released_models: list[Source] = []  # from the hub, measured as they are
     evaluation: EvaluationSettings
     plaid: list[PlaidJob] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> Profile:
-        self._check_collections()
-        names = self.evaluated_names
-        if len(set(names)) < len(names):
-            raise ValueError(f"runs: the same model twice among {names}")
-        if self.model.bundled != (self.adaptation is not None):
-            raise ValueError(
-                "adaptation: the bundled model needs one (`adaptation: {}`), no other has one; "
-                f"model.base is {self.model.base!r}"
-            )
-        if self.model.bundled and self.prepared_names:
-            raise ValueError(
-                "model.other_document_lengths and released_models belong to a base from the hub; "
-                "model.base is bundled"
-            )
-        unreleased = sorted(set(self.training_collections) - set(self.released_rows))
-        if self.training_data == "released" and unreleased:
-            raise ValueError(f"training_data: no released_rows of {', '.join(unreleased)}")
+        names, base = self.evaluated_names, f"model.base is {self.model.base!r}"
+        _refuse(len(set(names)) < len(names), f"runs: the same model twice among {names}")
+        _refuse(
+            self.model.bundled != (self.adaptation is not None),
+            "adaptation: the bundled model needs one (`adaptation: {}`), no other has one; " + base,
+        )
+        _refuse(
+            self.model.bundled and bool(self.prepared_names),
+            "model.other_document_lengths and released_models belong to a base from the hub; "
+            + base,
+        )
+        if self.training_data == "released":
+            lacking = [name for name in self.training_collections if name not in self.released_rows]
+            _refuse(bool(lacking), f"training_data: no released_rows of {', '.join(lacking)}")
         for job in self.plaid:
-            if job.model not in names:
-                raise ValueError(f"plaid: model {job.model!r} is none of {names}")
+            _refuse(job.model not in names, f"plaid: model {job.model!r} is none of {names}")
         _refuse_repeats(
             [f"plaid: {j.model} {c} {m}" for j in self.plaid for c in j.collections
              for m in j.pool_methods]
         )  # fmt: skip
-        return self
-
-    def _check_collections(self) -> None:
-        """Refuse two collections with one `slug`: each would replace the other's files."""
-        owners: dict[str, str] = {}
+        for run in self.runs:
+            kept = self.adaptation and run.collection == self.adaptation.collection
+            _refuse(bool(kept), f"runs: {run.collection!r} is kept for the adaptation")
+        owners: dict[str, str] = {}  # of file names: each would replace the other's files
         for collection in [*self.training_collections, *self.measured_collections]:
             owner = owners.setdefault(slug(collection), collection)
-            if owner != collection:
-                raise ValueError(
-                    f"collections: {owner!r} and {collection!r} have the same name in file names, "
-                    f"{slug(collection)!r}; rename a folder, or, if both are one collection, write "
-                    "it the same way everywhere"
-                )
-        for run in self.runs:
-            if self.adaptation and run.collection == self.adaptation.collection:
-                raise ValueError(f"runs: {run.collection!r} is kept for the adaptation")
+            _refuse(
+                owner != collection,
+                f"collections: {owner!r} and {collection!r} have the same name in file names, "
+                f"{slug(collection)!r}; rename a folder, or, if both are one collection, write "
+                "it the same way everywhere",
+            )
+        return self
 
     @property
     def model_names(self) -> list[str]:
         """The baseline, then the trained models in the order of `runs`."""
-        return [BASELINE, *(self.run_name(run) for run in self.runs)]
+        return [BASELINE, *map(self.run_name, self.runs)]
 
     @property
     def training_collections(self) -> list[str]:
@@ -380,8 +366,8 @@ class Profile(_Settings):
     def prepared_names(self) -> list[str]:
         """Models that come from the hub as they are: baseline, its other lengths, released ones."""
         base = [] if self.model.bundled else [BASELINE]
-        lengths = [length_name(length) for length in self.model.other_document_lengths]
-        return [*base, *lengths, *(released_name(name) for name in self.released_models)]
+        lengths = map(length_name, self.model.other_document_lengths)
+        return [*base, *lengths, *map(released_name, self.released_models)]
 
     @property
     def evaluated_names(self) -> list[str]:
@@ -425,22 +411,15 @@ class Profile(_Settings):
 
     def find_run(self, name: str) -> Run:
         """The run that makes the model `name`."""
-        for run in self.runs:
-            if self.run_name(run) == name:
-                return run
-        raise UserError(
-            f"The profile {self.name!r} has no model {name!r}; it has {self.model_names}."
-        )
+        runs = {self.run_name(run): run for run in self.runs}
+        if name not in runs:
+            known = f"it has {self.model_names}"
+            raise UserError(f"The profile {self.name!r} has no model {name!r}; {known}.")
+        return runs[name]
 
 
 def load_profile(name: str | Path) -> Profile:
-    """Read a profile by name (`smoke`, `quick`, `offline`, `paper`) or from a YAML file.
-
-    Raises
-    ------
-    UserError
-        For an unknown name, bad YAML, an unknown key (named), a wrong type or value.
-    """
+    """Read a profile by name (`smoke`, `quick`, `offline`, `paper`) or from a YAML file."""
     path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         path = PROFILES / f"{name}.yaml"
@@ -466,11 +445,11 @@ def _explain(path: Path, error: ValidationError) -> str:
     lines = [f"The profile {path.name} was refused, nothing was run:"]
     for problem in error.errors():
         key = ".".join(map(str, problem["loc"])) or "(whole file)"
+        text = f"{problem['msg']} (given: {str(problem['input'])[:80]!r})"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"  {key}: unknown key; is it misspelt?")
+            text = "unknown key; is it misspelt?"
         elif problem["type"] == "float_type" and isinstance(problem["input"], str):
-            hint = "expected a number; YAML wants a dot and a sign in the exponent: 5.0e-5"
-            lines.append(f"  {key}: {hint} (given: {problem['input']!r})")
-        else:
-            lines.append(f"  {key}: {problem['msg']} (given: {str(problem['input'])[:80]!r})")
+            text = "expected a number; YAML wants a dot and a sign in the exponent, as in 5.0e-5: "
+            text += f"{problem['input']!r}"
+        lines.append(f"  {key}: {text}")
     return "\n".join(lines)
