@@ -142,13 +142,9 @@ def _parts() -> list[Part]:
         return lambda d: [("", base(method, d), curve("pf1", method, d))]
 
     def near(method, *fixed):
+        pf = POOL_FACTORS
         return lambda d: [
-            (
-                f"PF{f}",
-                multi(method, d, POOL_FACTORS),
-                curve(f"{method} {f}", method, d, POOL_FACTORS),
-            )
-            for f in fixed
+            (f"PF{f}", multi(method, d, pf), curve(f"{method} {f}", method, d, pf)) for f in fixed
         ]
 
     def under_span(method):
@@ -247,10 +243,8 @@ class OurCells:
         variants = {method: default_variant(exact, method) for method in VARIANTS}
         exact = exact[exact["pool_variant"] == exact["pool_method"].map(variants)]
         keys = ["model", "collection", "pool_method", "pool_factor"]
-        self._values = {
-            key: group.set_index("query_id")["ndcg@10"].sort_index()
-            for key, group in exact.groupby(keys)
-        }
+        groups = exact.set_index("query_id").groupby(keys)["ndcg@10"]
+        self._values = {key: values.sort_index() for key, values in groups}
         self._rows, self._roles = rows, roles
         self._cache: dict[Cell, pd.Series | None] = {}
 
@@ -270,9 +264,9 @@ class OurCells:
     def has(self, comparisons: list[Comparison]) -> bool:
         """Whether every cell of `comparisons`, and the baseline they are relative to, was run."""
         cells = {cell for _, first, second in comparisons for _, cell in first + second}
-        unpooled = [self.values(Cell.unpooled(dataset)) for dataset in {c.dataset for c in cells}]
+        base = [self.values(Cell.unpooled(dataset)) for dataset in {c.dataset for c in cells}]
         # Of a baseline that found nothing there is no percentage.
-        relative = all(values is not None and values.mean() > 0 for values in unpooled)
+        relative = all(values is not None and values.mean() > 0 for values in base)
         return relative and all(self.values(cell) is not None for cell in cells)
 
     def sides(self, comparisons: list[Comparison], unit: str) -> list[np.ndarray]:
@@ -326,8 +320,8 @@ def judge_ours(part: Part, cells: OurCells, seed: int, resamples: int) -> dict[s
     text = _sides(comparisons[worst][0], *sums[worst], part.unit)
     if run != part.datasets:
         text += " (only on " + ", ".join(f"{{{d}}}" for d in run) + ")"
-    numbers = {"difference": sums[worst][0] - sums[worst][1], "low": low[worst]}
-    return {"ours": text, **numbers, "high": high[worst], "verdict": verdict}
+    numbers = [sums[worst][0] - sums[worst][1], low[worst], high[worst]]
+    return dict(zip(_BLANK, [*numbers, text, verdict], strict=True))
 
 
 _BLANK = {"difference": np.nan, "low": np.nan, "high": np.nan, "ours": "", "verdict": NOT_RUN}
@@ -346,7 +340,7 @@ def intervals(groups: list[np.ndarray], seed: int, resamples: int) -> tuple:
     """
     count = len(groups[0])
     if min(group.shape[1] for group in groups) < 2:
-        return np.full(count, np.nan), np.full(count, np.nan)
+        return (np.full(count, np.nan),) * 2
     options = {"n_resamples": resamples, "batch": 5_000, "axis": -1, "method": "percentile"}
     options |= {"confidence_level": 1 - 0.05 / count, "rng": np.random.default_rng(seed)}
     interval = bootstrap(groups, _sum_of_means, **options).confidence_interval
@@ -375,25 +369,19 @@ def check_claims(
     comparison, in ``unit``; NaN where not run. Models measured on different queries are refused.
     """
     roles = roles_of(rows, roles)
-    names = {f"{{{dataset}}}": dataset for dataset in ROLES}
-    ours = {key: roles.evaluated(dataset) or dataset for key, dataset in names.items()}
+    names = {dataset: dataset for dataset in ROLES}
+    ours = {dataset: roles.evaluated(dataset) or dataset for dataset in ROLES}
     theirs, run = paper_cells(paper), rows is not None and per_query is not None
-    both = {key: f"{names[key]} ({ours[key]})" if run else names[key] for key in names}
+    both = {dataset: f"{dataset} ({ours[dataset]})" for dataset in ROLES} if run else names
     cells = OurCells(rows, per_query, roles) if run else None
     lines = []
     for part in PARTS:
         line = {"finding": part.finding, "part": part.name, "unit": part.unit}
-        line |= {"statement": _named(part.statement, both)}
-        line |= {key: _named(text, names) for key, text in judge_paper(part, theirs).items()}
+        line |= {"statement": part.statement.format_map(both)}
+        line |= {key: text.format_map(names) for key, text in judge_paper(part, theirs).items()}
         line |= judge_ours(part, cells, seed, resamples) if run else _BLANK
-        lines.append(line | {"ours": _named(line["ours"], ours)})
+        lines.append(line | {"ours": line["ours"].format_map(ours)})
     return pd.DataFrame(lines)[CLAIM_COLUMNS]
-
-
-def _named(text: str, names: Mapping[str, str]) -> str:
-    for key, name in names.items():
-        text = text.replace(key, name)
-    return text
 
 
 # ---------------------------------------------------------------- showing

@@ -151,27 +151,16 @@ def read_paper(folder: str | Path) -> pd.DataFrame:
         frames.append(frame.assign(exhibit=exhibit, **_CAPTIONS.get(exhibit, {})))
     paper = pd.concat(frames, ignore_index=True)
     paper["dataset"] = paper["dataset"].replace({"FiQA2018": "FiQA", "Touche2020": "Touche"})
-    pairs = zip(paper["label"], paper["dataset"], strict=True)
-    paper[TRAINING] = [parse_label(*pair) for pair in pairs]
+    # "FT Span PF2" was trained on the data set that it is evaluated on, "FT FiQA KMeans PF1-6" not.
+    found = paper["label"].str.extract(r"FT (?:(SciFact|FiQA) )?(?:(Span|Hier|KMeans) )?PF(.+)")
+    methods = {"Span": "span", "Hier": "hierarchical", "KMeans": "kmeans"}
+    trained = {
+        "trained_on": found[0].fillna(paper["dataset"]),
+        "train_method": found[1].map(methods).fillna("none"),
+        "train_factors": found[2],
+    }
+    paper = paper.assign(**{key: text.where(found[2].notna(), "") for key, text in trained.items()})
     return paper[PAPER_COLUMNS]
-
-
-def parse_label(label: str, dataset: str) -> tuple[str, str, str]:
-    """What a model's name in the paper says: (trained_on, train_method, train_factors).
-
-    A name without a data set is a model trained on the one that it is evaluated on:
-    ``parse_label("FT Span PF2", "FiQA")`` is ``("FiQA", "span", "2")``.
-    """
-    if label == "Baseline":
-        return "", "", ""
-    found = re.fullmatch(r"FT (?:(SciFact|FiQA) )?(?:(Span|Hier|KMeans) )?PF([1-6](?:-6)?)", label)
-    if not found:
-        raise UserError(
-            f"{label!r} is not a model of the paper: expected 'Baseline' or a name such as "
-            "'FT PF1', 'FT Hier PF2', 'FT SciFact KMeans PF1-6'."
-        )
-    methods = {None: "none", "Span": "span", "Hier": "hierarchical", "KMeans": "kmeans"}
-    return found[1] or dataset, methods[found[2]], found[3]
 
 
 # ---------------------------------------------------------------- figures and tables
@@ -189,7 +178,6 @@ class Exhibits:
     note: str  # what the numbers are, in one line
     vectors: pd.Series | None = None  # mean vectors per document by factor (kmeans, SciFact's role)
     suites: Mapping[str, str] = field(default_factory=dict)  # as in `Roles`
-    notes: Mapping[str, str] = field(default_factory=dict)  # engine → note on its numbers alone
     is_paper: bool = False
     rows: pd.DataFrame | None = None  # a run's result rows
 
@@ -201,7 +189,9 @@ class Exhibits:
 
     def note_on(self, exhibit: str) -> str:
         """The note on the engine of one figure or table."""
-        return self.notes.get(ENGINE.get(exhibit, "exact"), self.note)
+        engine = ENGINE.get(exhibit, "exact")
+        part = None if self.rows is None else self.rows[self.rows["engine"] == engine]
+        return self.note if part is None or part.empty else _note(part, self.name)
 
 
 def holds_paper(folder: str | Path) -> bool:
@@ -234,7 +224,6 @@ def rows_source(rows: pd.DataFrame, name: str, roles: Mapping[str, str] | None =
         _note(rows, name),
         series(rows, BASELINE, roles.evaluated("SciFact"), "kmeans", value="vectors_per_document"),
         roles.suites,
-        {engine: _note(part, name) for engine, part in rows.groupby("engine")},
         rows=rows,
     )
 
@@ -326,10 +315,10 @@ def compare_with_paper(paper: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """
     roles = roles_of(rows)
     if not roles.own:
+        found = ", ".join(sorted(set(rows["collection"])))
         raise UserError(
-            "these rows are of other collections than the paper's "
-            f"({', '.join(sorted(set(rows['collection'])))}): values cannot be compared one by "
-            "one. Expected rows of nano: and beir: collections (profile paper)."
+            f"these rows are of other collections than the paper's ({found}): expected rows of "
+            "nano: and beir: collections (profile paper)."
         )
     long = paper.melt(CELL, QUANTITIES, "quantity", "paper", ignore_index=False)
     filled = _fill(paper, rows, roles).melt(CELL, QUANTITIES, "quantity", "ours")

@@ -1,13 +1,10 @@
-"""What a run consists of: a YAML file, checked by a schema before anything starts.
-
-The comments below describe every key; profiles/paper.yaml uses most of them.
-"""
+"""What a run consists of: a YAML file, checked by a schema whose comments describe every key."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,8 +93,8 @@ def parse_factors(value: Any) -> list[int]:
     whole = isinstance(factors, list | tuple) and all(type(n) is int and n >= 1 for n in factors)
     if not whole or not factors:
         raise UserError(
-            f"pool_factors is {value!r}; expected whole numbers of at least 1: a number (2), "
-            'a range ("1-6") or a list ([1, 2, 4]).'
+            f"pool_factors is {value!r}; expected a whole number of at least 1 (2), a range "
+            '("1-6") or a list ([1, 2, 4]).'
         )
     return sorted(set(factors))
 
@@ -117,22 +114,23 @@ def check_run(pool_method: str, pool_factors: list[int]) -> None:
         )
 
 
-def _refuse(wrong: bool, message: str) -> None:
+def _refuse(wrong: object, message: str) -> None:
     if wrong:
         raise ValueError(message)
 
 
 def _refuse_repeats(values: Sequence[Any]) -> Sequence[Any]:
     twice = sorted({str(value) for value in values if values.count(value) > 1})
-    _refuse(bool(twice), f"listed twice: {', '.join(twice)}; expected each once")
+    _refuse(twice, f"listed twice: {', '.join(twice)}; expected each once")
     return values
 
 
 def _check_source(value: str) -> str:
     known = value == "bundled" or "/" in value
     _refuse(not known, "expected `bundled`, a hub id (owner/name) or a folder's path")
-    empty = f"{value!r}: its revision is empty; expected owner/name@<revision>"
-    _refuse(value.endswith("@"), empty)
+    _refuse(
+        value.endswith("@"), f"{value!r}: its revision is empty; expected owner/name@<revision>"
+    )
     return value
 
 
@@ -317,37 +315,35 @@ class Profile(_Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Profile:
-        names, base = self.evaluated_names, f"model.base is {self.model.base!r}"
-        _refuse(len(set(names)) < len(names), f"runs: the same model twice among {names}")
+        base = f"model.base is {self.model.base!r}"
         _refuse(
             self.model.bundled != (self.adaptation is not None),
-            "adaptation: the bundled model needs one (`adaptation: {}`), no other has one; " + base,
+            f"adaptation: `{{}}` with the bundled model, else null; {base}",
         )
         _refuse(
-            self.model.bundled and bool(self.prepared_names),
-            "model.other_document_lengths and released_models belong to a base from the hub; "
-            + base,
+            self.model.bundled and self.prepared_names,
+            f"other_document_lengths and released_models belong to a base from the hub; {base}",
         )
         if self.training_data == "released":
-            lacking = [name for name in self.training_collections if name not in self.released_rows]
-            _refuse(bool(lacking), f"training_data: no released_rows of {', '.join(lacking)}")
-        for job in self.plaid:
-            _refuse(job.model not in names, f"plaid: model {job.model!r} is none of {names}")
-        _refuse_repeats(
-            [f"plaid: {j.model} {c} {m}" for j in self.plaid for c in j.collections
-             for m in j.pool_methods]
-        )  # fmt: skip
+            lacking = sorted({*self.training_collections} - {*self.released_rows})
+            _refuse(lacking, f"training_data: no released_rows of {', '.join(lacking)}")
         for run in self.runs:
             kept = self.adaptation and run.collection == self.adaptation.collection
-            _refuse(bool(kept), f"runs: {run.collection!r} is kept for the adaptation")
+            _refuse(kept, f"runs: {run.collection!r} is kept for the adaptation")
+        names, jobs = self.evaluated_names, []
+        for job in self.plaid:
+            _refuse(job.model not in names, f"plaid: model {job.model!r} is none of {names}")
+            jobs += [
+                f"plaid: {job.model} {c} {m}" for c in job.collections for m in job.pool_methods
+            ]
+        _refuse_repeats([*(f"runs: {name}" for name in names), *jobs])
         owners: dict[str, str] = {}  # of file names: each would replace the other's files
-        for collection in [*self.training_collections, *self.measured_collections]:
-            owner = owners.setdefault(slug(collection), collection)
+        for name in [*self.training_collections, *self.measured_collections]:
+            owner = owners.setdefault(slug(name), name)
             _refuse(
-                owner != collection,
-                f"collections: {owner!r} and {collection!r} have the same name in file names, "
-                f"{slug(collection)!r}; rename a folder, or, if both are one collection, write "
-                "it the same way everywhere",
+                owner != name,
+                f"collections: {owner!r} and {name!r} have the same name in file names, "
+                f"{slug(name)!r}; rename a folder, or write one collection the same way everywhere",
             )
         return self
 
@@ -400,9 +396,8 @@ class Profile(_Settings):
 
     def recipe(self, collection: str) -> TrainingSettings:
         """How a model is trained on a collection: `adaptation` on its own, else `training`."""
-        if self.adaptation and collection == self.adaptation.collection:
-            return self.adaptation
-        return self.training
+        special = self.adaptation and collection == self.adaptation.collection
+        return self.adaptation if special else self.training
 
     def run_name(self, run: Run) -> str:
         """`<collection>-<method>-pf<factors>-s<seed>`, as in the result rows."""
@@ -432,11 +427,10 @@ def load_profile(name: str | Path) -> Profile:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds no keys; expected a mapping like profiles/quick.yaml.")
     own_name = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", path.stem)).strip("-.")
+    named = {"name": own_name, **content} if isinstance(content, dict) else content
     try:
-        return Profile.model_validate({"name": own_name, **content})
+        return Profile.model_validate(named)
     except ValidationError as error:
         raise UserError(_explain(path, error)) from error
 
