@@ -1,20 +1,11 @@
 """The paper's seven findings as testable statements, judged on its numbers and on ours.
 
-A finding has parts; a part is one or more *comparisons*, each a difference of sums of curves over
-pool factors, in points of relative NDCG@10 (percent of the unpooled baseline) or in NDCG@10. A part
-holds where all of its comparisons do.
-
-- The paper's numbers have no per-query values: its verdict is by the sign alone.
-- Ours: a paired bootstrap over queries. Queries are resampled within each collection, and the same
-  resample serves both sides and all pool factors; collections are averaged with equal weight, as
-  in the paper. The unpooled baseline, the 100 %, is held fixed. *holds*: the 95 % interval lies on
-  the right side of the margin (0 unless the part says otherwise); *does not hold*: on the wrong
-  side; else *undecided*; *not run* where a model or a setting is missing.
-- Within a part of m comparisons each interval is taken at 1 − .05/m (Bonferroni), so that the m of
-  them hold together at 95 %; the weakest is shown. Between parts nothing is corrected: of some
-  twenty-five, one may come out on a side by chance alone.
-- The intervals speak of queries, not of another training seed; where several seeds were run, a
-  query's value is their mean, as the paper averages two runs.
+A finding has parts, and a part one or more *comparisons*: differences of sums of curves over pool
+factors. `NOTE` says how they are judged. Queries are resampled within each collection, and the same
+resample serves both sides and all pool factors; collections have equal weight, as in the paper; the
+unpooled baseline, the 100 %, is held fixed; several seeds are averaged by query. Within a part of m
+comparisons each interval is taken at 1 − .05/m (Bonferroni), so that all hold together at 95 %. Of
+28 parts, not corrected for each other, one may come out on a side by chance alone.
 """
 
 from __future__ import annotations
@@ -68,10 +59,10 @@ class Cell(NamedTuple):
     pool_method: str
     pool_factor: int
 
-    @classmethod
-    def unpooled(cls, dataset: str) -> Cell:
-        """The baseline's cell that percentages refer to."""
-        return cls(dataset, "", "", "", "none", 1)
+
+def unpooled(dataset: str) -> Cell:
+    """The baseline's cell that percentages refer to."""
+    return Cell(dataset, "", "", "", "none", 1)
 
 
 Side = list[tuple[float, Cell]]  # a weighted sum of cells
@@ -205,14 +196,14 @@ def _across(source: str, letters: str) -> list[Part]:
         return label, trained, curve("baseline", "kmeans", d, factors)
 
     say = f"kmeans-trained on {{{source}}}, on the other collections: "
-    mean, each, unpooled = (f"7{letter}" for letter in letters)
+    mean, each, alone = (f"7{letter}" for letter in letters)
     return [
         Part(mean, say + "Δ ≥ 0 on average over PF 2, 4, 6", others,
              lambda d: [compare(d, printed)], unit="ndcg"),
         Part(each, say + "Δ ≥ 0 at each of PF 2, 4, 6 on each", others,
              lambda d: [compare([x], [f], f"{{{x}}} PF{f}") for x in d for f in printed],
              unit="ndcg"),
-        Part(unpooled, say + "at most .015 lost at PF1 on each", others,
+        Part(alone, say + "at most .015 lost at PF1 on each", others,
              lambda d: [compare([x], [1], f"{{{x}}}") for x in d], 0.015, "ndcg"),
     ]  # fmt: skip
 
@@ -228,11 +219,11 @@ def paper_cells(paper: pd.DataFrame) -> dict[str, dict[Cell, float]]:
     exact = paper[(paper["exhibit"] != "figure4") & (paper["dataset"] != "Average")]
     keys = list(Cell._fields)
     relative = exact.drop_duplicates(keys).set_index(keys)["relative"]
-    unpooled = relative.xs(1, level="pool_factor", drop_level=False)  # the same for each method
-    unpooled = unpooled.rename({"span": "none"}, level="pool_method")
+    alone = relative.xs(1, level="pool_factor", drop_level=False)  # the same for each method
+    alone = alone.rename({"span": "none"}, level="pool_method")
     # Differences as printed come from unrounded scores: the baseline counts as their zero.
     delta = exact[exact["exhibit"] == "table2"].set_index(keys)["delta"].fillna(0.0)
-    return {"points": unpooled.to_dict() | relative.to_dict(), "ndcg": delta.to_dict()}
+    return {"points": alone.to_dict() | relative.to_dict(), "ndcg": delta.to_dict()}
 
 
 class OurCells:
@@ -264,7 +255,7 @@ class OurCells:
     def has(self, comparisons: list[Comparison]) -> bool:
         """Whether every cell of `comparisons`, and the baseline they are relative to, was run."""
         cells = {cell for _, first, second in comparisons for _, cell in first + second}
-        base = [self.values(Cell.unpooled(dataset)) for dataset in {c.dataset for c in cells}]
+        base = [self.values(unpooled(dataset)) for dataset in {c.dataset for c in cells}]
         # Of a baseline that found nothing there is no percentage.
         relative = all(values is not None and values.mean() > 0 for values in base)
         return relative and all(self.values(cell) is not None for cell in cells)
@@ -275,7 +266,7 @@ class OurCells:
         for row, (_, *sides) in enumerate(comparisons):
             for column, side in enumerate(sides):
                 for weight, cell in side:
-                    base, values = self.values(Cell.unpooled(cell.dataset)), self.values(cell)
+                    base, values = self.values(unpooled(cell.dataset)), self.values(cell)
                     if not values.index.equals(base.index) or values.isna().any():
                         raise UserError(
                             f"{cell}: measured on {len(values)} queries that are not the "

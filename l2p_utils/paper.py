@@ -2,13 +2,11 @@
 
 Both become one tidy frame (`Exhibits`) with a row per printed cell; NaN is "not run".
 
-A value is *inside* where ours differs by at most one NDCG point (.01 of NDCG@10) under exact
-search, 1.5 under PLAID, plus half of the last printed digit. Half-precision kernels, random starts
-and library versions move the same model by tenths of a point; with NanoBEIR's 50 queries, one whose
-only relevant document falls from rank 1 to 2 costs 0.74. PLAID adds random centroids and 4-bit
-residuals, and fast-plaid scales decompressed vectors to unit length. Percentages are relative to
-each side's own baseline, and converted to points with the *paper's*, so that no result of ours
-widens its own band. The baselines themselves are rows of their own.
+`NOTE` says what counts as *inside*. Why so much: half-precision kernels, random starts and library
+versions move the same model by tenths of a point; with NanoBEIR's 50 queries, one whose only
+relevant document falls from rank 1 to 2 costs 0.74. PLAID adds random centroids, 4-bit residuals
+and fast-plaid's scaling to unit length. The *paper's* baseline converts percentages to points, so
+that no result of ours widens its own band.
 """
 
 from __future__ import annotations
@@ -282,19 +280,17 @@ def _note(rows: pd.DataFrame, name: str) -> str:
 def missing(source: Exhibits, exhibit: str) -> str:
     """What `exhibit` should show and `source` did not run, as one line; "" if nothing."""
     frame = source.frame[source.frame["exhibit"] == exhibit].query("dataset != 'Average'")
-    parts: list[str] = []
-    gaps: dict[str, list[str]] = {}
+    parts, gaps = [], {}
     for dataset, cells in frame.groupby("dataset", sort=False):
         short = source.names[dataset][1]
         if cells["relative"].isna().all():
             parts.append(f"{short} (everything)")
             continue
         for (label, method), curve in cells.groupby(["label", "pool_method"], sort=False):
-            lacking = curve.loc[curve["relative"].isna(), "pool_factor"]
+            lacking = curve.loc[curve["relative"].isna(), "pool_factor"].map(str)
+            name = source.rename(label) + (f" {method}" if label == "Baseline" else "")
+            name += f" at PF {', '.join(lacking)}" if len(lacking) < len(curve) else ""
             if len(lacking):
-                name = source.rename(label) + (f" {method}" if label == "Baseline" else "")
-                some = f" at PF {', '.join(map(str, lacking))}"
-                name += some if len(lacking) < len(curve) else ""
                 gaps.setdefault(name, []).append(short)
     for name, places in gaps.items():
         everywhere = len(places) == frame["dataset"].nunique()
@@ -380,12 +376,10 @@ def comparison_summary(comparison: pd.DataFrame) -> pd.DataFrame:
     sizes = measured["points"].abs().groupby(measured["exhibit"])
     worst = measured.loc[sizes.idxmax()].set_index("exhibit")
     pooled = worst["pool_method"] + " PF" + worst["pool_factor"].astype(str)
-    worst["where"] = worst["dataset"] + ", " + worst["label"] + ", " + pooled
-    return counts.assign(
-        **{"by definition": trivial.groupby(both["exhibit"]).sum(), "mean": sizes.mean()},
-        largest=worst["points"],
-        where=worst["where"].str.replace("none PF1", "unpooled"),
-    ).reset_index()
+    counts["by definition"] = trivial.groupby(both["exhibit"]).sum()
+    counts["mean"], counts["largest"] = sizes.mean(), worst["points"]
+    counts["where"] = worst["dataset"] + ", " + worst["label"] + ", " + pooled
+    return counts.reset_index()
 
 
 def compare_released(paper: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -454,11 +448,11 @@ def comparison_markdown(comparison: pd.DataFrame, rows: pd.DataFrame, paper: pd.
     }
     released = compare_released(paper, rows)
     if len(released):
-        sections["## The released checkpoints"] = (
+        note = (
             "The authors' two checkpoints, measured here, beside the paper's values of its kmeans "
-            "PF1-6 models: this judges the evaluation alone.\n\n"
-            + markdown(comparison_summary(released), 2)
         )
+        note += "PF1-6 models: this judges the evaluation alone.\n\n"
+        sections["## The released checkpoints"] = note + markdown(comparison_summary(released), 2)
     for exhibit, values in comparison.groupby("exhibit", sort=False):
         title = re.sub(r"(\d)$", r" \1", exhibit).capitalize()
         sections[f"## {title}"] = markdown(values.drop(columns=["exhibit", "engine"]))
