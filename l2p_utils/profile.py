@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -114,23 +114,18 @@ def check_run(pool_method: str, pool_factors: list[int]) -> None:
         )
 
 
-def _refuse(wrong: object, message: str) -> None:
-    if wrong:
-        raise ValueError(message)
-
-
 def _refuse_repeats(values: Sequence[Any]) -> Sequence[Any]:
     twice = sorted({str(value) for value in values if values.count(value) > 1})
-    _refuse(twice, f"listed twice: {', '.join(twice)}; expected each once")
+    if twice:
+        raise ValueError(f"listed twice: {', '.join(twice)}; expected each once")
     return values
 
 
 def _check_source(value: str) -> str:
-    known = value == "bundled" or "/" in value
-    _refuse(not known, "expected `bundled`, a hub id (owner/name) or a folder's path")
-    _refuse(
-        value.endswith("@"), f"{value!r}: its revision is empty; expected owner/name@<revision>"
-    )
+    if value != "bundled" and "/" not in value:
+        raise ValueError("expected `bundled`, a hub id (owner/name) or a folder's path")
+    if value.endswith("@"):
+        raise ValueError(f"{value!r}: its revision is empty; expected owner/name@<revision>")
     return value
 
 
@@ -151,6 +146,17 @@ Variant = Literal["pylate", "paper", "euclidean"]
 class _Settings(BaseModel):
     # strict: neither True nor "3" is a count
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = list(self.contradictions())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def contradictions(self) -> Iterable[str]:
+        """What is wrong with the settings together."""
+        return []
 
 
 class ModelSettings(_Settings):
@@ -200,15 +206,11 @@ class MiningSettings(_Settings):
         """Documents in a row: the positive and its negatives."""
         return 1 + self.hard + self.medium + self.random
 
-    @model_validator(mode="after")
-    def _consistent(self) -> MiningSettings:
+    def contradictions(self) -> Iterable[str]:
         candidates = self.hard_candidates + self.random_candidates
-        _refuse(
-            not 2 <= self.n_ways <= 1 + candidates,
-            f"hard + medium + random is {self.n_ways - 1}; expected at least 1 negative and at "
-            f"most the {candidates} candidates (hard_candidates + random_candidates)",
-        )
-        return self
+        if not 2 <= self.n_ways <= 1 + candidates:
+            given = f"hard + medium + random is {self.n_ways - 1}; expected at least 1 negative"
+            yield f"{given} and at most hard_candidates + random_candidates, {candidates}"
 
 
 class Scoring(_Settings):
@@ -222,12 +224,9 @@ class Scoring(_Settings):
     batch_size: Count = 32  # pairs that a reranker scores at once
     checkpoint_queries: Count = 16  # queries between two savings
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Scoring:
-        pair = f"miner {self.miner!r} with teacher {self.teacher!r}"
-        mixed = (self.miner == "bundled") != (self.teacher == "bundled")
-        _refuse(mixed, f"{pair}: expected both bundled, or neither")
-        return self
+    def contradictions(self) -> Iterable[str]:
+        if (self.miner == "bundled") != (self.teacher == "bundled"):
+            yield f"miner {self.miner}, teacher {self.teacher}: expected both bundled, or neither"
 
 
 class TrainingSettings(_Settings):
@@ -259,10 +258,9 @@ class Run(_Settings):
     pool_factors: Factors = [1]  # each batch draws one: 2, "1-6" or [1, 2, 4]
     seed: Seed | None = None  # null: the profile's
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Run:
+    def contradictions(self) -> Iterable[str]:
         check_run(self.pool_method, self.pool_factors)
-        return self
+        return []
 
 
 class EvaluationSettings(_Settings):
@@ -313,39 +311,31 @@ class Profile(_Settings):
     evaluation: EvaluationSettings
     plaid: list[PlaidJob] = []
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Profile:
+    def contradictions(self) -> Iterable[str]:
         base = f"model.base is {self.model.base!r}"
-        _refuse(
-            self.model.bundled != (self.adaptation is not None),
-            f"adaptation: `{{}}` with the bundled model, else null; {base}",
-        )
-        _refuse(
-            self.model.bundled and self.prepared_names,
-            f"other_document_lengths and released_models belong to a base from the hub; {base}",
-        )
-        if self.training_data == "released":
-            lacking = sorted({*self.training_collections} - {*self.released_rows})
-            _refuse(lacking, f"training_data: no released_rows of {', '.join(lacking)}")
-        for run in self.runs:
-            kept = self.adaptation and run.collection == self.adaptation.collection
-            _refuse(kept, f"runs: {run.collection!r} is kept for the adaptation")
+        if self.model.bundled != (self.adaptation is not None):
+            yield f"adaptation: `{{}}` with the bundled model, else null; {base}"
+        if self.model.bundled and self.prepared_names:
+            yield f"other_document_lengths, released_models belong to a base from the hub; {base}"
+        lacking = sorted({*self.training_collections} - {*self.released_rows})
+        if self.training_data == "released" and lacking:
+            yield f"training_data: no released_rows of {', '.join(lacking)}"
+        if self.adaptation and self.adaptation.collection in {run.collection for run in self.runs}:
+            yield f"runs: {self.adaptation.collection!r} is kept for the adaptation"
         names, jobs = self.evaluated_names, []
         for job in self.plaid:
-            _refuse(job.model not in names, f"plaid: model {job.model!r} is none of {names}")
             jobs += [
                 f"plaid: {job.model} {c} {m}" for c in job.collections for m in job.pool_methods
             ]
+            if job.model not in names:
+                yield f"plaid: model {job.model!r} is none of {names}"
         _refuse_repeats([*(f"runs: {name}" for name in names), *jobs])
         owners: dict[str, str] = {}  # of file names: each would replace the other's files
         for name in [*self.training_collections, *self.measured_collections]:
             owner = owners.setdefault(slug(name), name)
-            _refuse(
-                owner != name,
-                f"collections: {owner!r} and {name!r} have the same name in file names, "
-                f"{slug(name)!r}; rename a folder, or write one collection the same way everywhere",
-            )
-        return self
+            if owner != name:
+                yield f"collections: {owner!r} and {name!r} have the same name in file names"
+                yield "rename a folder, or write one collection the same way everywhere"
 
     @property
     def model_names(self) -> list[str]:

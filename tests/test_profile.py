@@ -73,73 +73,44 @@ def test_a_file_of_ones_own_loads_under_its_name_without_spaces(write, file, nam
     assert profile.name == name and profile.runs[1].pool_factors == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("sed", 1),
-        ("model.query_lenght", 32),
-        ("mining.hards", 3),
-        ("adaptation.colection", "docs:scipy"),
-        ("training.epoch", 1),
-        ("runs.0.pool_metod", "span"),
-        ("evaluation.pool_factor", 2),
-        ("plaid.0.methods", []),
-    ],
-)
-def test_misspelt_key_is_named(write, key, value):
-    assert f"{key}: unknown key" in refusal(write({key: value}))
+MISSPELT = [
+    "sed", "model.query_lenght", "mining.hards", "adaptation.colection", "training.epoch",
+    "runs.0.pool_metod", "evaluation.pool_factor", "plaid.0.methods",
+]  # fmt: skip
+WRONG = {
+    "name": ["../elsewhere", ""],
+    "seed": ["42", True, -1, 2**32],
+    "threads": ["two", 1.5, 0],
+    "model": [None],
+    "model.base": ["bert"],
+    "model.query_length": [0],
+    "model.document_length": [100_000],
+    "mining.text_only": [1],
+    "mining.threshold": [0.0, float("nan")],
+    "training.epochs": ["3", True],
+    "training.batch_size": [0],
+    "training.micro_batch": [0],
+    "training.learning_rate": ["fast", True, -1e-5, float("inf")],
+    "training.warmup_ratio": [1.0],
+    "training.max_rows": [0],
+    "runs": ["docs:scipy"],
+    "runs.0.collection": [3],
+    "runs.1.pool_method": ["means"],
+    "runs.1.pool_factors": [0, "two"],
+    "evaluation.collections": ["docs:scipy", [], ["docs:scipy", "docs:scipy"]],
+    "evaluation.pool_methods": [["kmeans", "kmeans"], ["none"], ["k-means"]],
+    "evaluation.pool_factors": [0, "two", [1, 2.0], []],
+    "plaid.0.pool_methods": [["none"]],
+    "plaid.0.collections": [[]],
+}
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        # wrong types
-        ("seed", "42"),
-        ("seed", True),
-        ("threads", "two"),
-        ("threads", 1.5),
-        ("training.epochs", "3"),
-        ("training.epochs", True),
-        ("training.learning_rate", "fast"),
-        ("training.learning_rate", True),
-        ("mining.text_only", 1),
-        ("runs", "docs:scipy"),
-        ("runs.0.collection", 3),
-        ("evaluation.collections", "docs:scipy"),
-        ("model", None),
-        # impossible values
-        ("seed", -1),
-        ("seed", 2**32),
-        ("threads", 0),
-        ("model.query_length", 0),
-        ("model.document_length", 100_000),
-        ("model.base", "bert"),
-        ("mining.threshold", 0.0),
-        ("mining.threshold", float("nan")),
-        ("training.batch_size", 0),
-        ("training.micro_batch", 0),
-        ("training.learning_rate", -1e-5),
-        ("training.learning_rate", float("inf")),
-        ("training.warmup_ratio", 1.0),
-        ("training.max_rows", 0),
-        ("evaluation.collections", []),
-        ("evaluation.collections", ["docs:scipy", "docs:scipy"]),
-        ("evaluation.pool_methods", ["kmeans", "kmeans"]),
-        ("evaluation.pool_methods", ["none"]),
-        ("evaluation.pool_methods", ["k-means"]),
-        ("evaluation.pool_factors", 0),
-        ("evaluation.pool_factors", "two"),
-        ("evaluation.pool_factors", [1, 2.0]),
-        ("evaluation.pool_factors", []),
-        ("runs.1.pool_method", "means"),
-        ("runs.1.pool_factors", 0),
-        ("runs.1.pool_factors", "two"),
-        ("plaid.0.pool_methods", ["none"]),
-        ("plaid.0.collections", []),
-        ("name", "../elsewhere"),
-        ("name", ""),
-    ],
-)
+@pytest.mark.parametrize("key", MISSPELT)
+def test_misspelt_key_is_named(write, key):
+    assert f"{key}: unknown key" in refusal(write({key: 1}))
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, x) for key, xs in WRONG.items() for x in xs])
 def test_wrong_type_or_impossible_value_is_refused_with_its_key(write, key, value):
     assert f"\n  {key}" in refusal(write({key: value}))
 
@@ -148,7 +119,7 @@ def test_wrong_type_or_impossible_value_is_refused_with_its_key(write, key, valu
     ("changes", "message"),
     [
         ({f"mining.{kind}": 0 for kind in ("hard", "medium", "random")}, "at least 1 negative"),
-        ({"mining.hard": 1000}, "mining: .*at most the \\d+ candidates"),
+        ({"mining.hard": 1000}, r"mining: .*at most .*_candidates, \d+"),
         ({"runs": [QUICK["runs"][1]] * 2, "plaid": []}, "twice: runs: docs-scipy-kmeans-pf1-6-s42"),
         ({"plaid.0.model": "basline"}, "plaid: model 'basline' is none of"),
         ({"plaid": [QUICK["plaid"][0]] * 2}, "listed twice: plaid: baseline"),
@@ -168,12 +139,6 @@ def test_wrong_type_or_impossible_value_is_refused_with_its_key(write, key, valu
 )
 def test_values_that_contradict_each_other_are_refused(write, changes, message):
     assert re.search(message, refusal(write(changes)))
-
-
-def test_missing_key_is_named(tmp_path):
-    content = {key: value for key, value in QUICK.items() if key != "training"}
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
-    assert "training: Field required" in refusal(tmp_path / "a.yaml")
 
 
 def test_same_run_with_another_seed_is_another_model(write):
@@ -200,11 +165,18 @@ def test_two_collections_that_would_share_their_files_are_refused(write, changes
     assert "same name in file names" in refusal(write(changes))
 
 
-def test_number_that_yaml_reads_as_text_gets_a_hint(tmp_path):
-    text = (PROFILES / "quick.yaml").read_text("utf-8").replace("5.0e-5", "5e-5")
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("5.0e-5", "5e-5", "learning_rate: expected a number.*5.0e-5"),
+        ("training:", "training: {}\nmore:", "more: unknown key"),
+        ("description:", "name:", "description: Field required"),
+    ],
+)
+def test_what_a_file_says_otherwise_is_explained(tmp_path, old, new, message):
+    text = (PROFILES / "quick.yaml").read_text("utf-8").replace(old, new, 1)
     (tmp_path / "a.yaml").write_text(text, "utf-8")
-    hint = refusal(tmp_path / "a.yaml")
-    assert "training.learning_rate: expected a number" in hint and "5.0e-5" in hint
+    assert re.search(message, refusal(tmp_path / "a.yaml"))
 
 
 @pytest.mark.parametrize(
