@@ -82,11 +82,6 @@ class Part:
     unit: str = "points"  # of relative NDCG@10, or "ndcg"
     together: bool = False  # whether it makes sense only with all `datasets`
 
-    @property
-    def finding(self) -> int:
-        """A key of `FINDINGS`."""
-        return int(self.name[0])
-
 
 def curve(
     model: str,
@@ -367,7 +362,7 @@ def check_claims(
     cells = OurCells(rows, per_query, roles) if run else None
     lines = []
     for part in PARTS:
-        line = {"finding": part.finding, "part": part.name, "unit": part.unit}
+        line = {"finding": int(part.name[0]), "part": part.name, "unit": part.unit}
         line |= {"statement": part.statement.format_map(both)}
         line |= {key: text.format_map(names) for key, text in judge_paper(part, theirs).items()}
         line |= judge_ours(part, cells, seed, resamples) if run else _BLANK

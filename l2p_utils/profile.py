@@ -83,9 +83,8 @@ def model_name(collection: str, pool_method: str, pool_factors: list[int], seed:
 def parse_factors(value: Any) -> list[int]:
     """Pool factors from `3`, `"1-6"`, `"2+4"` or a list of whole numbers: sorted, each once."""
     factors = value
-    if isinstance(value, str) and re.fullmatch(r"\d+-\d+", value):
-        low, high = map(int, value.split("-"))
-        factors = list(range(low, high + 1))
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)-(\d+)", value)):
+        factors = list(range(int(found[1]), int(found[2]) + 1))
     elif isinstance(value, str) and re.fullmatch(r"\d+(\+\d+)*", value):
         factors = list(map(int, value.split("+")))
     elif type(value) is int:
@@ -376,8 +375,8 @@ class Profile(_Settings):
     @property
     def needs_hub(self) -> bool:
         """Whether anything has to be fetched before the first job."""
-        models = [self.model.base, self.scoring.teacher, self.scoring.miner]
-        return bool(self.hub_collections or self.prepared_names) or models != ["bundled"] * 3
+        models = {self.model.base, self.scoring.teacher, self.scoring.miner}
+        return bool(self.hub_collections or self.prepared_names or models - {"bundled"})
 
     @property
     def folder(self) -> Path:

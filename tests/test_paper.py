@@ -327,8 +327,8 @@ def test_document_lengths_stand_side_by_side(same):
 
 
 def test_markdown_has_no_negative_zero_and_no_nan():
-    lines = markdown(pd.DataFrame({"n": [1, 2], "x": [-0.0001, np.nan]}), 2).splitlines()[2:]
-    assert [line.split() for line in lines] == ["| 1 | 0.00 |".split(), "| 2 | not run |".split()]
+    text = markdown(pd.DataFrame({"n": [1, 2], "x": [-0.0001, np.nan]}), 2)
+    assert text.replace(" ", "").splitlines()[2:] == ["|1|0.00|", "|2|notrun|"]
 
 
 @settings(max_examples=8, phases=[Phase.generate])
