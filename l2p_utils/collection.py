@@ -201,8 +201,6 @@ def _assemble(
         if query not in texts or document not in corpus:
             unknown.append(f"query {query!r}, document {document!r} ({where})")
             continue
-        if not (texts[query] and corpus[document]):
-            continue
         if qrels.setdefault(query, {}).setdefault(document, score) != score:
             raise UserError(
                 f"{where}: query {query!r} and document {document!r} are judged twice, {score} "
@@ -215,9 +213,15 @@ def _assemble(
             f"{UNKNOWN_SHARE:.0%} are dropped with a notice. Do the ids of qrels, queries and "
             "corpus belong together?"
         )
-    if carved:
+    if carved:  # before anything is left out for want of text, so that text_only moves no query
         dev = _dev_queries(list(qrels))
         qrels = {query: qrels[query] for query in qrels if (query in dev) == (split == "dev")}
+    qrels = {
+        query: {document: judged[document] for document in judged if corpus[document]}
+        for query, judged in qrels.items()
+        if texts[query]
+    }
+    qrels = {query: judged for query, judged in qrels.items() if judged}
     if not qrels:
         raise UserError(f"{name}: the split {split!r} judges no query and document with any text.")
     empty = [sum(not text for text in mapping.values()) for mapping in (corpus, texts)]

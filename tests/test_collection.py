@@ -85,6 +85,15 @@ def test_dev_is_carved_out_of_train_where_it_is_missing(write):
     assert len(load_collection(own, "dev").queries) == 3
 
 
+def test_whether_titles_count_moves_no_query_between_train_and_dev(write):
+    dev = load_collection(write(), "dev").queries.keys()
+    others = [query for query, _, _ in TRAIN if query not in dev]
+    empty = {query.replace("q", "d") for query in others[:5]}
+    documents = [d | {"text": ""} if d["_id"] in empty else d for d in DOCUMENTS]
+    train = load_collection(write(documents), "train", text_only=True)
+    assert list(train.queries) == others[5:]
+
+
 def test_what_has_no_text_is_left_out_and_counted(write, caplog):
     documents = [*DOCUMENTS, {"_id": "empty", "title": "", "text": " "}, {"_id": "null"}]
     queries = [*QUERIES, {"_id": "silent", "text": ""}]
