@@ -13,10 +13,10 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+NOTEBOOKS := $(PY) -m l2p_utils.notebooks
 SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) \
 	--resources gpu=$(GPUS) $(addprefix mem_mb=,$(MEM_MB)) \
-	--config profile=$(PROFILE) --keep-going --rerun-incomplete --nolock --scheduler greedy \
-	--quiet all
+	--config "profile=$(PROFILE)" --rerun-incomplete --nolock --scheduler greedy --quiet all
 
 .PHONY: help run plan fetch test lab figures notebooks bench clean setup
 .DEFAULT_GOAL := help
@@ -24,33 +24,35 @@ SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) \
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
 
-run: setup  ## run a profile end to end, or go on with it: PROFILE=quick (default), offline, smoke
-	@$(PY) -m l2p_utils.report --check $(PROFILE)
-	@$(SNAKEMAKE); status=$$?; $(PY) -m l2p_utils.report $(PROFILE) && exit $$status
+# Without rows or a baseline nothing else can run: a failure there ends the run at once.
+run: setup  ## run a profile, or resume it: PROFILE=quick (default), offline, smoke, paper, mine.yaml
+	@$(NOTEBOOKS) check "$(PROFILE)"
+	@$(SNAKEMAKE) --until mine baseline && $(SNAKEMAKE) --keep-going; status=$$?; \
+		$(NOTEBOOKS) report "$(PROFILE)" && exit $$status
 
-plan: setup  ## show what `make run` would do
-	@$(PY) -m snakemake --cores $(CORES) --config profile=$(PROFILE) --nolock -n
+plan: setup  ## check a profile and its data, and show the jobs of `make run`
+	@$(NOTEBOOKS) plan "$(PROFILE)"
 
 fetch: setup  ## bring here what a profile needs from the hub (`make run` does it first)
-	@env -u HF_HUB_OFFLINE $(PY) -m l2p_utils.fetch $(PROFILE)
+	@env -u HF_HUB_OFFLINE $(PY) -m l2p_utils.hub "$(PROFILE)"
 
 test: setup  ## run the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-lab: setup  ## open the notebooks in JupyterLab
+lab: setup  ## open the notebooks in JupyterLab; LAB="--port 9999 --ip 0.0.0.0": its own options
 	@# kernels start in the project's folder, as headless ones do: paths mean the same in both
 	@$(PY) -m jupyter lab --ServerApp.root_dir="$(CURDIR)/notebooks" \
-		--AsyncMappingKernelManager.root_dir="$(CURDIR)"
+		--AsyncMappingKernelManager.root_dir="$(CURDIR)" $(LAB)
 
-figures: setup  ## redraw figures/ from data/ and the bench's measurements
+figures: setup  ## redraw figures/ from data/
 	@$(PY) -m l2p_utils.figures
-	@$(PY) -m l2p_utils.bench_report figures/bench
+	@$(PY) -m l2p_utils.benchmark
 
-notebooks: setup  ## execute the committed notebooks again from data/
-	@$(PY) -m l2p_utils.committed
+notebooks: setup  ## execute the stored notebooks again from data/; copy 01-03 from a finished quick
+	@$(NOTEBOOKS) refresh
 
-bench: setup  ## measure beside the libraries that people use; COLLECTIONS="…": more for quality
-	@$(PY) -m l2p_utils.bench --collections $(COLLECTIONS)
+bench: setup  ## measure beside the libraries that people use: executes 10_speed
+	@$(NOTEBOOKS) run notebooks/10_speed.ipynb runs/bench/10_speed.ipynb --parameters measure=True $(BENCH)
 
 clean:  ## remove runs/ (and say how much it was); .venv stays
 	@if [ -d runs ]; then du -sh runs | sed 's/\t.*/ in runs\/ removed/'; rm -rf runs; \

@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -22,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from l2p_utils.claims import check_claims, claims_table
 from l2p_utils.files import UserError, atomic_path
@@ -46,7 +48,6 @@ from l2p_utils.paper import (
 )
 from l2p_utils.results import (
     BASELINE,
-    POOL_FACTORS,
     VARIANTS,
     default_variant,
     has_rows,
@@ -56,7 +57,6 @@ from l2p_utils.results import (
 )
 
 DPI = 220  # of files; notebooks show 110
-KINDS = ("png", "svg")
 
 # ---------------------------------------------------------------- how each exhibit looks
 
@@ -82,22 +82,27 @@ TITLES = {
     "table4": "kmeans pooling: models trained with one factor or with all",
     "overview": "NDCG@10 kept as documents shrink: k-means pooling on",
 }
+# The pool method under which a run's own collections are shown in an exhibit's place; else all.
+OWN_METHOD = {
+    "overview": "kmeans", "figure2": "span",
+    "table1": "span", "table2": "kmeans", "table3": "hierarchical", "table4": "kmeans",
+}  # fmt: skip
 SEARCH = {"exact": "Exact search", "plaid": "PLAID search"}
 OWN = "Each model is trained on its panel's collection."
 CAPTIONS = {"figure2": OWN, "figure3": f"{OWN} The baseline is pooled hierarchically."}
+RELATIVE = "Relative NDCG@10 (%)"
 
 # Okabe and Ito's colours (2008), which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E08A00", "#009E73", "#CC79A7"
 SKY, GREY, PURPLE = "#56B4E9", "#555555", "#7B3294"
 COLOURS = {"hierarchical": BLUE, "kmeans": ORANGE, "span": GREEN}
 MARKERS = {"hierarchical": "o", "kmeans": "^", "span": "D"}
+MODEL_COLOURS, MODEL_MARKERS = (GREY, SKY, PURPLE, ORANGE, BLUE, GREEN, PINK), "osXP^v"
 # Where curves run together all are seen: wider lines and larger, open squares lie below.
 NESTED = {
-    "span": (3.2, 10.6, False),
-    "hierarchical": (2.1, 6.2, False),
-    "kmeans": (1.5, 3.8, True),
-    "FT FiQA KMeans PF1-6": (2.65, 8.4, False),
-}
+    "span": (3.2, 10.6, False), "FT FiQA KMeans PF1-6": (2.65, 8.4, False),
+    "hierarchical": (2.1, 6.2, False), "kmeans": (1.5, 3.8, True),
+}  # fmt: skip
 SPAN_STYLES = {
     "FT PF1": dict(color=GREY, linestyle=":", marker="X", zorder=3),
     "FT Span PF2": dict(color=SKY, linestyle="-", marker="v", zorder=3),
@@ -116,19 +121,22 @@ STYLE = {
 
 
 class NotebookFigure(Figure):
-    """A figure outside pyplot's state that shows itself in a notebook, with a text for those who
-    cannot see it.
+    """A figure outside pyplot's state that shows itself in a notebook.
 
     Attributes
     ----------
     alt : str
-        That text.
+        What it shows in words, for those who cannot see it.
     """
 
     alt = ""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
-        return render(self, "png", dpi=110), {"alt": self.alt}
+        # 256 colours look the same and take a third of the bytes in a stored notebook
+        image = Image.open(BytesIO(render(self, "png", dpi=110))).convert("RGB")
+        small = BytesIO()
+        image.quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+        return small.getvalue(), {"alt": self.alt}
 
 
 def render(figure: Figure, kind: str, dpi: int = DPI) -> bytes:
@@ -141,19 +149,12 @@ def render(figure: Figure, kind: str, dpi: int = DPI) -> bytes:
     return buffer.getvalue()
 
 
-def panels(
+def _panels(
     count: int, columns: int, size: tuple[float, float], title: str, notes: Iterable[str]
 ) -> tuple[NotebookFigure, list[Axes], Axes]:
-    """A figure of `count` panels on common axes, a row for the legend, a title, small print.
+    """A figure of `count` panels of `size` inches on common axes, with a title and small print.
 
-    Parameters
-    ----------
-    size
-        Inches of one panel.
-
-    Returns
-    -------
-    The figure, its panels, and an empty strip for `legend`.
+    Also gives the panels, and an empty strip for `_legend`.
     """
     columns = min(columns, count)
     lines = math.ceil(count / columns)
@@ -168,43 +169,69 @@ def panels(
         axes.append(figure.add_subplot(grid[divmod(place, columns)], sharex=first, sharey=first))
     strip = figure.add_subplot(grid[lines, :])
     strip.axis("off")
-    figure.suptitle(textwrap.fill(title, int(width * 8)), fontsize=13, fontweight="bold")
+    figure.suptitle(textwrap.fill(title, int(width * 9.3)), fontsize=12, fontweight="bold")
     figure.supxlabel(small, fontsize=8.5, color="#555555", x=0.012, ha="left")
     return figure, axes, strip
 
 
-def legend(strip: Axes, handles: dict[str, object]) -> None:
-    """One legend for all panels."""
-    if handles:
-        letters = strip.figure.get_size_inches()[0] * 10
-        fitting = max(int(letters // (max(map(len, handles)) + 9)), 1)
-        columns = len(handles) if len(handles) <= min(fitting, 4) else min(fitting, 3)
-        strip.legend(
-            handles.values(), handles, loc="center", ncols=columns, frameon=False, fontsize=10,
-            handlelength=2.8, columnspacing=1.6, borderaxespad=0,
-        )  # fmt: skip
+def _legend(strip: Axes, handles: dict[str, object]) -> None:
+    """One legend for all panels; the figure grows with its lines."""
+    width, height = strip.figure.get_size_inches()
+    fitting = max(int(width * 10 // (max(map(len, handles)) + 9)), 1)
+    columns = len(handles) if len(handles) <= min(fitting, 4) else min(fitting, 3)
+    strip.figure.set_size_inches(width, height + 0.25 * (math.ceil(len(handles) / columns) - 1))
+    strip.legend(
+        handles.values(), handles, loc="center", ncols=columns, frameon=False, fontsize=10,
+        handlelength=2.8, columnspacing=1.6, borderaxespad=0,
+    )  # fmt: skip
 
 
-def _percent_axes(
-    axes: list[Axes], columns: int, values: pd.Series, factors: Iterable[int], label: str
-) -> None:
-    """Common limits, whole fives around the data; a line at 100; labels at the edges."""
-    values = [*values.dropna(), 100.0]
-    low, high = 5 * np.floor((min(values) - 1) / 5), 5 * np.ceil((max(values) + 1) / 5)
-    axes[0].set(ylim=(low, high), xticks=sorted(set(factors)))
-    axes[0].yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
-    for place, axis in enumerate(axes):
-        axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
-        sns.despine(ax=axis)
-        if place % columns == 0:
-            axis.set_ylabel(label)
-        if place >= len(axes) - columns:
-            axis.set_xlabel("Pool factor")
+class Line(NamedTuple):
+    """A curve of a panel: percentages by pool factor."""
+
+    name: str  # in the legend
+    values: pd.Series
+    style: dict
+
+
+def _draw_lines(
+    facets: dict[str, list[Line]], title: str, notes: Iterable[str], columns: int,
+    size: tuple[float, float], ylabel: str = RELATIVE, limits: tuple[int, int] | None = None,
+) -> NotebookFigure:  # fmt: skip
+    """A panel per facet, by its title; common limits, whole fives around the data; 100 % dashed."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes, strip = _panels(len(facets), columns, size, title, notes)
+        handles: dict[str, object] = {}
+        for place, (axis, (name, lines)) in enumerate(zip(axes, facets.items(), strict=True)):
+            axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
+            for line in lines:
+                (handles[line.name],) = axis.plot(line.values.index, line.values, **line.style)
+            axis.set_title(name, fontsize=11.5)
+            sns.despine(ax=axis)
+            if place % columns == 0:
+                axis.set_ylabel(ylabel)
+            if place >= len(axes) - columns:
+                axis.set_xlabel("Pool factor")
+        values = pd.concat([line.values for lines in facets.values() for line in lines])
+        low, high = min(values.min(), 100.0), max(values.max(), 100.0)
+        around = (5 * np.floor((low - 1) / 5), 5 * np.ceil((high + 1) / 5))
+        axes[0].set(ylim=limits or around, xticks=sorted(set(values.index)))
+        axes[0].yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
+        _legend(strip, handles)
+    return figure
+
+
+def _by_factor(curve: pd.DataFrame, value: str = "relative") -> pd.Series:
+    return curve.set_index("pool_factor")[value].sort_index()
+
+
+# ---------------------------------------------------------------- the paper's figures
 
 
 def _title(source: Exhibits, exhibit: str) -> str:
     number = f"{exhibit[:-1].capitalize()} {exhibit[-1]}"
-    return f"{number} {'of the paper' if source.is_paper else 'in this run'}: {TITLES[exhibit]}"
+    where, title = "of the paper" if source.is_paper else "in this run", TITLES[exhibit]
+    return f"{number} {where}. {title[0].upper()}{title[1:]}"
 
 
 def _notes(source: Exhibits, exhibit: str) -> list[str]:
@@ -230,54 +257,37 @@ def _style(label: str, pool_method: str) -> dict:
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------- the paper's figures
+def _cells(source: Exhibits, exhibit: str) -> pd.DataFrame:
+    """The cells of an exhibit that have a number."""
+    frame = source.frame[source.frame["exhibit"] == exhibit]
+    return frame.dropna(subset=["relative"])
 
 
 def draw(source: Exhibits, exhibit: str) -> NotebookFigure:
-    """Draw one of the paper's figures, or the overview, from `source`.
+    """Draw "figure1" … "figure4" or "overview" from `source`; UserError without rows for it.
 
     Panels without any number are left out. Where a run has none at all, because its collections
-    are others, its models are compared on its own collections (`draw_models`, `draw_kept`).
-
-    Parameters
-    ----------
-    exhibit
-        "figure1" … "figure4", or "overview".
-
-    Raises
-    ------
-    UserError
-        When there is no such figure, or the run has no rows for it.
+    are others, its models are compared on its own collections.
     """
     if exhibit not in (*PANELS, "overview"):
         raise UserError(f"no figure {exhibit!r}: expected one of {[*PANELS, 'overview']}.")
-    shown = "table4" if exhibit == "overview" else exhibit
-    frame = source.frame[source.frame["exhibit"] == shown].dropna(subset=["relative"])
+    frame = _cells(source, "table4" if exhibit == "overview" else exhibit)
     if frame.empty:
         return _draw_own(source, exhibit)
     if exhibit == "overview":
-        return draw_overview(source)
-    datasets = [dataset for dataset in PANELS[exhibit] if dataset in set(frame["dataset"])]
-    columns = 3 if len(PANELS[exhibit]) > 4 else 2
-    with matplotlib.rc_context(STYLE):
-        figure, axes, strip = panels(
-            len(datasets), columns, (4.1 if columns == 3 else 5.1, 3.0 if columns == 3 else 3.6),
-            _title(source, exhibit), _notes(source, exhibit),
-        )  # fmt: skip
-        handles: dict[str, object] = {}
-        for axis, dataset in zip(axes, datasets, strict=True):
-            curves = frame[frame["dataset"] == dataset]
-            for (label, method), curve in curves.groupby(["label", "pool_method"], sort=False):
-                curve = curve.sort_values("pool_factor")
-                name = _legend_name(source, exhibit, label, method)
-                style = _style(label, method)
-                (handles[name],) = axis.plot(curve["pool_factor"], curve["relative"], **style)
-            axis.set_title(source.names[dataset][0], fontsize=11.5)
-        _percent_axes(axes, columns, frame["relative"], POOL_FACTORS, "Relative NDCG@10 (%)")
-        if source.is_paper:
-            axes[0].set_ylim(PAPER_LIMITS[exhibit])
-        legend(strip, handles)
-    figure.alt = f"{_title(source, exhibit)}. {_spoken(source, frame)}"
+        return _draw_overview(source, frame)
+    facets: dict[str, list[Line]] = {}
+    for dataset in PANELS[exhibit]:
+        curves = frame[frame["dataset"] == dataset]
+        for (label, method), curve in curves.groupby(["label", "pool_method"], sort=False):
+            name = _legend_name(source, exhibit, label, method)
+            line = Line(name, _by_factor(curve), _style(label, method))
+            facets.setdefault(source.names[dataset][0], []).append(line)
+    columns, size = (3, (4.1, 3.0)) if exhibit == "figure1" else (2, (5.1, 3.6))
+    limits = PAPER_LIMITS[exhibit] if source.is_paper else None
+    title, notes = _title(source, exhibit), _notes(source, exhibit)
+    figure = _draw_lines(facets, title, notes, columns, size, limits=limits)
+    figure.alt = f"{title}. {_spoken(source, frame)}"
     return figure
 
 
@@ -304,40 +314,36 @@ def _legend_name(source: Exhibits, exhibit: str, label: str, method: str) -> str
     return f"{name}, {method}" if label == "Baseline" else name
 
 
-def draw_overview(source: Exhibits) -> NotebookFigure:
+def _draw_overview(source: Exhibits, frame: pd.DataFrame) -> NotebookFigure:
     """The project in one picture: baseline, FT PF1 and FT kmeans PF1-6 under kmeans pooling.
 
-    Drawn from Table 4's cells (SciFact or the collection in its role). Where the source knows
-    them, mean vectors per document stand under the pool factors.
+    From Table 4's cells (SciFact or the collection in its role). Where the source knows them, mean
+    vectors per document stand under the pool factors.
     """
     wanted = {
         "FT KMeans PF1-6": "trained with pooling",
         "FT PF1": "trained without pooling",
         "Baseline": "baseline",
     }
-    frame = source.frame[(source.frame["exhibit"] == "table4")].dropna(subset=["relative"])
     frame = frame[frame["label"].isin(wanted)]
+    lines = []
+    for label, text in wanted.items():
+        curve = _by_factor(frame[frame["label"] == label])
+        if len(curve):
+            name = f"{text} ({curve.iloc[-1]:.1f} % at PF{curve.index[-1]})"
+            style = _style(label, "kmeans") | dict(linewidth=2.6, markersize=8)
+            lines.append(Line(name, curve, style))
     who = "The paper" if source.is_paper else "This run"
     title = f"{who}. {TITLES['overview']} {source.names['SciFact'][1]}"
-    with matplotlib.rc_context(STYLE):
-        figure, (axis,), strip = panels(1, 1, (9.2, 4.4), title, _notes(source, "overview"))
-        handles = {}
-        for label, text in wanted.items():
-            curve = frame[frame["label"] == label].sort_values("pool_factor")
-            if len(curve):
-                style = _style(label, "kmeans") | dict(linewidth=2.6, markersize=8)
-                end = curve.iloc[-1]
-                last = f"{text} ({end['relative']:.1f} % at PF{end['pool_factor']})"
-                (handles[last],) = axis.plot(curve["pool_factor"], curve["relative"], **style)
-        unit = "Relative NDCG@10\n(% of the unpooled baseline)"
-        _percent_axes([axis], 1, frame["relative"], POOL_FACTORS, unit)
-        if source.is_paper:
-            axis.set_ylim(PAPER_LIMITS["overview"])
-        vectors = source.vectors
-        if vectors is not None and vectors.notna().all():
-            axis.set_xticklabels([f"{factor}\n{vectors[factor]:.0f}" for factor in POOL_FACTORS])
-            axis.set_xlabel("Pool factor, and mean vectors stored per document")
-        legend(strip, handles)
+    unit = "Relative NDCG@10\n(% of the unpooled baseline)"
+    limits = PAPER_LIMITS["overview"] if source.is_paper else None
+    notes = _notes(source, "overview")
+    figure = _draw_lines({"": lines}, title, notes, 1, (9.2, 4.4), unit, limits)
+    vectors = source.vectors
+    if vectors is not None and vectors.notna().all():
+        labels = [f"{factor}\n{count:.0f}" for factor, count in vectors.items()]
+        figure.axes[0].set_xticks(vectors.index, labels)
+        figure.axes[0].set_xlabel("Pool factor, and mean vectors stored per document")
     figure.alt = f"{title}. {_spoken(source, frame)}"
     return figure
 
@@ -346,104 +352,109 @@ def draw_overview(source: Exhibits) -> NotebookFigure:
 
 
 def _draw_own(source: Exhibits, exhibit: str) -> NotebookFigure:
-    engine = ENGINE.get(exhibit, "exact")
-    rows = source.rows
-    if rows is None or not (rows["engine"] == engine).any():
-        raise UserError(f"{source.name}: there are no rows of {SEARCH[engine]} to draw.")
-    rows = rows[rows["engine"] == engine]
-    if exhibit == "figure1" and (rows["model"] == BASELINE).any():
-        return draw_kept(main_variants(rows[rows["model"] == BASELINE]))
-    return draw_models(rows)
+    rows = _rows(source, exhibit)
+    if rows.empty:
+        engine = SEARCH[ENGINE.get(exhibit, "exact")]
+        raise UserError(f"{source.name}: there are no rows of {engine} to draw.")
+    baseline = rows[rows["model"] == BASELINE]
+    if exhibit == "figure1" and (baseline["pool_method"] != "none").any():
+        return draw_kept(_main_variants(baseline))
+    return draw_models(rows, OWN_METHOD.get(exhibit))
 
 
-def main_variants(rows: pd.DataFrame) -> pd.DataFrame:
+def _rows(source: Exhibits, exhibit: str) -> pd.DataFrame:
+    """A run's rows of the engine of an exhibit; none of the paper's numbers."""
+    rows = pd.DataFrame({"engine": []}) if source.rows is None else source.rows
+    return rows[rows["engine"] == ENGINE.get(exhibit, "exact")]
+
+
+def _main_variants(rows: pd.DataFrame) -> pd.DataFrame:
     """`rows` in one variant of each pool method, the one that most models have."""
     variants = {method: default_variant(rows, method) for method in VARIANTS}
     return rows[rows["pool_variant"] == rows["pool_method"].map(variants)]
 
 
-def _curves(rows: pd.DataFrame) -> pd.DataFrame:
-    """Relative NDCG@10 with the unpooled row as each method's point at factor 1."""
-    rows = relative_ndcg(main_variants(rows), partial=True)
-    methods = [method for method in COLOURS if (rows["pool_method"] == method).any()]
-    unpooled = rows[rows["pool_method"] == "none"].drop(columns="pool_method")
-    starts = unpooled.merge(pd.DataFrame({"pool_method": methods}), how="cross")
-    return pd.concat([starts, rows[rows["pool_method"] != "none"]], ignore_index=True)
+def _curves(rows: pd.DataFrame, pool_method: str | None = None) -> pd.DataFrame:
+    """Curves of every model: ``relative`` NDCG@10, unpooled rows as each method's point at 1.
+
+    Of `pool_method` where it was run, else of all methods. UserError without any baseline.
+    """
+    rows = _main_variants(rows)
+    relative = relative_ndcg(rows, partial=True)
+    if relative["relative_ndcg@10"].isna().all():
+        relative_ndcg(rows)  # says what is missing
+    relative = relative.rename(columns={"relative_ndcg@10": "relative"})
+    unpooled = relative[relative["pool_method"] == "none"]
+    pooled = relative[relative["pool_method"] != "none"]
+    if (pooled["pool_method"] == pool_method).any():
+        pooled = pooled[pooled["pool_method"] == pool_method]
+    pairs = pooled[["model", "collection", "pool_method"]].drop_duplicates()
+    starts = unpooled.drop(columns="pool_method").merge(pairs, on=["model", "collection"])
+    return pd.concat([starts, pooled], ignore_index=True) if len(pooled) else unpooled
 
 
-def draw_models(rows: pd.DataFrame) -> NotebookFigure:
+def _short(collections: Iterable[str]) -> dict[str, str]:
+    """Names of collections, in their order; of folders the last part, where it tells them apart."""
+    names = {name: Path(name).name for name in sorted(set(collections))}
+    return names if len(set(names.values())) == len(names) else {name: name for name in names}
+
+
+def _engine_note(rows: pd.DataFrame) -> str:
+    queries = "–".join(str(n) for n in sorted({rows["queries"].min(), rows["queries"].max()}))
+    return f"{SEARCH[rows['engine'].iloc[0]]}; {queries} test queries per collection."
+
+
+def draw_models(rows: pd.DataFrame, pool_method: str | None = None) -> NotebookFigure:
     """Every model of a run on its collections: a row per collection, a column per pool method.
 
-    Parameters
-    ----------
-    rows
-        Of one engine.
+    `rows` are of one engine. Of `pool_method` alone, where it was run.
     """
-    curves = _curves(rows)
+    curves = _curves(rows, pool_method)
     methods = list(dict.fromkeys(curves["pool_method"]))
-    collections, models = sorted(curves["collection"].unique()), _order(curves["model"])
-    names = [Path(collection).name for collection in collections]
-    title = f"This run's models on {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-    queries = "–".join(str(n) for n in sorted({rows["queries"].min(), rows["queries"].max()}))
-    engine = SEARCH[rows["engine"].iloc[0]]
-    note = f"100 %: the unpooled baseline. {engine}; {queries} test queries per collection."
-    palette = [GREY, SKY, PURPLE, ORANGE, BLUE, GREEN, PINK]
-    with matplotlib.rc_context(STYLE):
-        count = len(collections) * len(methods)
-        figure, axes, strip = panels(count, len(methods), (3.6, 3.0), title, [note])
-        handles: dict[str, object] = {}
-        places = [(collection, method) for collection in collections for method in methods]
-        for axis, (collection, method) in zip(axes, places, strict=True):
-            here = curves[(curves["collection"] == collection) & (curves["pool_method"] == method)]
-            for number, model in enumerate(models):
-                curve = here[here["model"] == model].sort_values("pool_factor")
-                look = {"color": palette[number % 7], "marker": "osXP^vD"[number % 7]}
-                look["linestyle"] = "--" if model == BASELINE else "-"
-                line = axis.plot(curve["pool_factor"], curve["relative_ndcg@10"], **look)
-                handles[model] = line[0]
-            axis.set_title(f"{Path(collection).name}, {method}", fontsize=11)
-        values, factors = curves["relative_ndcg@10"], curves["pool_factor"]
-        _percent_axes(axes, len(methods), values, factors, "Relative NDCG@10 (%)")
-        legend(strip, handles)
+    models = sorted(curves["model"].unique(), key=lambda name: (name != BASELINE, name))
+    looks = {
+        model: dict(
+            color=MODEL_COLOURS[number % 7], marker=MODEL_MARKERS[number % 6],
+            linestyle="--" if model == BASELINE else "-",
+        )
+        for number, model in enumerate(models)
+    }  # fmt: skip
+    names, facets = _short(curves["collection"]), {}
+    for (collection, method, model), curve in curves.groupby(
+        ["collection", "pool_method", "model"]
+    ):
+        line = Line(model, _by_factor(curve), looks[model])
+        facets.setdefault(f"{names[collection]}, {method}", []).append(line)
+    more = ", …" if len(names) > 3 else ""
+    title = f"This run's models on {', '.join([*names.values()][:3])}{more}"
+    title += f": {methods[0]} pooling" if len(methods) == 1 else ""
+    note = f"100 %: the unpooled baseline. {_engine_note(rows)}"
+    columns = len(methods) if len(methods) > 1 else 3
+    figure = _draw_lines(facets, title, [note], columns, (3.6, 3.0))
     figure.alt = f"{title}: relative NDCG@10 of {', '.join(models)} by pool factor."
     return figure
-
-
-def _order(models: pd.Series) -> list[str]:
-    return sorted(models.unique(), key=lambda name: (name != BASELINE, name))
 
 
 def draw_kept(rows: pd.DataFrame) -> NotebookFigure:
     """What one model keeps of its own unpooled NDCG@10: a panel per collection, a curve per method.
 
-    Parameters
-    ----------
-    rows
-        The model's rows of one engine, one variant per method; the unpooled ones among them.
+    `rows` are the model's of one engine, one variant per method, with the unpooled ones.
     """
-    curves, collections = kept_ndcg(rows), sorted(rows["collection"].unique())
+    if (rows["pool_method"] == "none").all():
+        raise UserError("There is no pooled measurement to draw: evaluate at pool factors above 1.")
+    curves = kept_ndcg(rows).dropna(subset=["kept"])
+    names, facets = _short(curves["collection"]), {}
+    for (collection, method), curve in curves.groupby(["collection", "pool_method"]):
+        look = {"color": COLOURS[method], "marker": MARKERS[method]}
+        line = Line(method, _by_factor(curve, "kept"), look)
+        facets.setdefault(names[collection], []).append(line)
     title = f"{rows['model'].iloc[0]}: NDCG@10 kept at each pool factor"
-    counts = "–".join(str(n) for n in sorted({rows["queries"].min(), rows["queries"].max()}))
-    engine = SEARCH[rows["engine"].iloc[0]]
-    note = f"100 %: the same model unpooled. {engine}; {counts} test queries per collection."
-    columns = 2 if len(collections) in (2, 4) else 3
-    with matplotlib.rc_context(STYLE):
-        figure, axes, strip = panels(len(collections), columns, (3.7, 2.9), title, [note])
-        handles: dict[str, object] = {}
-        for axis, collection in zip(axes, collections, strict=True):
-            here = curves[curves["collection"] == collection].dropna(subset=["kept"])
-            for method, colour in COLOURS.items():
-                curve = here[here["pool_method"] == method]
-                if len(curve):
-                    look = {"color": colour, "marker": MARKERS[method]}
-                    (handles[method],) = axis.plot(curve["pool_factor"], curve["kept"], **look)
-            axis.set_title(Path(collection).name, fontsize=11.5)
-        factors = {1, *rows["pool_factor"]}
-        _percent_axes(axes, min(columns, len(axes)), curves["kept"], factors, "NDCG@10 (%)")
-        legend(strip, handles)
-    last = curves[curves["pool_factor"] == curves["pool_factor"].max()]
-    ends = last.groupby("pool_method")["kept"].mean().round()
-    spoken = ", ".join(f"{method} {kept:.0f} %" for method, kept in ends.items())
+    note = f"100 %: the same model unpooled. {_engine_note(rows)}"
+    columns = 2 if len(facets) in (2, 4) else 3
+    figure = _draw_lines(facets, title, [note], columns, (3.7, 2.9), "NDCG@10 (%)")
+    ends = curves[curves["pool_factor"] == curves["pool_factor"].max()]
+    means = ends.groupby("pool_method")["kept"].mean().round()
+    spoken = ", ".join(f"{method} {kept:.0f} %" for method, kept in means.items())
     figure.alt = f"{title}; mean at the largest factor: {spoken}."
     return figure
 
@@ -456,23 +467,20 @@ def draw_comparison(comparison: pd.DataFrame) -> NotebookFigure:
 
     The shaded band is the tolerance. Percentages count as that part of the paper's unpooled
     baseline; Table 2's differences, averages and the baseline's own 100 % are not drawn.
-
-    Parameters
-    ----------
-    comparison
-        From `paper.compare_with_paper`.
+    `comparison` is from `paper.compare_with_paper`.
     """
     dots = _dots(comparison)
     engines = [engine for engine in HUB_SUITES if (dots["engine"] == engine).any()]
     title = "The paper's values and ours"
     band = "Shaded: the tolerance, ± {exact:g} point (exact search), ± {plaid:g} points (PLAID)."
     notes = [f"{band.format(**POINTS)} Filled: inside; open: outside."]
-    notes += [
-        f"{SEARCH[engine]}: of {len(part)} printed values {_counts(part['verdict'])}."
-        for engine, part in comparison.groupby("engine")
-    ]
+    for engine, part in comparison.groupby("engine"):
+        counts = ", ".join(
+            f"{n} {verdict}" for verdict, n in part["verdict"].value_counts().items()
+        )
+        notes.append(f"{SEARCH[engine]}: of {len(part)} printed values {counts}.")
     with matplotlib.rc_context(STYLE):
-        figure, axes, strip = panels(max(len(engines), 1), 2, (5.1, 4.0), title, notes)
+        figure, axes, strip = _panels(max(len(engines), 1), 2, (5.1, 4.0), title, notes)
         handles: dict[str, object] = {}
         for axis, engine in zip(axes, engines, strict=False):
             here = dots[dots["engine"] == engine]
@@ -487,13 +495,9 @@ def draw_comparison(comparison: pd.DataFrame) -> NotebookFigure:
             axis.set_title(f"{SEARCH[engine]}, {HUB_SUITES[engine][1]}", fontsize=11.5)
             axis.set(xlabel="The paper (NDCG@10 × 100)", ylabel="Ours − paper (NDCG points)")
             sns.despine(ax=axis)
-        legend(strip, handles)
+        _legend(strip, handles)
     figure.alt = f"{title}. {' '.join(notes[1:])}"
     return figure
-
-
-def _counts(verdicts: pd.Series) -> str:
-    return ", ".join(f"{count} {verdict}" for verdict, count in verdicts.value_counts().items())
 
 
 def _dots(values: pd.DataFrame) -> pd.DataFrame:
@@ -514,24 +518,18 @@ def table(source: Exhibits, exhibit: str) -> pd.DataFrame:
     """One of the paper's tables, a model per line: ``PF1`` … columns of "NDCG@10 (relative %)".
 
     Table 2 adds the difference to the baseline at the same factor. Models that were not run have
-    no line. A run on its own collections gives the same columns for all its models there.
-
-    Raises
-    ------
-    UserError
-        When there is no such table.
+    no line. A run on its own collections gives all its models there. UserError for another name.
     """
     if exhibit not in TABLES:
         raise UserError(f"no table {exhibit!r}: expected one of {TABLES}.")
-    frame = source.frame[source.frame["exhibit"] == exhibit]
-    if frame["relative"].isna().all() and source.rows is not None:
-        methods = {"table1": "span", "table3": "hierarchical"}
-        return models_table(source.rows, methods.get(exhibit, "kmeans"))
+    rows, frame = _rows(source, exhibit), source.frame[source.frame["exhibit"] == exhibit]
+    if frame["relative"].isna().all() and len(rows):
+        return _models_table(_curves(rows, OWN_METHOD[exhibit]))
     lines = []
     for (dataset, label), cells in frame.groupby(["dataset", "label"], sort=False):
         where = {"Collection": source.names[dataset][1]} if exhibit == "table2" else {}
         texts = {f"PF{int(cell.pool_factor)}": _cell(cell) for cell in cells.itertuples()}
-        if not cells["relative"].isna().all():
+        if cells["relative"].notna().any():
             lines.append({**where, "Model": source.rename(label), **texts})
     return pd.DataFrame(lines)
 
@@ -542,18 +540,20 @@ def _cell(cell) -> str:
     text = f"{cell.ndcg:.3f} ({cell.relative:.1f})"
     if np.isnan(cell.delta):
         return text
-    # "+ 0.0" turns a negative zero into zero.
-    return f"{text} {round(cell.delta, 3) + 0.0:+.3f}".replace("-", "−")
+    return f"{text} {cell.delta:+z.3f}".replace("-", "−")
 
 
-def models_table(rows: pd.DataFrame, pool_method: str) -> pd.DataFrame:
-    """NDCG@10 of every model of a run under one pool method, a line per collection and model."""
-    curves = _curves(rows[rows["engine"] == "exact"])
-    curves = curves[curves["pool_method"] == pool_method]
-    curves = curves.assign(Collection=[Path(name).name for name in curves["collection"]])
-    wide = curves.pivot_table("ndcg@10", ["Collection", "model"], "pool_factor").round(3)
-    wide = wide.rename(columns="PF{}".format).rename_axis(index={"model": "Model"}, columns=None)
-    return wide.reset_index()
+def _models_table(curves: pd.DataFrame) -> pd.DataFrame:
+    """Every model of a run under one pool method, a line per collection and model."""
+    cells = curves.assign(
+        Collection=curves["collection"].map(_short(curves["collection"])),
+        cell=[
+            _cell(cell) for cell in curves.assign(ndcg=curves["ndcg@10"], delta=np.nan).itertuples()
+        ],
+    )
+    wide = cells.pivot_table("cell", ["Collection", "model"], "pool_factor", aggfunc="first")
+    wide = wide.fillna("not run").rename(columns="PF{}".format)
+    return wide.rename_axis(index={"model": "Model"}, columns=None).reset_index()
 
 
 def table_values(source: Exhibits, exhibit: str) -> pd.DataFrame:
@@ -572,16 +572,16 @@ def table_values(source: Exhibits, exhibit: str) -> pd.DataFrame:
 
 def table_markdown(source: Exhibits, exhibit: str) -> str:
     """A table as Markdown, with its title and what its cells hold."""
+    shown, title = table(source, exhibit), _title(source, exhibit)
     cells = "Cells: NDCG@10 (percent of the unpooled baseline)"
-    if exhibit == "table2":
-        cells += ", then the difference to the baseline at the same factor."
-    elif source.frame[source.frame["exhibit"] == exhibit]["relative"].notna().any():
-        cells = f"Collection: {source.names['SciFact'][0]}. {cells}."
+    if _cells(source, exhibit).empty:
+        title = f"This run's models on its own collections: {OWN_METHOD[exhibit]} pooling"
+    elif exhibit == "table2":
+        cells += ", then the difference to the baseline at the same factor"
     else:
-        cells = "Cells: NDCG@10 on the run's own collections."
-    shown = table(source, exhibit)
+        cells = f"Collection: {source.names['SciFact'][0]}. {cells}"
     text = shown.to_markdown(index=False) if len(shown) else "Not run."
-    return f"**{_title(source, exhibit)}.** {source.note_on(exhibit)}. {cells}\n\n{text}\n"
+    return f"**{title}.** {source.note_on(exhibit)}. {cells}.\n\n{text}\n"
 
 
 # ---------------------------------------------------------------- six tables for the notebooks
@@ -590,39 +590,43 @@ def table_markdown(source: Exhibits, exhibit: str) -> str:
 def means_table(sources: Iterable[Exhibits], exhibit: str) -> pd.DataFrame:
     """Relative NDCG@10 (%) of an exhibit's curves: unpooled, mean of the pooled factors, largest.
 
-    Returns
-    -------
-    pandas.DataFrame
-        A line per data set, model and pool method; three columns for each source. "not run" where
-        a source has nothing; sources without any of the curves have no columns.
+    A line per data set, model and pool method; three columns for each source that has any of them,
+    "not run" where it has no number. Where a source is a run on its own collections, its lines
+    alone: they have nothing in common with the paper's.
     """
-    tables, places = {}, {dataset: dataset for dataset in ROLES}
+    names, tables, keys = {}, {}, ["dataset", "label", "pool_method"]
     for source in sources:
-        frame = source.frame[source.frame["exhibit"] == exhibit].dropna(subset=["relative"])
-        if frame.empty:
+        frame, rows = _cells(source, exhibit), _rows(source, exhibit)
+        if frame.empty and rows.empty:
             continue
-        keys = ["dataset", "label", "pool_method"]
-        wide = frame.pivot_table("relative", keys, "pool_factor", sort=False)
+        if own := frame.empty:
+            rows = rows[rows["model"] == BASELINE] if exhibit == "figure1" else rows
+            curves = _curves(rows, OWN_METHOD.get(exhibit))
+            frame = curves.rename(columns={"collection": "dataset", "model": "label"})
+            names, tables = _short(frame["dataset"]), {}
+        wide = frame.pivot_table("relative", keys, "pool_factor", sort=own)
         pooled = [factor for factor in wide.columns if factor > 1]
         numbers = pd.DataFrame({"PF 1": wide[1]} if 1 in wide else {}, index=wide.index)
-        numbers[f"mean of PF {pooled[0]}–{pooled[-1]}"] = wide[pooled].mean(axis=1)
-        numbers[f"PF {pooled[-1]}"] = wide[pooled[-1]]
+        if pooled:
+            numbers[f"mean of PF {pooled[0]}–{pooled[-1]}"] = wide[pooled].mean(axis=1)
+            numbers[f"PF {pooled[-1]}"] = wide[pooled[-1]]
         tables["the paper" if source.is_paper else "this run"] = numbers.round(1)
-        if not (source.is_paper or source.suites):
-            places = {d: f"{d} · {source.names[d][1]}" for d in ROLES}
-    found = pd.concat(tables, axis=1).rename(index=places, level=0).astype(object)
+        if not (own or source.is_paper or source.suites):
+            names = {dataset: f"{dataset} · {source.names[dataset][1]}" for dataset in ROLES}
+    found = pd.concat(tables, axis=1).rename(index=names, level=0).astype(object)
     found = found.where(found.notna(), "not run")
     return found.rename_axis(index=["", "model", "pooled with"], columns=["", ""])
 
 
 def _baseline(rows: pd.DataFrame, engine: str) -> pd.DataFrame:
-    return rows[(rows["model"] == BASELINE) & (rows["engine"] == engine)]
+    chosen = rows[(rows["model"] == BASELINE) & (rows["engine"] == engine)]
+    return chosen.assign(collection=chosen["collection"].map(_short(rows["collection"])))
 
 
 def roles_table(paper: Exhibits, rows: pd.DataFrame) -> pd.DataFrame:
-    """Which collection plays which data set's part, its size, and both unpooled baselines.
+    """The collections of a run: whose part each plays, its size, the unpooled baseline's NDCG@10.
 
-    A run's own collections play none. Collections that were not run have no line.
+    Beside it the paper's; the columns on it are left out for a run on its own collections.
     """
     unpooled = paper.frame[(paper.frame["exhibit"] == "table2") & (paper.frame["pool_factor"] == 1)]
     theirs = unpooled[unpooled["label"] == "Baseline"].set_index("dataset")["ndcg"]
@@ -630,26 +634,27 @@ def roles_table(paper: Exhibits, rows: pd.DataFrame) -> pd.DataFrame:
     parts = {roles.evaluated(dataset): dataset for dataset in ROLES}
     ours = _baseline(rows, "exact")
     ours = ours[ours["pool_method"] == "none"].set_index("collection")
-    ours = ours.reindex([name for name in (*parts, *sorted(set(ours.index) - set(parts)))])
-    ours = ours.dropna(subset=["ndcg@10"])
+    order = [*parts, *sorted(set(ours.index) - set(parts))]
+    ours = ours.loc[[name for name in order if name in ours.index]]
     names = [parts.get(name, "–") for name in ours.index]
     columns = {
-        "the paper's data set" if roles.own else "in the role of": names,
         "documents": ours["documents"],
         "test queries": ours["queries"],
         "vectors per document": ours["vectors_per_document"].round(1),
         "NDCG@10, unpooled": ours["ndcg@10"].round(3),
-        "the paper's": [theirs.get(name, "–") for name in names],
     }
-    return pd.DataFrame(columns).rename(index=lambda name: Path(name).name)
+    if set(names) & set(ROLES):
+        head = "the paper's data set" if roles.own else "in the role of"
+        columns = {head: names, **columns, "the paper's": [theirs.get(name, "–") for name in names]}
+    return pd.DataFrame(columns, index=ours.index)
 
 
 def storage_table(rows: pd.DataFrame, pool_method: str = "kmeans") -> pd.DataFrame:
     """Mean vectors per document by collection (line) and pool factor (column), of the baseline."""
-    chosen = _baseline(rows, "exact")
+    chosen = _main_variants(_baseline(rows, "exact"))
     chosen = chosen[chosen["pool_method"].isin(["none", pool_method])]
     wide = chosen.pivot_table("vectors_per_document", "collection", "pool_factor")
-    return wide.round(1).rename(columns="PF{}".format, index=lambda name: Path(name).name)
+    return wide.round(1).rename(columns="PF{}".format)
 
 
 def variants_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -678,20 +683,19 @@ def index_table(rows: pd.DataFrame) -> pd.DataFrame:
 def engines_table(per_query: pd.DataFrame) -> pd.DataFrame:
     """NDCG@10 of exact search and of PLAID on the same queries, unpooled and at the largest factor.
 
-    Returns
-    -------
-    pandas.DataFrame
-        A line per model, collection and pool method that both engines searched; ``queries`` is how
-        many both answered.
+    A line per model, collection and pool method that both engines searched; ``queries`` is how
+    many both answered.
     """
     keys = ["model", "collection", "pool_method", "pool_variant", "pool_factor", "query_id"]
+    values = per_query.assign(
+        collection=per_query["collection"].map(_short(per_query["collection"]))
+    )
     split = {
-        SEARCH[engine]: part.set_index(keys)["ndcg@10"]
-        for engine, part in per_query.groupby("engine")
+        SEARCH[engine]: part.set_index(keys)["ndcg@10"] for engine, part in values.groupby("engine")
     }
-    if len(split) < 2:
-        return pd.DataFrame()
     both = pd.concat(split, axis=1, join="inner").reset_index()
+    if len(split) < 2 or both.empty:
+        return pd.DataFrame()
     groups = both.groupby(keys[:-1])
     means = groups[list(split)].mean().assign(queries=groups.size()).reset_index()
     largest = means["pool_factor"].max()
@@ -707,24 +711,15 @@ def engines_table(per_query: pd.DataFrame) -> pd.DataFrame:
 
 def save(source: Exhibits, exhibit: str, folder: str | Path) -> list[Path]:
     """Write one figure (PNG and SVG) or table (CSV and Markdown) of `source` into `folder`."""
-    output = Path(folder)
     if exhibit not in TABLES:
-        figure = draw(source, exhibit)
-        return [_write(output / f"{exhibit}.{kind}", render(figure, kind)) for kind in KINDS]
-    values = table_values(source, exhibit).to_csv(index=False, lineterminator="\n")
-    return [
-        _write(output / f"{exhibit}.csv", values.encode()),
-        _write(output / f"{exhibit}.md", table_markdown(source, exhibit).encode()),
-    ]
+        return _write(folder, exhibit, _pictures(draw(source, exhibit)))
+    files = {"csv": _csv(table_values(source, exhibit)), "md": table_markdown(source, exhibit)}
+    return _write(folder, exhibit, files)
 
 
 def save_claims(claims: pd.DataFrame, folder: str | Path) -> list[Path]:
     """Write the judged findings into `folder` as ``claims.csv`` and ``claims.md``."""
-    csv = claims.round(4).to_csv(index=False, lineterminator="\n")
-    return [
-        _write(Path(folder) / "claims.csv", csv.encode()),
-        _write(Path(folder) / "claims.md", claims_table(claims).encode()),
-    ]
+    return _write(folder, "claims", {"csv": _csv(claims.round(4)), "md": claims_table(claims)})
 
 
 def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path) -> list[Path]:
@@ -734,32 +729,32 @@ def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path)
     """
     if not roles_of(rows).own:
         return []
-    comparison, output = compare_with_paper(paper, rows), Path(folder)
-    csv = comparison.round(6).to_csv(index=False, lineterminator="\n")
-    text = comparison_markdown(comparison, rows, paper)
-    figure = draw_comparison(comparison)
-    return [
-        _write(output / "paper_vs_ours.csv", csv.encode()),
-        _write(output / "paper_vs_ours.md", text.encode()),
-        *(_write(output / f"paper_vs_ours.{kind}", render(figure, kind)) for kind in KINDS),
-    ]
+    comparison = compare_with_paper(paper, rows)
+    files = {"csv": _csv(comparison.round(6)), "md": comparison_markdown(comparison, rows, paper)}
+    return _write(folder, "paper_vs_ours", files | _pictures(draw_comparison(comparison)))
 
 
-def _write(path: Path, content: bytes) -> Path:
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
-    return path
+def _csv(frame: pd.DataFrame) -> str:
+    return frame.to_csv(index=False, lineterminator="\n")
+
+
+def _pictures(figure: NotebookFigure) -> dict[str, bytes]:
+    return {kind: render(figure, kind) for kind in ("png", "svg")}
+
+
+def _write(folder: str | Path, name: str, files: dict[str, str | bytes]) -> list[Path]:
+    """Write ``name.<suffix>`` for each suffix in `files`."""
+    for suffix, content in files.items():
+        with atomic_path(Path(folder) / f"{name}.{suffix}") as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    return [Path(folder) / f"{name}.{suffix}" for suffix in files]
 
 
 def draw_all(source_folder: str | Path, output_folder: str | Path, paper_folder: str | Path) -> int:
     """Draw every figure and table of `source_folder`; how many files were written.
 
     Of result rows also the claims, and of the paper's own data sets ``paper_vs_ours``.
-
-    Parameters
-    ----------
-    paper_folder
-        The paper's numbers, ``data/paper``.
+    `paper_folder` holds the paper's numbers, as ``data/paper``.
     """
     source, output = read_source(source_folder), Path(output_folder)
     engines = set(ENGINE.values()) if source.rows is None else set(source.rows["engine"])

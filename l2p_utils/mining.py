@@ -36,9 +36,9 @@ from l2p_utils.files import (
     versions,
     write_json,
 )
-from l2p_utils.hub import Snapshot, snapshot
+from l2p_utils.hub import Snapshot, collection_repository, snapshot
 from l2p_utils.model import quiet_loading, use_threads
-from l2p_utils.profile import MiningSettings, Profile, pinned, slug
+from l2p_utils.profile import HUB, MiningSettings, Profile, pinned, slug
 from l2p_utils.teacher import LOADING_ERRORS, bundled_teacher, load_reranker, untrained_model
 
 LABELS = ("positive", "hard_negative", "medium_negative", "random_negative")
@@ -424,6 +424,7 @@ def mine(
         provenance = {
             "settings": settings,
             **notes,
+            "repositories": _repositories(name, models),
             "rows": len(rows),
             "documents": len(collection.corpus),
             "documents_without_text": collection.dropped,
@@ -455,6 +456,15 @@ def _snapshots(profile: Profile, name: str) -> dict[str, Snapshot]:
         "miner": snapshot(scoring.miner, "model", scoring.miner_revision),
         "teacher": snapshot(scoring.teacher, "model", scoring.teacher_revision),
     }
+
+
+def _repositories(name: str, models: Mapping[str, Snapshot]) -> dict[str, str]:
+    """Data sets of the hub that rows come from, with their commits."""
+    found = [models["released"]] if "released" in models else []
+    if name.startswith(HUB):
+        repository, revision = collection_repository(name)
+        found.append(snapshot(repository, "dataset", revision))
+    return {place.name: place.commit for place in found}
 
 
 def _make_rows(

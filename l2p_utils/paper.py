@@ -2,15 +2,11 @@
 
 Both become one tidy frame (`Exhibits`) with a row per printed cell; NaN is "not run".
 
-`compare_with_paper` calls a value *inside* where ours differs by at most one NDCG point (.01 of
-NDCG@10) under exact search, 1.5 under PLAID, plus half of the last printed digit. Why so much:
-half-precision kernels, k-means' random starts and library versions move the same model by tenths of
-a point, and a new training has another data order and seed. With 50 queries per collection
-(NanoBEIR), one query whose only relevant document moves from rank 1 to rank 2 costs 0.74 points.
-PLAID adds random centroids and 4-bit residuals, and present fast-plaid scales decompressed vectors
-to unit length. Percentages are relative to each side's own baseline, and converted to points with
-the *paper's*, so that no result of ours widens its own band. Where that baseline is low (SCIDOCS
-under PLAID), a point is many percent. The baselines themselves are rows of their own.
+`NOTE` says what counts as *inside*. Why so much: half-precision kernels, random starts and library
+versions move the same model by tenths of a point; with NanoBEIR's 50 queries, one whose only
+relevant document falls from rank 1 to 2 costs 0.74. PLAID adds random centroids, 4-bit residuals
+and fast-plaid's scaling to unit length. The *paper's* baseline converts percentages to points, so
+that no result of ours widens its own band.
 """
 
 from __future__ import annotations
@@ -39,9 +35,7 @@ ROLES = {
     "SciFact": "docs:scipy", "FiQA": "docs:torch", "NFCorpus": "docs:numpy",
     "SCIDOCS": "docs:pandas", "Touche": "docs:sklearn",
 }  # fmt: skip
-# The paper's own data sets on the hub: `nano:scifact` under exact search, `beir:scifact` under
-# PLAID and for training.
-HUB_NAMES = {name: name.lower() for name in ROLES}
+# The paper's own data sets on the hub: `nano:scifact`, and for training `beir:scifact`.
 HUB_SUITES = {"exact": ("nano", "NanoBEIR"), "plaid": ("beir", "BEIR")}
 TRAINED = ("SciFact", "FiQA")  # what models were trained on
 
@@ -49,7 +43,7 @@ FIGURES, TABLES = [f"figure{i}" for i in range(1, 5)], [f"table{i}" for i in ran
 PAPER_EXHIBITS = [*FIGURES, *TABLES]
 CELL = ["exhibit", "dataset", "label", "pool_method", "pool_factor"]
 TRAINING = ["trained_on", "train_method", "train_factors"]
-QUANTITIES = ["ndcg", "relative", "delta"]
+QUANTITIES = ["ndcg", "relative", "delta"]  # relative in percent, the others on 0–1
 PAPER_COLUMNS = [*CELL[:3], *TRAINING, *CELL[3:], *QUANTITIES]
 ENGINE = {"figure4": "plaid"}  # all others: exact search
 # The paper's unpooled baseline, NDCG@10: exact as Table 2 prints it; PLAID from the result files
@@ -60,6 +54,7 @@ PAPER_BASELINES = {
     },
     "plaid": {"SciFact": 0.736, "FiQA": 0.384, "NFCorpus": 0.354, "SCIDOCS": 0.164},
 }  # fmt: skip
+_UNPOOLED = [(e, d, x) for e, values in PAPER_BASELINES.items() for d, x in values.items()]
 POINTS = {"exact": 1.0, "plaid": 1.5}  # tolerance in NDCG points
 POINT = 0.01  # of NDCG@10
 INSIDE, OUTSIDE, NOT_RUN = "inside", "outside", "not run"
@@ -90,39 +85,28 @@ class Roles:
         """The collection of `dataset` that `engine` searches; "" where there is none."""
         return (self.plaid if engine == "plaid" else self.exact).get(dataset, "")
 
-    def trained(self, dataset: str) -> str:
-        """The collection of models "trained on `dataset`"; "" for none."""
-        return self.training.get(dataset, "")
 
-
-def roles_of(rows: pd.DataFrame | None, given: Roles | Mapping[str, str] | None = None) -> Roles:
-    """The roles in which result rows are read: `given`, or the hub's names, or `ROLES`.
+def roles_of(rows: pd.DataFrame | None, given: Mapping[str, str] | None = None) -> Roles:
+    """The roles in which result rows are read: `given` for all purposes, or what the rows show.
 
     Rows of ``nano:`` or ``beir:`` collections, without bundled ones beside them, are of the paper's
-    own data sets. `given` may be one collection per data set for all purposes.
-
-    Raises
-    ------
-    UserError
-        When a collection occurs in several revisions, which curves would mix.
+    own data sets. All others are read by `ROLES`.
     """
-    if given is not None:
-        return given if isinstance(given, Roles) else Roles(given, given, given)
-    found = [] if rows is None else sorted(set(rows["collection"]))
+    found = set() if rows is None else set(rows["collection"])
     hub = any(name.startswith(("nano:", "beir:")) for name in found)
-    if set(found) & set(ROLES.values()) or not hub:
-        return Roles(ROLES, ROLES, ROLES)
-    trained = _hub_roles("beir", sorted(set(rows["train_collection"])))
+    if given or not hub or found & set(ROLES.values()):
+        return Roles(*[given or ROLES] * 3)
+    trained = _hub_roles("beir", set(rows["train_collection"]))
     suites = {engine: title for engine, (_, title) in HUB_SUITES.items()}
     return Roles(_hub_roles("nano", found), _hub_roles("beir", found), trained, suites)
 
 
-def _hub_roles(prefix: str, names: list[str]) -> dict[str, str]:
+def _hub_roles(prefix: str, names: set[str]) -> dict[str, str]:
     """Data set → its name among `names`, which may end in ``@revision``."""
     roles = {}
-    for dataset, name in HUB_NAMES.items():
-        plain = f"{prefix}:{name}"
-        found = [one for one in names if one.split("@")[0] == plain]
+    for dataset in ROLES:
+        plain = f"{prefix}:{dataset.lower()}"
+        found = sorted(name for name in names if name.split("@")[0] == plain)
         if len(found) > 1:
             raise UserError(
                 f"rows of {plain} in several revisions: {found}. Figures and tables read one. "
@@ -134,9 +118,9 @@ def _hub_roles(prefix: str, names: list[str]) -> dict[str, str]:
 
 # ---------------------------------------------------------------- the paper's numbers
 
-# What a caption says once for all rows of its figure or table.
+# What a caption says once for all rows.
 _CAPTIONS = {
-    "figure1": {"model": "Baseline"},
+    "figure1": {"label": "Baseline"},
     "figure2": {"pool_method": "span"},
     "table1": {"dataset": "SciFact", "pool_method": "span"},
     "table2": {"pool_method": "kmeans"},
@@ -144,21 +128,17 @@ _CAPTIONS = {
     "table4": {"dataset": "SciFact", "pool_method": "kmeans"},
 }
 _NAMES = {
-    "method": "pool_method", "pooling_method": "pool_method", "ndcg10": "ndcg",
+    "model": "label", "method": "pool_method", "pooling_method": "pool_method", "ndcg10": "ndcg",
     "relative_ndcg10": "relative", "relative_percent": "relative",
 }  # fmt: skip
 
 
 def read_paper(folder: str | Path) -> pd.DataFrame:
-    """Read the paper's figures and tables (``data/paper``) as one tidy frame.
+    """Read the paper's figures and tables (``data/paper``): a row per printed cell.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per printed cell, columns `PAPER_COLUMNS`: ``exhibit`` (figure1 … table4),
-        ``dataset`` (the keys of `ROLES`, and "Average"), ``label`` (the model as printed) and its
-        training (empty for the baseline), ``ndcg`` and ``delta`` on 0–1, ``relative`` in percent;
-        NaN where it is not printed. UserError when a file is missing or lacks a column.
+    Columns `PAPER_COLUMNS`: ``exhibit`` (figure1 … table4), ``dataset`` (a key of `ROLES` or
+    "Average"), ``label`` (the model as printed) and its training (empty for the baseline);
+    `QUANTITIES` that are not printed are NaN.
     """
     frames = []
     for exhibit in PAPER_EXHIBITS:
@@ -166,42 +146,24 @@ def read_paper(folder: str | Path) -> pd.DataFrame:
         if not file.is_file():
             raise UserError(f"{file} is missing: the paper's numbers. `git restore data/paper`.")
         frame = pd.read_csv(file).rename(columns=_NAMES)
-        frame = frame.assign(exhibit=exhibit, **_CAPTIONS.get(exhibit, {}))
-        lacking = {"dataset", "model", "pool_method", "pool_factor", "relative"} - set(frame)
-        if lacking:
-            raise UserError(f"{file} lacks {sorted(lacking)}. `git restore data/paper`.")
-        frames.append(frame.rename(columns={"model": "label"}))
+        frames.append(frame.assign(exhibit=exhibit, **_CAPTIONS.get(exhibit, {})))
     paper = pd.concat(frames, ignore_index=True)
     paper["dataset"] = paper["dataset"].replace({"FiQA2018": "FiQA", "Touche2020": "Touche"})
-    pairs = zip(paper["label"], paper["dataset"], strict=True)
-    paper[TRAINING] = [parse_label(*pair) for pair in pairs]
+    # "FT Span PF2" was trained on the data set that it is evaluated on, "FT FiQA KMeans PF1-6" not.
+    found = paper["label"].str.extract(r"FT (?:(SciFact|FiQA) )?(?:(Span|Hier|KMeans) )?PF(.+)")
+    methods = {"Span": "span", "Hier": "hierarchical", "KMeans": "kmeans"}
+    trained = {
+        "trained_on": found[0].fillna(paper["dataset"]),
+        "train_method": found[1].map(methods).fillna("none"),
+        "train_factors": found[2],
+    }
+    paper = paper.assign(**{key: text.where(found[2].notna(), "") for key, text in trained.items()})
     return paper[PAPER_COLUMNS]
 
 
-def parse_label(label: str, dataset: str) -> tuple[str, str, str]:
-    """What a model's name in the paper says: (trained_on, train_method, train_factors).
-
-    A name without a data set is a model trained on the one that it is evaluated on:
-    ``parse_label("FT Span PF2", "FiQA")`` is ``("FiQA", "span", "2")``.
-
-    Raises
-    ------
-    UserError
-        When the name is none of the paper's.
-    """
-    if label == "Baseline":
-        return "", "", ""
-    found = re.fullmatch(r"FT (?:(SciFact|FiQA) )?(?:(Span|Hier|KMeans) )?PF([1-6](?:-6)?)", label)
-    if not found:
-        raise UserError(
-            f"{label!r} is not a model of the paper: expected 'Baseline' or a name such as "
-            "'FT PF1', 'FT Hier PF2', 'FT SciFact KMeans PF1-6'."
-        )
-    methods = {None: "none", "Span": "span", "Hier": "hierarchical", "KMeans": "kmeans"}
-    return found[1] or dataset, methods[found[2]], found[3]
-
-
 # ---------------------------------------------------------------- figures and tables
+
+AVERAGE = {"Average": ("Average of the five", "Average")}
 
 
 @dataclass(frozen=True)
@@ -214,7 +176,6 @@ class Exhibits:
     note: str  # what the numbers are, in one line
     vectors: pd.Series | None = None  # mean vectors per document by factor (kmeans, SciFact's role)
     suites: Mapping[str, str] = field(default_factory=dict)  # as in `Roles`
-    notes: Mapping[str, str] = field(default_factory=dict)  # engine → note on its numbers alone
     is_paper: bool = False
     rows: pd.DataFrame | None = None  # a run's result rows
 
@@ -226,15 +187,9 @@ class Exhibits:
 
     def note_on(self, exhibit: str) -> str:
         """The note on the engine of one figure or table."""
-        return self.notes.get(ENGINE.get(exhibit, "exact"), self.note)
-
-
-def read_source(folder: str | Path) -> Exhibits:
-    """Read `folder`: the paper's CSVs (it has a ``figure1.csv``) or a run's result rows."""
-    folder = Path(folder)
-    if holds_paper(folder):
-        return paper_source(read_paper(folder))
-    return rows_source(read_rows(folder), folder.name)
+        engine = ENGINE.get(exhibit, "exact")
+        part = None if self.rows is None else self.rows[self.rows["engine"] == engine]
+        return self.note if part is None or part.empty else _note(part, self.name)
 
 
 def holds_paper(folder: str | Path) -> bool:
@@ -242,16 +197,16 @@ def holds_paper(folder: str | Path) -> bool:
     return (Path(folder) / "figure1.csv").is_file()
 
 
-def paper_source(frame: pd.DataFrame) -> Exhibits:
-    """The paper's numbers (from `read_paper`) as exhibits."""
-    names = {name: (name, name) for name in ROLES} | {"Average": ("Average of the five", "Average")}
+def read_source(folder: str | Path) -> Exhibits:
+    """Read `folder`: the paper's CSVs or a run's result rows."""
+    if not holds_paper(folder):
+        return rows_source(read_rows(folder), Path(folder).name)
+    names = {name: (name, name) for name in ROLES} | AVERAGE
     note = "The paper's numbers (S. Josef, LIR @ ECIR 2026, CC BY 4.0)"
-    return Exhibits("paper", frame, names, note, is_paper=True)
+    return Exhibits("paper", read_paper(folder), names, note, is_paper=True)
 
 
-def rows_source(
-    rows: pd.DataFrame, name: str, roles: Roles | Mapping[str, str] | None = None
-) -> Exhibits:
+def rows_source(rows: pd.DataFrame, name: str, roles: Mapping[str, str] | None = None) -> Exhibits:
     """A run's result rows as exhibits: every cell that the paper prints, NaN where not run.
 
     `rows` may be any part of the grid; without the unpooled baseline percentages are NaN. `name`
@@ -263,13 +218,19 @@ def rows_source(
     return Exhibits(
         name,
         _fill(read_paper(from_root("data/paper")), rows, roles),
-        names | {"Average": ("Average of the five", "Average")},
+        names | AVERAGE,
         _note(rows, name),
         series(rows, BASELINE, roles.evaluated("SciFact"), "kmeans", value="vectors_per_document"),
         roles.suites,
-        {engine: _note(part, name) for engine, part in rows.groupby("engine")},
         rows=rows,
     )
+
+
+def _place(frame: pd.DataFrame, roles: Roles) -> pd.DataFrame:
+    """Add ``engine`` and ``collection`` by exhibit and data set."""
+    engines = frame["exhibit"].map(ENGINE).fillna("exact")
+    pairs = zip(frame["dataset"], engines, strict=True)
+    return frame.assign(engine=engines, collection=[roles.evaluated(*pair) for pair in pairs])
 
 
 def _fill(paper: pd.DataFrame, rows: pd.DataFrame, roles: Roles) -> pd.DataFrame:
@@ -279,19 +240,16 @@ def _fill(paper: pd.DataFrame, rows: pd.DataFrame, roles: Roles) -> pd.DataFrame
     rows = rows[rows["pool_variant"] == rows["pool_method"].map(variants)]
     # Released checkpoints and the baseline at other lengths are in no figure.
     rows = rows[(rows["train_collection"] != "") | (rows["model"] == BASELINE)]
-    trained = ["train_collection", "train_method", "train_factors"]
-    keys = [*trained, "collection", "engine", "pool_method", "pool_factor"]
+    keys = ["train_collection", "train_method", "train_factors", "collection", "engine", *CELL[3:]]
     means = rows.groupby(keys)[["ndcg@10", "relative_ndcg@10"]].mean()
 
-    cells = paper.assign(engine=paper["exhibit"].map(ENGINE).fillna("exact"))
-    pairs = zip(cells["dataset"], cells["engine"], strict=True)
-    cells["collection"] = [roles.evaluated(*pair) for pair in pairs]
-    cells["train_collection"] = cells["trained_on"].map(roles.trained)
+    cells = _place(paper, roles)
+    cells["train_collection"] = cells["trained_on"].map(roles.training).fillna("")
     cells["pool_method"] = cells["pool_method"].mask(cells["pool_factor"] == 1, "none")
     values = means.reindex(pd.MultiIndex.from_frame(cells[keys])).to_numpy(dtype=float)
     frame = paper.assign(ndcg=values[:, 0], relative=values[:, 1], delta=np.nan)
 
-    curve = ["exhibit", "label", "pool_method", "pool_factor"]
+    curve = ["exhibit", *CELL[2:]]
     average = frame["dataset"] == "Average"  # of percentages; NaN where one is lacking
     mean = frame[~average].groupby(curve)["relative"].agg(lambda x: x.mean(skipna=False))
     places = pd.MultiIndex.from_frame(frame.loc[average, curve])
@@ -322,19 +280,17 @@ def _note(rows: pd.DataFrame, name: str) -> str:
 def missing(source: Exhibits, exhibit: str) -> str:
     """What `exhibit` should show and `source` did not run, as one line; "" if nothing."""
     frame = source.frame[source.frame["exhibit"] == exhibit].query("dataset != 'Average'")
-    parts: list[str] = []
-    gaps: dict[str, list[str]] = {}
+    parts, gaps = [], {}
     for dataset, cells in frame.groupby("dataset", sort=False):
         short = source.names[dataset][1]
         if cells["relative"].isna().all():
             parts.append(f"{short} (everything)")
             continue
         for (label, method), curve in cells.groupby(["label", "pool_method"], sort=False):
-            lacking = curve.loc[curve["relative"].isna(), "pool_factor"]
+            lacking = curve.loc[curve["relative"].isna(), "pool_factor"].map(str)
+            name = source.rename(label) + (f" {method}" if label == "Baseline" else "")
+            name += f" at PF {', '.join(lacking)}" if len(lacking) < len(curve) else ""
             if len(lacking):
-                name = source.rename(label) + (f" {method}" if label == "Baseline" else "")
-                some = f" at PF {', '.join(map(str, lacking))}"
-                name += some if len(lacking) < len(curve) else ""
                 gaps.setdefault(name, []).append(short)
     for name, places in gaps.items():
         everywhere = len(places) == frame["dataset"].nunique()
@@ -348,59 +304,40 @@ def missing(source: Exhibits, exhibit: str) -> str:
 def compare_with_paper(paper: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Every value that the paper prints (`read_paper`) beside that of ``nano:``/``beir:`` rows.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per printed value (a table's cell prints up to three), the unpooled baselines
-        first, columns `COMPARISON_COLUMNS`. ``quantity`` is the unit of ``paper``, ``ours``,
-        ``difference`` (ours − paper) and ``tolerance``: "relative" in percent, "ndcg" and "delta"
-        on 0–1. ``points`` is the difference in NDCG points. ``verdict``: inside, outside, not run
-        (values are NaN).
-
-    Raises
-    ------
-    UserError
-        When the rows are of other collections than the paper's.
+    One row per printed value (a table's cell prints up to three), the unpooled baselines first,
+    columns `COMPARISON_COLUMNS`. ``quantity`` is the unit of ``paper``, ``ours``, ``difference``
+    (ours − paper) and ``tolerance``; ``points`` is the difference in NDCG points; values that were
+    not run are NaN. Rows of other collections than the paper's are refused.
     """
     roles = roles_of(rows)
     if not roles.own:
+        found = ", ".join(sorted(set(rows["collection"])))
         raise UserError(
-            "these rows are of other collections than the paper's "
-            f"({', '.join(sorted(set(rows['collection'])))}): values cannot be compared one by "
-            "one. Expected rows of nano: and beir: collections (profile paper)."
+            f"these rows are of other collections than the paper's ({found}): expected rows of "
+            "nano: and beir: collections (profile paper)."
         )
     long = paper.melt(CELL, QUANTITIES, "quantity", "paper", ignore_index=False)
     filled = _fill(paper, rows, roles).melt(CELL, QUANTITIES, "quantity", "ours")
     long["ours"] = filled["ours"].to_numpy()
-    long["engine"] = long["exhibit"].map(ENGINE).fillna("exact")
-    long = long.dropna(subset=["paper"]).sort_index(kind="stable")
-    frame = pd.concat([_unpooled(rows), long], ignore_index=True)
-    pairs = zip(frame["dataset"], frame["engine"], strict=True)
-    frame["collection"] = [roles.evaluated(*pair) for pair in pairs]
-    return _judge(frame)[COMPARISON_COLUMNS]
+    long = _place(long.dropna(subset=["paper"]).sort_index(kind="stable"), roles)
+    return _judge(pd.concat([_unpooled(rows), long], ignore_index=True))[COMPARISON_COLUMNS]
 
 
 def _unpooled(rows: pd.DataFrame, model: str = BASELINE) -> pd.DataFrame:
     """The paper's unpooled baselines beside those of `model`, as rows of the comparison."""
     chosen = rows[(rows["model"] == model) & (rows["pool_method"] == "none")]
-    ours, roles = chosen.set_index(["collection", "engine"])["ndcg@10"].to_dict(), roles_of(rows)
-    lines = [
-        (engine, dataset, value, ours.get((roles.evaluated(dataset, engine), engine), np.nan))
-        for engine, values in PAPER_BASELINES.items()
-        for dataset, value in values.items()
-    ]
-    frame = pd.DataFrame(lines, columns=["engine", "dataset", "paper", "ours"])
-    cell = dict(zip(CELL, ["baselines", frame["dataset"], "Baseline", "none", 1], strict=True))
-    return frame.assign(**cell, quantity="ndcg")
+    frame = pd.DataFrame(_UNPOOLED, columns=["engine", "dataset", "paper"])
+    roles, ours = roles_of(rows), chosen.set_index(["collection", "engine"])["ndcg@10"]
+    pairs = zip(frame["dataset"], frame["engine"], strict=True)
+    frame["collection"] = [roles.evaluated(*pair) for pair in pairs]
+    keys = pd.MultiIndex.from_frame(frame[["collection", "engine"]])
+    cell = {"label": "Baseline", "pool_method": "none", "pool_factor": 1, "quantity": "ndcg"}
+    return frame.assign(exhibit="baselines", **cell, ours=ours.reindex(keys).to_numpy(float))
 
 
 def _judge(frame: pd.DataFrame) -> pd.DataFrame:
     # One NDCG point in percent of the paper's baseline.
-    percent = {
-        (engine, dataset): 100 * POINT / value
-        for engine, values in PAPER_BASELINES.items()
-        for dataset, value in values.items()
-    }
+    percent = {(engine, dataset): 100 * POINT / value for engine, dataset, value in _UNPOOLED}
     percent["exact", "Average"] = np.mean([percent["exact", d] for d in PAPER_BASELINES["exact"]])
     relative = frame["quantity"] == "relative"
     pairs = zip(frame["engine"], frame["dataset"], strict=True)
@@ -426,34 +363,29 @@ def by_definition(comparison: pd.DataFrame) -> pd.Series:
 def comparison_summary(comparison: pd.DataFrame) -> pd.DataFrame:
     """Counts of verdicts and sizes of differences per figure or table, and over all ("all").
 
-    Returns
-    -------
-    pandas.DataFrame
-        Columns ``exhibit``, ``values``, ``inside``, ``outside``, ``not run``, ``by definition``
-        (how many of those inside), and without these in NDCG points: ``mean`` (of absolute
-        differences), ``largest`` (with its sign), ``where``.
+    ``by definition`` counts among those inside; ``mean`` (of absolute differences), ``largest``
+    (with its sign) and its place, ``where``, leave them out and are in NDCG points.
     """
-    order = {"exhibit": [*dict.fromkeys(comparison["exhibit"]), "all"]}
     both = pd.concat([comparison, comparison.assign(exhibit="all")], ignore_index=True)
     trivial = by_definition(both)
     counts = pd.crosstab(both["exhibit"], both["verdict"])
-    counts = counts.reindex(order["exhibit"], columns=[INSIDE, OUTSIDE, NOT_RUN], fill_value=0)
+    verdicts = [INSIDE, OUTSIDE, NOT_RUN]
+    counts = counts.reindex(both["exhibit"].unique(), columns=verdicts, fill_value=0)
     counts.insert(0, "values", counts.sum(axis=1))
     measured = both[~trivial & both["points"].notna()]
     sizes = measured["points"].abs().groupby(measured["exhibit"])
     worst = measured.loc[sizes.idxmax()].set_index("exhibit")
     pooled = worst["pool_method"] + " PF" + worst["pool_factor"].astype(str)
-    return counts.assign(
-        **{"by definition": trivial.groupby(both["exhibit"]).sum(), "mean": sizes.mean()},
-        largest=worst["points"],
-        where=worst["dataset"] + ", " + worst["label"] + ", " + pooled,
-    ).reset_index()
+    counts["by definition"] = trivial.groupby(both["exhibit"]).sum()
+    counts["mean"], counts["largest"] = sizes.mean(), worst["points"]
+    counts["where"] = worst["dataset"] + ", " + worst["label"] + ", " + pooled
+    return counts.reset_index()
 
 
 def compare_released(paper: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """The paper's kmeans PF1-6 models beside the checkpoints that its authors released.
 
-    Training is theirs on both sides; what differs is the evaluation. A checkpoint need not be the
+    Training is theirs on both sides: this judges the evaluation. A checkpoint need not be the
     paper's training run (SciFact's numbers average two). The frame is `compare_with_paper`'s, of
     these models only; empty where no checkpoint was measured.
     """
@@ -469,22 +401,14 @@ def compare_released(paper: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 # ---------------------------------------------------------------- showing
 
-SUMMARY_NOTE = (
-    "Differences in NDCG points, ours − paper; means of absolute values, without what is 100 % *by "
-    "definition* (the baseline relative to itself). Tables print up to three values per cell."
+NOTE = (
+    f"Inside: ours differs from the printed value by at most {POINTS['exact']:g} NDCG point (.01 "
+    f"NDCG@10) under exact search, {POINTS['plaid']:g} points under PLAID, plus half of the last "
+    "printed digit. Percentages are converted with the paper's unpooled baseline: where that is "
+    "low (SCIDOCS under PLAID: .164), a point is many percent and “inside” says little. The mean "
+    "is of absolute differences, ours − paper, in points, without what is 100 % *by definition* "
+    "(the baseline relative to itself). Tables print up to three values per cell."
 )
-
-
-def tolerance_note() -> str:
-    """How values are judged, in one paragraph."""
-    return (
-        f"Inside: ours differs from the printed value by at most {POINTS['exact']:g} NDCG point "
-        f"(.01 NDCG@10) under exact search on NanoBEIR, {POINTS['plaid']:g} points under PLAID on "
-        "BEIR (fast-plaid re-normalises pooled vectors, and its index is random), plus half of the "
-        "last printed digit. Percentages are converted to points with the paper's unpooled "
-        "baseline: where that is low (SCIDOCS under PLAID: .164), a point is many percent and "
-        "“inside” says little. Values that were not run count for neither side."
-    )
 
 
 def variants_note(rows: pd.DataFrame) -> str:
@@ -503,43 +427,33 @@ def markdown(frame: pd.DataFrame, decimals: int = 3) -> str:
     return shown.to_markdown(index=False, floatfmt=f"z.{decimals}f", missingval=NOT_RUN) + "\n"
 
 
-def summary_markdown(comparison: pd.DataFrame) -> str:
-    """`comparison_summary` as a Markdown table."""
-    heads = {"mean": "mean difference", "largest": "largest difference"}
-    return markdown(comparison_summary(comparison).rename(columns=heads), 2)
-
-
-def released_markdown(paper: pd.DataFrame, rows: pd.DataFrame) -> str:
-    """The summary of `compare_released` in Markdown; "" where no checkpoint was measured."""
-    found = compare_released(paper, rows)
-    note = "The authors' two released checkpoints, measured here, beside the paper's values of "
-    note += "its kmeans PF1-6 models: this judges the evaluation alone."
-    return "" if found.empty else f"{note}\n\n{summary_markdown(found)}"
-
-
-def lengths_markdown(rows: pd.DataFrame) -> str:
-    """The unpooled baseline with documents cut at 300 and at 180 tokens, as a Markdown table.
-
-    The paper says 300; its authors' result files suggest 180. The closer one is the likelier.
-    """
+def compare_lengths(rows: pd.DataFrame) -> pd.DataFrame:
+    """The unpooled baseline with documents cut at 300 and at 180 tokens, beside the paper's."""
     table = _unpooled(rows)[["engine", "dataset", "paper", "ours"]]
     table = table.rename(columns={"ours": "300 tokens"})
     table["180 tokens"] = _unpooled(rows, f"{BASELINE}-d180")["ours"]
     for length in (300, 180):
         table[f"{length} − paper"] = table[f"{length} tokens"] - table["paper"]
-    return markdown(table, 4)
+    return table
 
 
 def comparison_markdown(comparison: pd.DataFrame, rows: pd.DataFrame, paper: pd.DataFrame) -> str:
     """Everything in one document: summary, document lengths, checkpoints, then all values."""
     sections = {
-        "# The paper's values and ours": f"{tolerance_note()}\n\n{variants_note(rows)}\n",
-        "## Summary": f"{SUMMARY_NOTE}\n\n{summary_markdown(comparison)}",
+        "# The paper's values and ours": f"{NOTE}\n\n{variants_note(rows)}\n",
+        "## Summary": markdown(comparison_summary(comparison), 2),
         "## The baseline's document length": "Unpooled NDCG@10. The paper says 300 tokens; its "
-        f"authors' result files suggest 180.\n\n{lengths_markdown(rows)}",
-        "## The released checkpoints": released_markdown(paper, rows),
+        "authors' result files suggest 180. The closer one is the likelier.\n\n"
+        + markdown(compare_lengths(rows), 4),
     }
+    released = compare_released(paper, rows)
+    if len(released):
+        note = (
+            "The authors' two checkpoints, measured here, beside the paper's values of its kmeans "
+        )
+        note += "PF1-6 models: this judges the evaluation alone.\n\n"
+        sections["## The released checkpoints"] = note + markdown(comparison_summary(released), 2)
     for exhibit, values in comparison.groupby("exhibit", sort=False):
         title = re.sub(r"(\d)$", r" \1", exhibit).capitalize()
         sections[f"## {title}"] = markdown(values.drop(columns=["exhibit", "engine"]))
-    return "\n".join(f"{head}\n\n{text}" for head, text in sections.items() if text)
+    return "\n".join(f"{head}\n\n{text}" for head, text in sections.items())

@@ -1,15 +1,12 @@
-"""What a run consists of: a YAML file, checked by a schema before anything starts.
-
-The comments below describe every key; profiles/paper.yaml uses most of them.
-"""
+"""What a run consists of: a YAML file, checked by a schema whose comments describe every key."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -86,18 +83,17 @@ def model_name(collection: str, pool_method: str, pool_factors: list[int], seed:
 def parse_factors(value: Any) -> list[int]:
     """Pool factors from `3`, `"1-6"`, `"2+4"` or a list of whole numbers: sorted, each once."""
     factors = value
-    if isinstance(value, str) and re.fullmatch(r"\d+-\d+", value):
-        low, high = map(int, value.split("-"))
-        factors = list(range(low, high + 1))
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)-(\d+)", value)):
+        factors = list(range(int(found[1]), int(found[2]) + 1))
     elif isinstance(value, str) and re.fullmatch(r"\d+(\+\d+)*", value):
-        factors = [int(part) for part in value.split("+")]
+        factors = list(map(int, value.split("+")))
     elif type(value) is int:
         factors = [value]
     whole = isinstance(factors, list | tuple) and all(type(n) is int and n >= 1 for n in factors)
     if not whole or not factors:
         raise UserError(
-            f"pool_factors is {value!r}; expected whole numbers of at least 1: a number (2), "
-            'a range ("1-6") or a list ([1, 2, 4]).'
+            f"pool_factors is {value!r}; expected a whole number of at least 1 (2), a range "
+            '("1-6") or a list ([1, 2, 4]).'
         )
     return sorted(set(factors))
 
@@ -127,10 +123,6 @@ def _refuse_repeats(values: Sequence[Any]) -> Sequence[Any]:
 def _check_source(value: str) -> str:
     if value != "bundled" and "/" not in value:
         raise ValueError("expected `bundled`, a hub id (owner/name) or a folder's path")
-    return value
-
-
-def _check_revision(value: str) -> str:
     if value.endswith("@"):
         raise ValueError(f"{value!r}: its revision is empty; expected owner/name@<revision>")
     return value
@@ -141,8 +133,8 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 QueryLength = Annotated[int, Field(ge=4, le=8192)]  # lengths: word pieces, prefix token included
 DocumentLength = Annotated[int, Field(ge=8, le=8192)]
-Source = Annotated[str, AfterValidator(_check_source)]  # `bundled`, a hub id or a folder
-Pinned = Annotated[str, AfterValidator(_check_revision)]  # perhaps @revision, see `pinned`
+# `bundled`, a hub id (see `pinned` for revisions) or a folder
+Source = Annotated[str, AfterValidator(_check_source)]
 Factors = Annotated[list[int], BeforeValidator(parse_factors)]
 Method = Literal["span", "kmeans", "hierarchical"]
 Methods = Annotated[list[Method], AfterValidator(_refuse_repeats)]
@@ -151,13 +143,19 @@ Variant = Literal["pylate", "paper", "euclidean"]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        protected_namespaces=(),
-        strict=True,  # neither True nor "3" is a count
-        allow_inf_nan=False,
-    )
+    # strict: neither True nor "3" is a count
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = list(self.contradictions())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def contradictions(self) -> Iterable[str]:
+        """What is wrong with the settings together."""
+        return []
 
 
 class ModelSettings(_Settings):
@@ -207,15 +205,11 @@ class MiningSettings(_Settings):
         """Documents in a row: the positive and its negatives."""
         return 1 + self.hard + self.medium + self.random
 
-    @model_validator(mode="after")
-    def _consistent(self) -> MiningSettings:
+    def contradictions(self) -> Iterable[str]:
         candidates = self.hard_candidates + self.random_candidates
         if not 2 <= self.n_ways <= 1 + candidates:
-            raise ValueError(
-                f"hard + medium + random is {self.n_ways - 1}; expected at least 1 negative and at "
-                f"most the {candidates} candidates (hard_candidates + random_candidates)"
-            )
-        return self
+            given = f"hard + medium + random is {self.n_ways - 1}; expected at least 1 negative"
+            yield f"{given} and at most hard_candidates + random_candidates, {candidates}"
 
 
 class Scoring(_Settings):
@@ -229,14 +223,9 @@ class Scoring(_Settings):
     batch_size: Count = 32  # pairs that a reranker scores at once
     checkpoint_queries: Count = 16  # queries between two savings
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Scoring:
+    def contradictions(self) -> Iterable[str]:
         if (self.miner == "bundled") != (self.teacher == "bundled"):
-            raise ValueError(
-                f"miner {self.miner!r} with teacher {self.teacher!r}: expected both bundled, or "
-                "neither"
-            )
-        return self
+            yield f"miner {self.miner}, teacher {self.teacher}: expected both bundled, or neither"
 
 
 class TrainingSettings(_Settings):
@@ -268,10 +257,9 @@ class Run(_Settings):
     pool_factors: Factors = [1]  # each batch draws one: 2, "1-6" or [1, 2, 4]
     seed: Seed | None = None  # null: the profile's
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Run:
+    def contradictions(self) -> Iterable[str]:
         check_run(self.pool_method, self.pool_factors)
-        return self
+        return []
 
 
 class EvaluationSettings(_Settings):
@@ -310,7 +298,7 @@ class Profile(_Settings):
     hierarchical: Variant = "pylate"  # Ward's input in training and evaluation
     model: ModelSettings
     training_data: Literal["mined", "released"] = "mined"  # or rows that the authors published
-    released_rows: dict[str, Pinned] = {}  # by collection, the hub data set of those
+    released_rows: dict[str, Source] = {}  # by collection, the hub data set of those
     mining: MiningSettings
     scoring: Scoring = Scoring()
     adaptation: Adaptation | None = None  # {} with the bundled base, else null
@@ -318,57 +306,40 @@ class Profile(_Settings):
     gpu: bool = False  # whether jobs that compute ask for a GPU
     dev_collections: dict[str, str] = {}  # by training collection, whose test split picks epochs
     runs: list[Run]
-    released_models: list[Annotated[Source, AfterValidator(_check_revision)]] = []  # measured as is
+    released_models: list[Source] = []  # from the hub, measured as they are
     evaluation: EvaluationSettings
     plaid: list[PlaidJob] = []
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Profile:
-        self._check_collections()
-        names = self.evaluated_names
-        if len(set(names)) < len(names):
-            raise ValueError(f"runs: the same model twice among {names}")
+    def contradictions(self) -> Iterable[str]:
+        base = f"model.base is {self.model.base!r}"
         if self.model.bundled != (self.adaptation is not None):
-            raise ValueError(
-                "adaptation: the bundled model needs one (`adaptation: {}`), no other has one; "
-                f"model.base is {self.model.base!r}"
-            )
+            yield f"adaptation: `{{}}` with the bundled model, else null; {base}"
         if self.model.bundled and self.prepared_names:
-            raise ValueError(
-                "model.other_document_lengths and released_models belong to a base from the hub; "
-                "model.base is bundled"
-            )
-        unreleased = sorted(set(self.training_collections) - set(self.released_rows))
-        if self.training_data == "released" and unreleased:
-            raise ValueError(f"training_data: no released_rows of {', '.join(unreleased)}")
+            yield f"other_document_lengths, released_models belong to a base from the hub; {base}"
+        lacking = sorted({*self.training_collections} - {*self.released_rows})
+        if self.training_data == "released" and lacking:
+            yield f"training_data: no released_rows of {', '.join(lacking)}"
+        if self.adaptation and self.adaptation.collection in {run.collection for run in self.runs}:
+            yield f"runs: {self.adaptation.collection!r} is kept for the adaptation"
+        names, jobs = self.evaluated_names, []
         for job in self.plaid:
+            jobs += [
+                f"plaid: {job.model} {c} {m}" for c in job.collections for m in job.pool_methods
+            ]
             if job.model not in names:
-                raise ValueError(f"plaid: model {job.model!r} is none of {names}")
-        _refuse_repeats(
-            [f"plaid: {j.model} {c} {m}" for j in self.plaid for c in j.collections
-             for m in j.pool_methods]
-        )  # fmt: skip
-        return self
-
-    def _check_collections(self) -> None:
-        """Refuse two collections with one `slug`: each would replace the other's files."""
-        owners: dict[str, str] = {}
-        for collection in [*self.training_collections, *self.measured_collections]:
-            owner = owners.setdefault(slug(collection), collection)
-            if owner != collection:
-                raise ValueError(
-                    f"collections: {owner!r} and {collection!r} have the same name in file names, "
-                    f"{slug(collection)!r}; rename a folder, or, if both are one collection, write "
-                    "it the same way everywhere"
-                )
-        for run in self.runs:
-            if self.adaptation and run.collection == self.adaptation.collection:
-                raise ValueError(f"runs: {run.collection!r} is kept for the adaptation")
+                yield f"plaid: model {job.model!r} is none of {names}"
+        _refuse_repeats([*(f"runs: {name}" for name in names), *jobs])
+        owners: dict[str, str] = {}  # of file names: each would replace the other's files
+        for name in [*self.training_collections, *self.measured_collections]:
+            owner = owners.setdefault(slug(name), name)
+            if owner != name:
+                yield f"collections: {owner!r} and {name!r} have the same name in file names"
+                yield "rename a folder, or write one collection the same way everywhere"
 
     @property
     def model_names(self) -> list[str]:
         """The baseline, then the trained models in the order of `runs`."""
-        return [BASELINE, *(self.run_name(run) for run in self.runs)]
+        return [BASELINE, *map(self.run_name, self.runs)]
 
     @property
     def training_collections(self) -> list[str]:
@@ -380,8 +351,8 @@ class Profile(_Settings):
     def prepared_names(self) -> list[str]:
         """Models that come from the hub as they are: baseline, its other lengths, released ones."""
         base = [] if self.model.bundled else [BASELINE]
-        lengths = [length_name(length) for length in self.model.other_document_lengths]
-        return [*base, *lengths, *(released_name(name) for name in self.released_models)]
+        lengths = map(length_name, self.model.other_document_lengths)
+        return [*base, *lengths, *map(released_name, self.released_models)]
 
     @property
     def evaluated_names(self) -> list[str]:
@@ -404,8 +375,8 @@ class Profile(_Settings):
     @property
     def needs_hub(self) -> bool:
         """Whether anything has to be fetched before the first job."""
-        models = [self.model.base, self.scoring.teacher, self.scoring.miner]
-        return bool(self.hub_collections or self.prepared_names) or models != ["bundled"] * 3
+        models = {self.model.base, self.scoring.teacher, self.scoring.miner}
+        return bool(self.hub_collections or self.prepared_names or models - {"bundled"})
 
     @property
     def folder(self) -> Path:
@@ -414,9 +385,8 @@ class Profile(_Settings):
 
     def recipe(self, collection: str) -> TrainingSettings:
         """How a model is trained on a collection: `adaptation` on its own, else `training`."""
-        if self.adaptation and collection == self.adaptation.collection:
-            return self.adaptation
-        return self.training
+        special = self.adaptation and collection == self.adaptation.collection
+        return self.adaptation if special else self.training
 
     def run_name(self, run: Run) -> str:
         """`<collection>-<method>-pf<factors>-s<seed>`, as in the result rows."""
@@ -425,22 +395,15 @@ class Profile(_Settings):
 
     def find_run(self, name: str) -> Run:
         """The run that makes the model `name`."""
-        for run in self.runs:
-            if self.run_name(run) == name:
-                return run
-        raise UserError(
-            f"The profile {self.name!r} has no model {name!r}; it has {self.model_names}."
-        )
+        runs = {self.run_name(run): run for run in self.runs}
+        if name not in runs:
+            known = f"it has {self.model_names}"
+            raise UserError(f"The profile {self.name!r} has no model {name!r}; {known}.")
+        return runs[name]
 
 
 def load_profile(name: str | Path) -> Profile:
-    """Read a profile by name (`smoke`, `quick`, `offline`, `paper`) or from a YAML file.
-
-    Raises
-    ------
-    UserError
-        For an unknown name, bad YAML, an unknown key (named), a wrong type or value.
-    """
+    """Read a profile by name (`smoke`, `quick`, `offline`, `paper`) or from a YAML file."""
     path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         path = PROFILES / f"{name}.yaml"
@@ -453,11 +416,10 @@ def load_profile(name: str | Path) -> Profile:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds no keys; expected a mapping like profiles/quick.yaml.")
     own_name = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", path.stem)).strip("-.")
+    named = {"name": own_name, **content} if isinstance(content, dict) else content
     try:
-        return Profile.model_validate({"name": own_name, **content})
+        return Profile.model_validate(named)
     except ValidationError as error:
         raise UserError(_explain(path, error)) from error
 
@@ -466,11 +428,11 @@ def _explain(path: Path, error: ValidationError) -> str:
     lines = [f"The profile {path.name} was refused, nothing was run:"]
     for problem in error.errors():
         key = ".".join(map(str, problem["loc"])) or "(whole file)"
+        text = f"{problem['msg']} (given: {str(problem['input'])[:80]!r})"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"  {key}: unknown key; is it misspelt?")
+            text = "unknown key; is it misspelt?"
         elif problem["type"] == "float_type" and isinstance(problem["input"], str):
-            hint = "expected a number; YAML wants a dot and a sign in the exponent: 5.0e-5"
-            lines.append(f"  {key}: {hint} (given: {problem['input']!r})")
-        else:
-            lines.append(f"  {key}: {problem['msg']} (given: {str(problem['input'])[:80]!r})")
+            text = "expected a number; YAML wants a dot and a sign in the exponent, as in 5.0e-5: "
+            text += f"{problem['input']!r}"
+        lines.append(f"  {key}: {text}")
     return "\n".join(lines)

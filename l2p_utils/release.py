@@ -219,7 +219,9 @@ def release_model(
         front,
         template_path=str(TEMPLATES / "model_card.md"),
         **COMMON,
-        **_model_facts(profile, name, run, provenance, model),
+        **_model_facts(profile, name, run, provenance),
+        model=model,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         title=repository.split("/")[1],
         repository=repository,
         base=base,
@@ -339,7 +341,7 @@ def _training_rows(profile: Profile, run: Run, provenance: dict[str, Any]) -> di
 
 
 def _check_measured(profile: Profile, name: str, weights: str) -> None:
-    """The stored rows must be there, and measured of these weights."""
+    """Result rows must exist, and be measured of these weights."""
     results = profile.folder / "results"
     if name not in set(read_rows(results)["model"]):
         raise UserError(
@@ -365,81 +367,54 @@ def _write_card(folder: Path, card: ModelCard | DatasetCard, terms: Terms) -> No
 # ---------------------------------------------------------------- the templates' values
 
 
-def _model_facts(
-    profile: Profile, name: str, run: Run, provenance: dict[str, Any], model: PooledColBERT
-) -> dict[str, Any]:
-    training = provenance["settings"].get("training", {})
-    keys = ["epochs", "batch_size", "learning_rate", "warmup_ratio", "frozen_layers"]
-    dev = {k: v for k, v in provenance.get("epoch", {}).items() if k.startswith("dev_")}
+def _model_facts(profile: Profile, name: str, run: Run, provenance: dict) -> dict[str, Any]:
     variant = provenance["settings"].get("pooling")
-    factor = min(4, max(run.pool_factors))
-    options = f', pool_factor={factor}, pool_method="{run.pool_method}"'
-    if variant == "sklearn":
-        options += ", use_sklearn=True"
-    elif variant in ("paper", "euclidean"):
-        options += f', pool_variant="{variant}"'
-    pooled = run.pool_method != "none"
+    options = f', pool_factor={min(4, max(run.pool_factors))}, pool_method="{run.pool_method}"'
+    options += ", use_sklearn=True" if variant == "sklearn" else ""
+    options += f', pool_variant="{variant}"' if variant in ("paper", "euclidean") else ""
     start = profile.folder / "models" / BASELINE / PROVENANCE
     origin = read_json(start)["settings"].get("origin") if start.is_file() else None
+    other = profile.dev_collections.get(run.collection)
     return {
         "profile": profile,
-        "provenance": {"epoch": {}} | provenance,
-        "model": model,
-        "architecture": model[0].auto_model.config.model_type,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "adaptation": profile.adaptation and profile.adaptation.collection,
+        "run": run,
+        "provenance": {"epoch": {}, "dev": {}} | provenance,
+        "training": provenance["settings"].get("training", {}),
         "base_revision": (origin or {}).get("commit") or profile.model.revision,
         "collection": _shown(run.collection),
         "seed": profile.seed if run.seed is None else run.seed,
-        "pooled": pooled,
-        "method": run.pool_method,
+        "pooled": run.pool_method != "none",
         "variant": variant,
         "factors": factors_name(run.pool_factors),
-        "schedule": ", ".join(f"{key} {training[key]}" for key in keys if key in training),
-        "dev_queries": _dev_queries(profile, run, provenance),
-        "dev_values": ", ".join(f"{key} {value:.3f}" for key, value in dev.items()),
-        "pool_options": options if pooled else "",
+        "dev_collection": _shown(other) if other else None,
+        "pool_options": "" if run.pool_method == "none" else options,
         "evaluation": _evaluation(profile, name, run),
     }
-
-
-def _dev_queries(profile: Profile, run: Run, provenance: dict[str, Any]) -> str:
-    other = profile.dev_collections.get(run.collection)
-    if provenance.get("dev", {}).get("looks_at_test_queries", other is not None):
-        where = _shown(other) if other else "another collection"
-        return f"the test queries of {where} (so its results there are not held out)"
-    return f"development queries of {_shown(run.collection)}"
 
 
 def _evaluation(profile: Profile, name: str, run: Run) -> dict[str, str]:
     """Title → Markdown table of NDCG@10, one per engine and pool method."""
     rows = read_rows(profile.folder / "results")
-    rows = rows[rows["model"].isin([BASELINE, name])]
-    own = rows[rows["model"] == name]
-    tables = {}
+    own, tables = rows[rows["model"] == name], {}
     for engine in [engine for engine in ENGINES if engine in set(own["engine"])]:
-        part = rows[rows["engine"] == engine]
+        part = rows[(rows["engine"] == engine) & rows["model"].isin([BASELINE, name])]
         wanted = profile.evaluation.collections if engine == "exact" else []
-        collections = dict.fromkeys([*wanted, *sorted(set(part["collection"]))])
+        collections = list(dict.fromkeys([*wanted, *sorted(part["collection"])]))
         factors = sorted({1, *profile.evaluation.pool_factors, *part["pool_factor"].astype(int)})
+        sizes = part.groupby("collection")[["queries", "documents"]].first().reindex(collections)
         methods = [run.pool_method]
         if run.pool_method == "none":  # trained without pooling: every method that was measured
-            measured = set(own["pool_method"][own["engine"] == engine]) - {"none"}
-            methods = sorted(measured) or methods
+            methods = sorted(set(part["pool_method"]) - {"none"}) or methods
         for method in methods:
             variant = default_variant(own, method)
             lines = []
             for collection, model in itertools.product(collections, (BASELINE, name)):
                 curve = series(part, model, collection, method, engine, variant, factors=factors)
-                sizes = part[(part["model"] == model) & (part["collection"] == collection)]
-                line = {
-                    "collection": _shown(collection),
-                    "model": "**this model**" if model == name else model,
-                    "queries": "".join(str(n) for n in sizes["queries"][:1]),
-                    "documents": "".join(str(n) for n in sizes["documents"][:1]),
-                }
-                lines.append(line | {f"PF{f}": f"{value:.3f}" for f, value in curve.items()})
-            table = pd.DataFrame(lines).replace({"nan": "not measured", "": "not measured"})
+                label = "**this model**" if model == name else model
+                size = [f"{n:,.0f}" for n in sizes.loc[collection]]
+                lines.append([_shown(collection), label, *size, *(f"{v:.3f}" for v in curve)])
+            columns = ["collection", "model", "queries", "documents", *map("PF{}".format, factors)]
+            table = pd.DataFrame(lines, columns=columns).replace("nan", "not measured")
             title = f"{ENGINES[engine]}, {method}" + (f" ({variant})" if variant else "")
             tables[title] = table.to_markdown(index=False, disable_numparse=True)
     return tables
@@ -454,17 +429,10 @@ def _repositories(provenance: dict[str, Any]) -> dict[str, str]:
 
 def _rows_table(provenance: dict[str, Any], collection: str) -> str:
     """The table about the mined rows."""
-    labels = ", ".join(f"{n} {label}" for label, n in provenance.get("labels", {}).items())
-    rules = provenance["settings"].get("mining", {})
-    dropped = provenance.get("queries_dropped")
-    counts = ", ".join(f"{count} ({reason})" for reason, count in (dropped or {}).items())
     return jinja2.Template((TEMPLATES / "provenance.md").read_text("utf-8")).render(
         COMMON,
         provenance=provenance,
         collection=_shown(collection),
         from_hub=collection.startswith(tuple(HUB)),
         repositories=_repositories(provenance),
-        labels=labels,
-        dropped=COMMON["unknown"] if dropped is None else counts or "none",
-        rules=", ".join(f"{key} {value}" for key, value in rules.items() if value is not None),
     )

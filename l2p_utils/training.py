@@ -496,8 +496,8 @@ def make_baseline(profile: Profile, progress: bool = True) -> Path:
     everything that makes it; profiles with the same model and adaptation share it.
     """
     target = profile.folder / "models" / BASELINE
-    base = profile.model
     if profile.adaptation is None:
+        base = profile.model
         with _processes().main_process_first():
             commit = snapshot(base.base, "model", base.revision).commit
             origin = {"revision": base.revision, "commit": commit}
@@ -518,7 +518,7 @@ def make_baseline(profile: Profile, progress: bool = True) -> Path:
     if _processes().num_processes > 1:
         raise UserError(
             "There is no baseline yet, and it is made in one process. Run `python -m "
-            f"l2p_utils.training --profile … --collection {run.collection}` first."
+            "l2p_utils.training --profile … --baseline` first."
         )
     text = json.dumps([settings, profile.threads, versions()], sort_keys=True)
     cached = cache_folder() / "baselines" / hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -629,24 +629,27 @@ def main(arguments: list[str] | None = None) -> int:
     """Train one of a profile's models; under torchrun, as one of several processes."""
     parser = argparse.ArgumentParser(prog="python -m l2p_utils.training", description=main.__doc__)
     parser.add_argument("--profile", required=True, help="a profile's name or a YAML file")
-    parser.add_argument("--collection", required=True)
+    parser.add_argument("--baseline", action="store_true", help="make only the baseline")
+    parser.add_argument("--collection", help="needed unless --baseline")
     parser.add_argument("--pool-method", default="none")
     parser.add_argument("--pool-factors", default="1", help="3, 1-6 or 2+4")
     parser.add_argument("--seed", type=int, help="of the rows' order and the factors")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
+    if not (options.baseline or options.collection):
+        parser.error("expected --collection or --baseline")
     processes = _processes()
+    progress = not options.quiet and processes.is_main_process
     try:
-        folder = train(
-            load_profile(options.profile),
-            options.collection,
-            options.pool_method,
-            parse_factors(options.pool_factors),
-            options.seed,
-            progress=not options.quiet and processes.is_main_process,
-        )
+        profile = load_profile(options.profile)
+        if options.baseline:
+            folder = make_baseline(profile, progress)
+        else:
+            factors = parse_factors(options.pool_factors)
+            run = (options.collection, options.pool_method, factors, options.seed)
+            folder = train(profile, *run, progress)
     except UserError as error:
-        processes.print(error, file=sys.stderr, flush=True)
+        print(error, file=sys.stderr, flush=True)  # of whichever process: it may be the only one
         return 1
     processes.print(folder, flush=True)
     processes.destroy_process_group()

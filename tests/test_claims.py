@@ -5,26 +5,28 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import OFFLINE_MODELS, PAPER, QUICK_MODELS, make_rows
+from scipy.stats import norm
 
 from l2p_utils.claims import (
     CLAIM_COLUMNS,
     FINDINGS,
     PARTS,
-    Comparison,
     OurCells,
-    PaperCells,
     Part,
     check_claims,
     claims_table,
     curve,
+    intervals,
     judge_ours,
-    summary,
+    paper_cells,
 )
 from l2p_utils.files import UserError
-from l2p_utils.results import ROLES, read_paper, validate_per_query, validate_rows
+from l2p_utils.paper import read_paper, roles_of
+from l2p_utils.results import read_per_query, read_rows
+from tests.hub_rows import hub_rows
+from tests.synthetic import OFFLINE_MODELS, PAPER, QUICK_MODELS, make_rows
 
-PART = {part.name: part for part in PARTS}
+KMEANS = "docs-scipy-kmeans-pf1-6-s42"
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +36,21 @@ def paper():
 
 @pytest.fixture(scope="module")
 def offline():
-    rows, per_query = make_rows(OFFLINE_MODELS, queries=60)
-    return validate_rows(rows), validate_per_query(per_query)
+    return make_rows(OFFLINE_MODELS, queries=60)
 
 
 @pytest.fixture(scope="module")
 def quick():
-    rows, per_query = make_rows(QUICK_MODELS, queries=20)
-    return validate_rows(rows), validate_per_query(per_query)
+    return make_rows(QUICK_MODELS, queries=20)
 
 
-def claims_of(runs, paper, **options):
-    return check_claims(*runs, paper, resamples=500, **options).set_index("part")
+@pytest.fixture(scope="module")
+def on_paper(paper):
+    return check_claims(None, None, paper).set_index("part")
+
+
+def claims_of(runs, paper):
+    return check_claims(*runs, paper, resamples=500).set_index("part")
 
 
 # ---------------------------------------------------------------- the paper's numbers
@@ -64,55 +69,26 @@ def claims_of(runs, paper, **options):
         ("7f", "SCIDOCS: Δ −0.015", "holds"),  # exactly the margin
     ],
 )
-def test_the_papers_side_gives_the_papers_values(paper, part, text, verdict):
-    line = check_claims(None, None, paper).set_index("part").loc[part]
-    assert line["paper"] == text
-    assert line["paper_verdict"] == f"{verdict} (by sign)"
+def test_the_papers_side_gives_the_papers_values(on_paper, part, text, verdict):
+    assert list(on_paper.loc[part, ["paper", "paper_verdict"]]) == [text, f"{verdict} (by sign)"]
 
 
-def test_the_paper_disagrees_with_its_findings_only_for_span_on_fiqa(paper):
-    claims = check_claims(None, None, paper)
-    fails = claims[claims["paper_verdict"] != "holds (by sign)"]
-    assert list(fails["part"]) == ["4b"]
+def test_the_paper_disagrees_with_its_findings_only_for_span_on_fiqa(on_paper):
+    assert list(on_paper.index[on_paper["paper_verdict"] != "holds (by sign)"]) == ["4b"]
+    assert set(on_paper["finding"]) == set(FINDINGS) and on_paper.index.is_unique
 
 
-def test_the_protocols_example_of_finding_3(paper):
-    cells = PaperCells(paper)
-    for model, value in (("pf1", 38.6), ("baseline", 84.1)):
-        [(weight, cell)] = curve(model, "span", ["SciFact"], [2])
-        assert weight * cells.value(cell, "points") == pytest.approx(value, abs=0.05)
-
-
-def test_means_over_factors_are_those_worked_out_by_hand(paper):
-    cells = PaperCells(paper)
-    side = curve("kmeans 1-6", "kmeans", ["FiQA"], [4, 5])  # 97.6 and 95.1 in Figure 3
-    assert sum(w * cells.value(c, "points") for w, c in side) == pytest.approx(96.35)
-
-
-# ---------------------------------------------------------------- the statements
-
-
-def test_every_finding_has_parts_with_names_of_their_own():
-    assert [part.finding for part in PARTS] == sorted(part.finding for part in PARTS)
-    assert {part.finding for part in PARTS} == set(FINDINGS) == set(range(1, 8))
-    assert len(PART) == len(PARTS)
-
-
-def test_the_weights_of_each_side_belong_to_whole_means():
-    for part in PARTS:
-        for comparison in part.build(part.datasets):
-            for side in (comparison.first, comparison.second):
-                total = sum(weight for weight, _ in side)
-                # A mean, or a gain: a mean less a mean.
-                assert total == pytest.approx(1) or total == pytest.approx(0), part.name
-
-
-def test_finding_7_leaves_out_the_collection_trained_on():
-    for part in PARTS:
-        if part.finding == 7:
-            cells = set().union(*(x.cells for x in part.build(part.datasets)))
-            assert all(cell.dataset != cell.trained_on for cell in cells)
-            assert len(part.datasets) == 4
+@pytest.mark.parametrize(
+    ("side", "value"),
+    [
+        (curve("pf1", "span", ["SciFact"], [2]), 38.6),  # the protocol's example of finding 3
+        (curve("baseline", "span", ["SciFact"], [2]), 84.1),
+        (curve("kmeans 1-6", "kmeans", ["FiQA"], [4, 5]), 96.35),  # 97.6 and 95.1 in Figure 3
+    ],
+)
+def test_curves_are_the_means_that_the_paper_prints(paper, side, value):
+    cells = paper_cells(paper)["points"]
+    assert sum(weight * cells[cell] for weight, cell in side) == pytest.approx(value, abs=0.05)
 
 
 # ---------------------------------------------------------------- ours
@@ -129,26 +105,24 @@ def shifted(per_query, model, by):
     return changed
 
 
-@pytest.mark.parametrize(("by", "verdict"), [(0.05, "holds"), (-0.05, "does not hold")])
-def test_a_planted_difference_is_found_with_its_sign_and_size(paper, quick, by, verdict):
+@pytest.mark.parametrize(
+    ("by", "average", "within"),
+    [
+        (0.05, "holds", "holds"),
+        (-0.05, "does not hold", "does not hold"),
+        (0.0, "undecided", "holds"),  # 7c: at most .015 lost
+    ],
+)
+def test_a_planted_difference_is_found_with_its_sign_and_size(paper, quick, by, average, within):
     rows, per_query = quick
-    per_query = shifted(per_query, "docs-scipy-kmeans-pf1-6-s42", by)
-    line = claims_of((rows, per_query), paper).loc["7a"]
-    assert line["verdict"] == verdict
-    assert [line["difference"], line["low"], line["high"]] == pytest.approx([by] * 3)
-
-
-def test_no_difference_at_all_is_undecided_but_within_a_margin(paper, quick):
-    rows, per_query = quick
-    per_query = shifted(per_query, "docs-scipy-kmeans-pf1-6-s42", 0.0)
-    claims = claims_of((rows, per_query), paper)
-    assert claims.loc["7a", "verdict"] == "undecided"
-    assert claims.loc["7c", "verdict"] == "holds"  # at most .015 lost
+    claims = claims_of((rows, shifted(per_query, KMEANS, by)), paper)
+    assert list(claims.loc[["7a", "7c"], "verdict"]) == [average, within]
+    assert list(claims.loc["7a", ["difference", "low", "high"]]) == pytest.approx([by] * 3)
 
 
 def test_points_are_percent_of_the_unpooled_baseline(paper, quick):
     rows, per_query = quick
-    per_query = shifted(per_query, "docs-scipy-kmeans-pf1-6-s42", 0.05)
+    per_query = shifted(per_query, KMEANS, 0.05)
     exact = per_query[(per_query["engine"] == "exact") & (per_query["model"] == "baseline")]
     unpooled = exact[(exact["pool_method"] == "none") & (exact["collection"] == "docs:scipy")]
     line = claims_of((rows, per_query), paper).loc["2c"]
@@ -158,41 +132,24 @@ def test_points_are_percent_of_the_unpooled_baseline(paper, quick):
 
 def test_what_was_not_run_is_said_and_never_judged(paper, quick):
     claims = claims_of(quick, paper)
-    for part in ("2a", "2d", "2f", "3e", "4a", "5a", "6a", "7d"):
-        assert claims.loc[part, "verdict"] == "not run"
-        assert np.isnan(claims.loc[part, ["difference", "low", "high"]].astype(float)).all()
+    lacking = claims.loc[["2a", "2d", "2f", "3e", "4a", "5a", "6a", "7d"]]
+    assert set(lacking["verdict"]) == {"not run"}
+    assert lacking[["difference", "low", "high"]].isna().all().all()
     assert (claims.loc[["1a", "2c", "3b", "6b", "7a"], "verdict"] != "not run").all()
 
 
-def test_a_whole_grid_leaves_nothing_unjudged(paper, offline):
-    claims = check_claims(*offline, paper, resamples=500)
-    assert list(claims.columns) == CLAIM_COLUMNS
-    assert not (claims["verdict"] == "not run").any()
-    assert (claims["low"] <= claims["difference"]).all()
-    assert (claims["difference"] <= claims["high"]).all()
-    verdicts = claims.set_index("part")["verdict"]
-    # What the made-up numbers were made to show.
-    assert (verdicts[["1a", "1b", "2a", "2b", "2c", "5b"]] == "holds").all()
-
-
 def test_a_part_of_several_comparisons_shows_its_weakest_and_widens_its_interval(offline):
-    rows, per_query = offline
-    cells = OurCells(rows, per_query, ROLES)
+    cells = OurCells(*offline, roles_of(offline[0]))
 
-    def compare(factors):
+    def judge(*factors):
         comparisons = [
-            Comparison(
-                f"PF{f}",
-                curve("kmeans 1-6", "kmeans", ["SciFact"], [f]),
-                curve("baseline", "kmeans", ["SciFact"], [f]),
-            )
+            (f"PF{f}", *(curve(m, "kmeans", ["SciFact"], [f]) for m in ("kmeans 1-6", "baseline")))
             for f in factors
         ]
-        part = Part(0, "x", "x", ("SciFact",), lambda _: comparisons)
-        return judge_ours(part, cells, seed=1, resamples=2000)
+        return judge_ours(Part("0x", "x", ("SciFact",), lambda _: comparisons), cells, 1, 2000)
 
-    alone = {factor: compare([factor]) for factor in range(2, 7)}
-    together = compare(range(2, 7))
+    alone = {factor: judge(factor) for factor in range(2, 7)}
+    together = judge(*alone)
     weakest = min(alone, key=lambda factor: alone[factor]["low"])
     assert together["ours"].startswith(f"PF{weakest}:")
     assert together["low"] < alone[weakest]["low"] < alone[weakest]["high"] < together["high"]
@@ -200,12 +157,9 @@ def test_a_part_of_several_comparisons_shows_its_weakest_and_widens_its_interval
 
 def test_one_comparison_below_fails_the_whole_part(paper, quick):
     rows, per_query = quick
-    per_query = shifted(per_query, "docs-scipy-kmeans-pf1-6-s42", 0.05)
-    bad = (
-        (per_query["model"] == "docs-scipy-kmeans-pf1-6-s42")
-        & (per_query["collection"] == "docs:pandas")
-        & (per_query["pool_factor"] == 4)
-    )
+    per_query = shifted(per_query, KMEANS, 0.05)
+    bad = (per_query["model"] == KMEANS) & (per_query["collection"] == "docs:pandas")
+    bad &= per_query["pool_factor"] == 4
     per_query.loc[bad, "ndcg@10"] -= 0.08
     line = claims_of((rows, per_query), paper).loc["7b"]
     assert line["verdict"] == "does not hold"
@@ -215,12 +169,12 @@ def test_one_comparison_below_fails_the_whole_part(paper, quick):
 
 def test_two_seeds_are_averaged(paper, quick):
     rows, per_query = quick
-    name = "docs-scipy-kmeans-pf1-6-s42"
-    first, second = shifted(per_query, name, 0.02), shifted(per_query, name, 0.06)
-    twin = second[second["model"] == name].assign(model="docs-scipy-kmeans-pf1-6-s43")
-    twin_rows = rows[rows["model"] == name].assign(model="docs-scipy-kmeans-pf1-6-s43", seed=43)
-    both = pd.concat([rows, twin_rows]), pd.concat([first, twin])
-    assert claims_of(both, paper).loc["7a", "difference"] == pytest.approx(0.04)
+    first, second = shifted(per_query, KMEANS, 0.02), shifted(per_query, KMEANS, 0.06)
+    twin = {"model": KMEANS.replace("s42", "s43")}
+    second = second[second["model"] == KMEANS].assign(**twin)
+    rows = pd.concat([rows, rows[rows["model"] == KMEANS].assign(**twin, seed=43)])
+    claims = claims_of((rows, pd.concat([first, second])), paper)
+    assert claims.loc["7a", "difference"] == pytest.approx(0.04)
 
 
 def test_plaid_rows_and_other_variants_play_no_part(paper, quick):
@@ -230,34 +184,90 @@ def test_plaid_rows_and_other_variants_play_no_part(paper, quick):
     extra = per_query[(per_query["pool_method"] == "hierarchical") & ~plaid]
     extra = extra[extra["model"] == "baseline"].assign(pool_variant="paper", **{"ndcg@10": 0.0})
     changed = pd.concat([changed, extra])
-    pd.testing.assert_frame_equal(
-        claims_of((rows, changed), paper), claims_of((rows, per_query), paper)
-    )
+    expected = claims_of(quick, paper)
+    pd.testing.assert_frame_equal(claims_of((rows, changed), paper), expected)
 
 
 def test_models_measured_on_other_queries_are_refused(paper, quick):
     rows, per_query = quick
     gone = (per_query["model"] == "docs-scipy-pf1-s42") & (per_query["query_id"] == "q001")
     with pytest.raises(UserError, match="same queries"):
-        check_claims(rows, per_query[~gone], paper, resamples=100)
+        claims_of((rows, per_query[~gone]), paper)
 
 
 # ---------------------------------------------------------------- showing
 
 
 def test_the_table_shows_every_part_with_interval_and_verdict(paper, quick):
-    claims = check_claims(*quick, paper, resamples=500)
-    text = claims_table(claims)
+    claims = claims_of(quick, paper)
+    text = claims_table(claims.reset_index())
     lines = [line for line in text.split("\n") if line.startswith("|")]
     assert len(lines) == 2 + len(FINDINGS) + len(PARTS)
     assert {line.count("|") for line in lines} == {8}
     assert "{" not in text and "nan" not in text and "bootstrap" in text
     seven = next(line for line in lines if line.startswith("| 7a"))
-    number = f"{claims.set_index('part').loc['7a', 'difference']:+.3f}".replace("-", "−")
+    number = f"{claims.loc['7a', 'difference']:+.3f}".replace("-", "−")
     assert f"{number} [" in seven and "docs:scipy" in seven
 
 
-def test_the_summary_counts_every_part_once(paper, quick):
-    counts = summary(check_claims(*quick, paper, resamples=500))
-    assert counts.drop(columns="statement").to_numpy().sum() == len(PARTS)
-    assert list(counts.index) == list(FINDINGS)
+# ---------------------------------------------------------------- the reference run
+
+
+def test_the_reference_runs_claims_are_the_stored_ones(paper):
+    """`tests/fixtures/claims.csv` holds verdicts and intervals from before SciPy's bootstrap."""
+    stored = pd.read_csv(PAPER.parents[1] / "tests" / "fixtures" / "claims.csv", dtype=str)
+    folder = PAPER.with_name("offline")
+    claims = check_claims(read_rows(folder), read_per_query(folder), paper)
+    numbers = ["difference", "low", "high"]
+    texts = [column for column in CLAIM_COLUMNS if column not in ["finding", *numbers]]
+    pd.testing.assert_frame_equal(claims[texts], stored[texts], check_dtype=False)
+    gaps = (claims[numbers] - stored[numbers].astype(float)).abs()
+    points = claims["unit"] == "points"
+    assert gaps["difference"].max() < 1e-4
+    assert gaps[points].to_numpy().max() < 0.1 and gaps[~points].to_numpy().max() < 0.002
+
+
+# ---------------------------------------------------------------- the bootstrap
+
+
+def test_intervals_agree_with_the_normal_approximation_at_bonferronis_level():
+    generator = np.random.default_rng(0)
+    groups = [generator.normal(0.1, 1, (3, 400)), generator.normal(0, 2, (3, 900))]
+    low, high = intervals(groups, seed=1, resamples=20_000)
+    middle = sum(group.mean(axis=1) for group in groups)
+    error = np.sqrt(sum(group.var(axis=1) / group.shape[1] for group in groups))
+    half = norm.ppf(1 - 0.025 / 3) * error
+    assert low == pytest.approx(middle - half, abs=0.01)
+    assert high == pytest.approx(middle + half, abs=0.01)
+
+
+def test_one_draw_serves_all_comparisons_and_collections_are_drawn_apart():
+    values = np.random.default_rng(2).normal(size=50)
+    low, high = intervals([np.stack([values, values + 1])], seed=1, resamples=500)
+    assert [low[1], high[1]] == pytest.approx([low[0] + 1, high[0] + 1])
+    # The same values in two collections: drawn together, the difference would have no width.
+    low, high = intervals([values[None], -values[None]], seed=1, resamples=500)
+    assert low[0] < -0.1 < 0.1 < high[0]
+
+
+def test_a_single_query_has_no_interval_and_is_undecided(paper, quick):
+    rows, per_query = quick
+    claims = claims_of((rows, per_query[per_query["query_id"] == "q001"]), paper)
+    assert set(claims["verdict"]) == {"undecided", "not run"}
+    assert claims[["low", "high"]].isna().all().all()
+    assert "nan" not in claims_table(claims.reset_index())
+
+
+def test_a_baseline_that_finds_nothing_gives_no_percentages(paper, quick):
+    rows, per_query = quick
+    found = per_query["ndcg@10"].mask(per_query["model"] == "baseline", 0.0)
+    nothing = per_query.assign(**{"ndcg@10": found})
+    assert set(claims_of((rows, nothing), paper)["verdict"]) == {"not run"}
+
+
+def test_the_papers_numbers_as_rows_give_the_papers_side_of_every_finding(paper):
+    claims = claims_of(hub_rows(), paper)
+    assert not (claims["verdict"] == "not run").any()
+    assert claims.loc["1a", "ours"] == claims.loc["1a", "paper"] == "91.9 vs 89.5"
+    assert claims.loc["4a", "ours"] == "PF3: 91.0 vs 89.6"
+    assert "SciFact (nano:scifact)" in claims.loc["2f", "statement"]

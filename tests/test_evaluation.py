@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny import tiny_colbert
 
 from l2p_utils import evaluation
-from l2p_utils.collection import Collection, subset
+from l2p_utils.collection import Collection
 from l2p_utils.evaluation import (
     Encoded,
     Setting,
@@ -119,18 +119,6 @@ def test_a_query_does_not_find_itself(name, text, judged, reciprocal_rank):
 # --- a part of a collection -----------------------------------------------------------------------
 
 QRELS = {f"q{i}": {f"d{i}": 1, f"d{i + 10}": 0, f"d{i + 5}": -1} for i in range(5)}
-
-
-def test_a_subset_keeps_every_relevant_document_and_no_other_beyond_the_limit():
-    whole = collection_of(QRELS)
-    part = subset(whole, None, 8)
-    assert len(part.corpus) == 8
-    assert {f"d{i}" for i in range(5)} <= set(part.corpus)
-    assert {document for judged in part.qrels.values() for document in judged} <= set(part.corpus)
-    assert set(subset(whole, None, 2).corpus) == {f"d{i}" for i in range(5)}
-    fewer = subset(whole, 2, 3)
-    assert len(fewer.queries) == len(fewer.qrels) == 2 and len(fewer.corpus) == 3
-    assert subset(whole, None, None) == whole
 
 
 # --- encoding -------------------------------------------------------------------------------------

@@ -73,25 +73,6 @@ def propose(similarities, positives, seed=0, hard_candidates=3, random_candidate
 SIMILARITIES = {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.6, "e": 0.5, "f": 0.4, "g": 0.3}
 
 
-def test_positives_are_judged_above_0_and_exist():
-    judged = {"b": 1, "a": 2, "zero": 0, "negative": -1, "gone": 1}
-    collection = collection_of(["a", "b", "zero", "negative"], {"q": "?"}, {"q": judged})
-    assert Proposer(collection, settings_of()).positives == {"q": ["a", "b"]}
-
-
-def test_hard_candidates_are_the_miners_top_without_the_positives():
-    assert propose(SIMILARITIES, ["b", "g"]).hard == ["a", "c"]  # the top 3 less a positive
-    assert propose(dict.fromkeys("bdac", 0.5), ["a"]).hard == ["d", "c", "b"]  # ties by id
-
-
-def test_random_candidates_are_neither_positive_nor_hard_and_each_occurs_once():
-    drawn = [propose(SIMILARITIES, ["b", "g"], seed).random for seed in range(30)]
-    assert all(len(set(found)) == len(found) == 2 for found in drawn)
-    assert set().union(*drawn) == {"d", "e", "f"}
-    assert propose({"a": 1.0, "b": 0.5, "c": 0.2, "d": 0.1}, ["a"]).random == ["d"]
-    assert propose({"a": 1.0, "b": 0.5}, ["a"]).documents == ["a", "b"]
-
-
 @given(
     st.permutations([f"d{i}" for i in range(12)]),
     st.lists(st.sampled_from([-0.5, 0.0, 0.25, 0.5]), min_size=12, max_size=12),
@@ -567,6 +548,7 @@ def test_released_rows_are_taken_as_they_are(release, name):
     mined, made = release(rows, name=name, revision="@v2")
     assert mined == rows
     assert made["settings"]["released"] == ["owner/rows", "c0"]
+    assert made["repositories"] == {"owner/rows": "c0"}
     assert made["teacher"] == made["miner"] == "released: owner/rows @ c0"
     assert (made["rows"], made["queries"], made["queries_dropped"]) == (7, 7, {})
 

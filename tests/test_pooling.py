@@ -28,7 +28,6 @@ from l2p_utils.pooling import (
     pool_sweep,
     pooled_count,
     segment_means,
-    stored_variant,
     token_vectors,
 )
 
@@ -166,24 +165,6 @@ def test_number_of_vectors_for_every_length_and_factor(method, variant, protecte
             assert all(c <= e for c, e in zip(counts, expected, strict=True))
         else:
             assert counts == expected
-
-
-@pytest.mark.parametrize(
-    ("tokens", "factor", "method", "protected", "expected"),
-    [
-        (10, 2, "span", 1, 6),  # 1 + ceil(9 / 2)
-        (10, 2, "kmeans", 1, 5),  # 1 + 9 // 2
-        (10, 3, "hierarchical", 0, 3),
-        (3, 8, "kmeans", 1, 2),  # shorter than the factor: one cluster
-        (1, 8, "kmeans", 1, 1),
-        (2, 8, "span", 5, 2),
-        (0, 2, "span", 1, 0),
-        (10, 1, "kmeans", 1, 10),
-        (10, 3, "none", 1, 10),
-    ],
-)
-def test_pooled_count_by_hand(tokens, factor, method, protected, expected):
-    assert pooled_count(tokens, factor, method, protected) == expected
 
 
 @pytest.mark.parametrize("protected", [0, 1, 2])
@@ -369,14 +350,6 @@ def test_padding_and_masked_tokens_change_nothing(rows, setting, factor, protect
         assert kept.shape[1] == pooled_count(mask.shape[1] + extra, factor, method, protected)
 
 
-def test_padded_integer_mask_is_understood():
-    embeddings = torch.stack(documents([6, 6]))
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
-    vectors, kept = pool_padded(embeddings, mask, 2, "span")
-    assert kept.tolist() == [[True, True, True, False], [True] * 4]
-    assert torch.equal(vectors[0, :3], pool([embeddings[0, :4]], 2, "span")[0])
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("factor", [1, 3])
 def test_renormalized_vectors_have_length_one(method, factor):
@@ -501,13 +474,6 @@ def test_vectors_whose_trees_would_overflow_are_refused(size, method, variant):
     document = size * unit_vectors(60, dtype=torch.float64)
     with pytest.raises(UserError, match="cannot be pooled"):
         pool([document], 2, method, variant=variant)
-
-
-def test_stored_variant_names_what_result_rows_keep():
-    assert stored_variant("kmeans", "paper", use_sklearn=True) == "sklearn"
-    assert stored_variant("kmeans", "paper") == "fast"
-    assert stored_variant("hierarchical", "paper") == "paper"
-    assert stored_variant("span") == stored_variant("none") == ""
 
 
 # --- clusters -------------------------------------------------------------------------------

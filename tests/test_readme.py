@@ -1,4 +1,4 @@
-"""The README against what it speaks of: the claims table, the files, the make targets."""
+"""README and docs against what they speak of: rows, verdicts, files, make targets, snippets."""
 
 import json
 import re
@@ -7,96 +7,62 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from l2p_utils import results
 from l2p_utils.collection import load_collection
+from l2p_utils.paper import read_paper
 from l2p_utils.profile import load_profile
-from tests.test_snakefile import plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+DOCS = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+OFFLINE = ROOT / "data" / "offline"
+MODELS = {
+    "baseline": "baseline",
+    "FT PF1 (fine-tuned without pooling)": "docs-scipy-pf1-s42",
+    "FT kmeans PF1-6 (fine-tuned with pooling)": "docs-scipy-kmeans-pf1-6-s42",
+}
 
 
-def test_the_claims_table_is_the_reference_runs():
-    between = re.search(r"<!-- claims: begin .*?-->\n(.*?)<!-- claims: end -->", README, re.S)
-    assert between.group(1).strip() == (ROOT / "figures/offline/claims.md").read_text().strip()
+def cells(text, label):
+    """The cells of the table row that begins with `label`."""
+    return re.search(rf"^\| {re.escape(label)} \| (.*) \|$", text, re.M).group(1).split(" | ")
 
 
-def test_the_bench_table_is_the_stored_one():
-    between = re.search(r"<!-- bench: begin .*?-->\n(.*?)<!-- bench: end -->", README, re.S)
-    assert between.group(1).strip() == (ROOT / "figures/bench/table.md").read_text("utf-8").strip()
+def per_query():
+    return results.read_per_query(OFFLINE)
+
+
+def test_the_readme_is_short_enough_to_be_read():
+    assert len(README.encode()) <= 10_000
 
 
 def test_the_numbers_of_the_outcome_are_the_rows():
-    from l2p_utils import results
-
-    rows = results.read_rows(ROOT / "data" / "offline")
-    models = {
-        "baseline (warmed up)": "baseline",
-        "FT PF1 (unpooled fine-tuning)": "docs-scipy-pf1-s42",
-        "FT kmeans PF1-6": "docs-scipy-kmeans-pf1-6-s42",
-    }
-    for label, model in models.items():
-        line = re.search(rf"^\| {re.escape(label)} \|(.*)\|$", README, re.M).group(1)
-        shown = [float(cell) for cell in line.split("|")]
+    rows = results.read_rows(OFFLINE)
+    for label, model in MODELS.items():
         stored = results.series(rows, model, "docs:scipy", "kmeans").tolist()
-        assert shown == pytest.approx(stored, abs=0.00051)
+        assert [float(cell) for cell in cells(README, label)] == pytest.approx(stored, abs=0.00051)
 
 
 def test_the_gains_at_pool_factor_6_are_the_rows():
-    from l2p_utils.results import compare, read_per_query
-
-    values = read_per_query(ROOT / "data" / "offline")
-    where = {"pool_method": "kmeans", "pool_factor": 6}
-    ours = {"model": "docs-scipy-kmeans-pf1-6-s42", **where}
-    heads = re.search(r"^\| FT kmeans PF1-6 \(trained .* against \|(.*)\|$", README, re.M).group(1)
-    collections = re.findall(r"`(.*?)`", heads)
+    values = per_query()
+    collections = re.findall(r"`(.*?)`", " ".join(cells(README, "FT kmeans PF1-6 against")))
     assert len(collections) == 5
     for label, model in {"the baseline": "baseline", "FT PF1": "docs-scipy-pf1-s42"}.items():
-        line = re.search(rf"^\| {label} \| (\+.*) \|$", README, re.M).group(1)
-        for collection, cell in zip(collections, line.split(" | "), strict=True):
-            there = {"collection": collection}
-            found = compare(values, ours | there, {"model": model, **where, **there})
-            points = [100 * found[key] for key in ("difference", "low", "high")]
-            expected = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*points)
-            assert cell == expected.replace("-", "−"), collection
-
-
-def test_what_is_said_of_the_run_with_k_means_plus_plus_is_its_rows():
-    from l2p_utils import results
-    from l2p_utils.claims import check_claims
-
-    folder = ROOT / "data" / "offline" / "sklearn_kmeans"
-    rows, values = results.read_rows(folder), results.read_per_query(folder)
-    models = ["baseline", "docs-scipy-pf1-s42", "docs-scipy-kmeans-pf1-6-s42"]
-    found = [results.series(rows, m, "docs:scipy", "kmeans").iloc[-1] for m in models]
-    said = re.search(r"at PF6 (\.\d+), (\.\d+) and (\.\d+)\s+for the three models", README)
-    assert [float(value) for value in said.groups()] == pytest.approx(found, abs=0.00051)
-    paper = results.read_paper(ROOT / "data" / "paper")
-    theirs = check_claims(rows, values, paper).set_index("part")["verdict"]
-    ours = pd.read_csv(ROOT / "figures/offline/claims.csv").set_index("part")["verdict"]
-    changed = theirs[theirs != ours[theirs.index]]
-    assert dict(changed) == {"1a": "holds", "2d": "undecided", "3e": "holds"}
-
-
-def test_the_variants_of_hierarchical_are_the_rows():
-    from l2p_utils import results
-
-    rows = results.read_rows(ROOT / "data" / "offline")
-    rows = rows[(rows["model"] == "baseline") & (rows["engine"] == "exact")]
-    rows = rows[rows["pool_method"] == "hierarchical"]
-    means = rows.groupby(["pool_variant", "pool_factor"])["ndcg@10"].mean()
-    for variant in ("pylate", "paper", "euclidean"):
-        line = re.search(rf"^\| `{variant}` \|(.*)\|$", README, re.M).group(1)
-        shown = [float(cell) for cell in line.split("|")]
-        expected = [*means[variant], means[variant].mean()]
-        assert shown == pytest.approx(expected, abs=0.00051)
+        for collection, cell in zip(collections, cells(README, label), strict=True):
+            first, second = (
+                results.query_values(values, name, collection, "kmeans", 6).to_numpy()
+                for name in ("docs-scipy-kmeans-pf1-6-s42", model)
+            )
+            points = [100 * value for value in results.paired_bootstrap(first, second)]
+            said = [float(n.replace("−", "-")) for n in re.findall(r"[+−][\d.]+", cell)]
+            assert said == pytest.approx(points, abs=0.1001), collection
 
 
 def test_the_verdicts_are_counted_right():
     claims = pd.read_csv(ROOT / "figures" / "offline" / "claims.csv")
     counts = claims["verdict"].value_counts()
     said = re.search(
-        r"Of the (\d+) testable parts .*?"
-        r"(\d+) hold here, (\d+) are undecided and (\d+) do not hold",
+        r"Of the (\d+) testable parts.*?(\d+) hold here, (\d+) are undecided and (\d+) do\s+not",
         README,
         re.S,
     )
@@ -104,17 +70,92 @@ def test_the_verdicts_are_counted_right():
     assert [int(number) for number in said.groups()] == expected
 
 
-def test_every_linked_file_is_there():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert len(links) > 10
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def test_what_is_said_of_the_run_with_k_means_plus_plus_is_its_rows():
+    from l2p_utils.claims import check_claims
+
+    folder = OFFLINE / "sklearn_kmeans"
+    rows, values = results.read_rows(folder), results.read_per_query(folder)
+    found = [results.series(rows, m, "docs:scipy", "kmeans").iloc[-1] for m in MODELS.values()]
+    said = re.search(r"at PF6 at (\.\d+), (\.\d+) and (\.\d+)", README)
+    assert [float(value) for value in said.groups()] == pytest.approx(found, abs=0.00051)
+    theirs = check_claims(rows, values, read_paper(ROOT / "data" / "paper"))
+    theirs = theirs.set_index("part")["verdict"]
+    ours = pd.read_csv(ROOT / "figures/offline/claims.csv").set_index("part")["verdict"]
+    changed = sorted(theirs[theirs != ours[theirs.index]].index)
+    said = re.search(r"verdicts depend on which k-means is used \((.*?)\)", README).group(1)
+    assert changed == said.split(", ")
 
 
-def test_every_make_target_that_is_named_exists():
+def test_what_plaid_keeps_at_unit_length_is_the_rows():
+    values = per_query()
+    values = values[values["model"] == "baseline"]
+    asked = set(values[values["engine"] == "plaid"]["query_id"])
+    text = DOCS["pooling.md"]
+    collections = re.findall(r"`(docs:\w+)`", " ".join(cells(text, "baseline, PF6")))
+    every = []
+    for method in ("span", "kmeans"):
+        for engine, label in {
+            "exact": "exact search (raw)",
+            "plaid": "PLAID (unit length)",
+        }.items():
+            for collection, cell in zip(
+                collections, cells(text, f"{method}, {label}"), strict=True
+            ):
+                unpooled, pooled = (
+                    results.query_values(values, "baseline", collection, method, factor, engine)
+                    for factor in (1, 6)
+                )
+                share = 100 * pooled[pooled.index.isin(asked)].mean()
+                share /= unpooled[unpooled.index.isin(asked)].mean()
+                assert float(cell.removesuffix(" %")) == pytest.approx(share, abs=0.051)
+                every.append((method, engine, share))
+    span = {
+        engine: [s for m, e, s in every if (m, e) == ("span", engine)]
+        for engine in ("exact", "plaid")
+    }
+    said = re.search(r"keeps (\d+)–(\d+) % in exact search and (\d+)–(\d+) % through PLAID", README)
+    ends = [f(span[engine]) for engine in ("exact", "plaid") for f in (min, max)]
+    assert [int(number) for number in said.groups()] == [round(end) for end in ends]
+
+
+def test_the_variants_of_hierarchical_are_the_rows():
+    rows = results.read_rows(OFFLINE)
+    rows = rows[(rows["model"] == "baseline") & (rows["engine"] == "exact")]
+    rows = rows[rows["pool_method"] == "hierarchical"]
+    means = rows.groupby(["pool_variant", "pool_factor"])["ndcg@10"].mean()
+    for variant in ("pylate", "paper", "euclidean"):
+        shown = [float(cell) for cell in cells(DOCS["pooling.md"], f"`{variant}`")]
+        expected = [*means[variant], means[variant].mean()]
+        assert shown == pytest.approx(expected, abs=0.00051)
+
+
+@pytest.mark.parametrize("name", ["README.md", *DOCS])
+def test_every_linked_file_exists(name):
+    text, folder = (README, ROOT) if name == "README.md" else (DOCS[name], ROOT / "docs")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert links
+    assert [link for link in links if not (folder / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", *DOCS])
+def test_every_named_make_target_exists(name):
+    text = README if name == "README.md" else DOCS[name]
     makefile = (ROOT / "Makefile").read_text()
-    named = set(re.findall(r"`(?:PROFILE=\w+ )?make (\w+)", README))
-    assert named >= {"run", "test", "lab", "figures", "notebooks", "clean", "plan"}
-    assert [name for name in named if not re.search(rf"^{name}:", makefile, re.M)] == []
+    named = set(re.findall(r"(?:^|`)(?:PROFILE=\w+ )?make (\w+)", text, re.M))
+    assert [target for target in named if not re.search(rf"^{target}:", makefile, re.M)] == []
+
+
+def test_every_make_target_is_in_the_readme():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^(\w+):.*## ", makefile, re.M)
+    assert [target for target in targets if f"make {target}" not in README] == []
+
+
+def test_the_snippet_for_ones_own_documents_runs(model_folder, capsys):
+    snippet = re.search(r"```python\n(.*?)```", DOCS["own_documents.md"], re.S).group(1)
+    path = re.search(r'PooledColBERT\("(.*?)"\)', snippet).group(1)
+    exec(snippet.replace(path, str(model_folder)), {})
+    assert set(eval(capsys.readouterr().out)) <= {"spline", "mean", "inverse"}
 
 
 @pytest.fixture
@@ -132,7 +173,7 @@ def reports(tmp_path):
 
 
 def test_the_profile_for_ones_own_documents_needs_only_the_folders_path(tmp_path, reports):
-    text = re.search(r"```yaml\n(description:.*?)```", README, re.S).group(1)
+    text = re.search(r"```yaml\n(description:.*?)```", DOCS["own_documents.md"], re.S).group(1)
     assert text.count("/absolute/path/to/folder") == 1
     path = tmp_path / "mine.yaml"
     path.write_text(text.replace("/absolute/path/to/folder", str(reports)))
@@ -145,9 +186,3 @@ def test_the_profile_for_ones_own_documents_needs_only_the_folders_path(tmp_path
     assert not profile.needs_hub
     for split in ("train", "dev", "test"):
         assert load_collection(profile.runs[0].collection, split).queries
-
-    jobs = plan(tmp_path, profile=path)
-    assert jobs["01_data_mining--reports"][1] == {"profile": str(path), "collection": str(reports)}
-    for name in models:
-        assert {f"02_training--{name}", f"03_evaluation--{name}"} < jobs.keys()
-    assert len(jobs) == 2 + 2 * 3 + 6

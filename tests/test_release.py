@@ -351,7 +351,7 @@ def test_a_model_without_results_is_refused(root, model_folder):
     with pytest.raises(UserError, match="no result rows of.*03_evaluation"):
         release_model(profile, NAME, "me/x")
     shutil.rmtree(profile.folder / "results")
-    with pytest.raises(UserError, match="there are no result rows"):
+    with pytest.raises(UserError, match="no result rows"):
         release_model(profile, NAME, "me/x")
     assert not (profile.folder / "release").exists()
 

@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 
 from l2p_utils import results
+from l2p_utils.notebooks import READING, report
+from l2p_utils.profile import load_profile
 
 ROOT = Path(__file__).parents[1]
 MODELS = ["baseline", "docs-scipy-kmeans-pf1-6-s42", "docs-scipy-pf1-s42"]
@@ -22,6 +25,7 @@ def snakemake(folder, *arguments):
     command += ["--keep-going", "--rerun-incomplete", "--nolock", "--scheduler", "greedy"]
     command += arguments
     environment = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    environment["L2P_CACHE"] = str(folder / "cache")
     for variable in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
         environment.pop(variable, None)
     return subprocess.run(
@@ -47,15 +51,10 @@ def test_every_job_leaves_an_executed_notebook_and_its_page(project):
     names = {path.stem for path in done.glob("*.ipynb")}
     assert names == {
         "00_token_pooling",
-        "01_data_mining--docs-transformers",
         "01_data_mining--docs-scipy",
         *(f"02_training--{model}" for model in MODELS),
         *(f"03_evaluation--{model}" for model in MODELS),
-        "04_inference_pooling",
-        "05_pooling_aware",
-        "06_cross_dataset",
-        "07_beir_validation",
-        "08_claims",
+        *READING,
     }
     for name in names:
         assert (done / f"{name}.html").stat().st_size > 10_000
@@ -91,14 +90,27 @@ def test_figures_and_tables_are_written(project):
         assert {f"table{number}.csv", f"table{number}.md"} <= found
 
 
+def test_the_report_and_the_plan_of_a_finished_run(project):
+    smoke = load_profile("smoke")
+    found = report(SimpleNamespace(folder=project / "runs" / "smoke"))
+    stages = [line.split()[:2] for line in found.splitlines()[1:10]]
+    assert ["train", "2"] in stages and ["evaluate", "3"] in stages
+    assert "FAILED" not in found and all(word in found for word in ("figures", "results"))
+    command = [sys.executable, "-m", "l2p_utils.notebooks", "plan", "smoke"]
+    environment = {**os.environ, "PYTHONPATH": str(project)}
+    run = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    rows = {line.split()[0]: line.split()[1:4] for line in run.stdout.splitlines()}
+    assert rows["train"] == [str(len(smoke.runs))] * 2 + ["0"], run.stderr
+
+
 def test_a_trained_model_and_its_rows_can_be_released(project):
-    parameters = {"profile": "smoke", "model": MODELS[1], "rows": "me/rows", "repository": "me/it"}
-    command = [sys.executable, "-m", "l2p_utils.execute", "notebooks/09_release.ipynb"]
-    command += ["released.ipynb", "--parameters", *(f"{k}={v}" for k, v in parameters.items())]
+    smoke = project / "runs" / "smoke"
+    parameters = ["profile=smoke", f"model={MODELS[1]}", "rows=me/rows", "repository=me/it"]
+    command = [sys.executable, "-m", "l2p_utils.notebooks", "run", "notebooks/09_release.ipynb"]
+    command += ["released.ipynb", "--parameters", *parameters]
     environment = {**os.environ, "PYTHONPATH": str(project), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    smoke = project / "runs" / "smoke"
     card = (smoke / "release" / "it" / "README.md").read_text("utf-8")
     assert "- me/rows" in card and "not measured" not in card
     assert (smoke / "release_data" / "rows" / "data" / "train-00000-of-00001.parquet").is_file()
@@ -117,7 +129,7 @@ def test_a_deleted_model_is_made_again_and_nothing_else_is_trained(project):
     }
     before = json.loads((smoke / "models" / MODELS[1] / "provenance.json").read_text())
     shutil.rmtree(smoke / "models" / MODELS[1])
-    run = snakemake(project, "--until", "train", "adaptation", "mine")
+    run = snakemake(project, "--until", "train")
     assert run.returncode == 0, run.stderr[-4000:]
     after = json.loads((smoke / "models" / MODELS[1] / "provenance.json").read_text())
     assert after["settings"] == before["settings"]

@@ -4,11 +4,9 @@ The runs use stand-in notebooks that write what the real ones would, and a profi
 """
 
 import ast
-import fcntl
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -18,13 +16,15 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_notebook
 from snakemake.cli import get_argument_parser
 
+from l2p_utils.notebooks import READING
 from l2p_utils.profile import load_profile
 
 ROOT = Path(__file__).parents[1]
-READING = ["04_inference_pooling", "05_pooling_aware", "06_cross_dataset", "07_beir_validation"]
+KERNEL = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
 PROFILE = """
 description: one model, trained on one collection
 model: {}
@@ -47,10 +47,7 @@ STAND_INS = {
     ),
     "03_evaluation": ("profile = ''\nmodel = ''", "product = f'results/{model}.csv'"),
     "00_token_pooling": ("source = ''", "product = 'figures/tokens.png'"),
-    **{
-        name: ("source = ''\noutput = ''", f"product = 'figures/{name}.png'")
-        for name in [*READING, "08_claims"]
-    },
+    **{name: ("source = ''\noutput = ''", f"product = 'figures/{name}.png'") for name in READING},
 }
 # fails or waits where a file of that name asks for it
 WORK = """
@@ -63,7 +60,8 @@ if (folder / "fail").exists() and product in (folder / "fail").read_text():
 while (folder / "wait").exists() and product in (folder / "wait").read_text():
     time.sleep(0.1)
 target.parent.mkdir(parents=True, exist_ok=True)
-target.write_text("{}")
+if not (folder / "keep").exists():
+    target.write_text("{}")
 """
 
 
@@ -74,15 +72,21 @@ def project(tmp_path):
     for name, (parameters, product) in STAND_INS.items():
         cells = [new_code_cell(parameters), new_code_cell(product), new_code_cell(WORK.strip())]
         cells[0].metadata["tags"] = ["parameters"]
-        nbformat.write(new_notebook(cells=cells), tmp_path / "notebooks" / f"{name}.ipynb")
-    (tmp_path / "small.yaml").write_text(PROFILE)
+        nbformat.write(
+            new_notebook(cells=cells, metadata=KERNEL), tmp_path / "notebooks" / f"{name}.ipynb"
+        )
+    (tmp_path / "my small.yaml").write_text(PROFILE)
     (tmp_path / "run").mkdir()
     return tmp_path
 
 
 def command(folder, *arguments, profile=None):
     """Snakemake's command line in `folder`, as the Makefile has it."""
-    config = ["--config", f"profile={profile or folder / 'small.yaml'}", f"folder={folder / 'run'}"]
+    config = [
+        "--config",
+        f"profile={profile or folder / 'my small.yaml'}",
+        f"folder={folder / 'run'}",
+    ]
     if profile is None:
         config += [f"notebooks={folder / 'notebooks'}"]
     options = ["--cores=2", "--keep-going", "--rerun-incomplete", "--nolock", "--scheduler=greedy"]
@@ -113,9 +117,9 @@ def plan(folder, profile=None):
     status, said = snakemake(folder, "-n", "-p", profile=profile)
     assert status == 0, said
     jobs = {}
-    for line in re.findall(r"exec .*l2p_utils\.execute (.*)", said):
+    for line in re.findall(r"exec .*l2p_utils\.notebooks run (.*)", said):
         notebook, output, *rest = shlex.split(line)
-        assignments = rest[rest.index("--parameters") + 1 :]
+        assignments = [word for word in rest[rest.index("--parameters") + 1 :] if "=" in word]
         parameters = dict(assignment.split("=", 1) for assignment in assignments)
         jobs[Path(output).stem] = (Path(notebook), parameters)
     return jobs
@@ -137,10 +141,10 @@ def test_the_offline_plan_is_the_papers_grid(offline):
     stages = Counter(job.split("--")[0] for job in offline)
     models = len(load_profile("offline").model_names)
     assert models == 15
-    assert stages["01_data_mining"] == 3
+    assert stages["01_data_mining"] == 2  # the baseline's job mines its own collection
     assert stages["02_training"] == stages["03_evaluation"] == models
-    assert {"00_token_pooling", "08_claims", *READING} <= stages.keys()
-    assert len(offline) == 3 + 2 * models + 6
+    assert {"00_token_pooling", *READING} <= stages.keys()
+    assert len(offline) == 2 + 2 * models + 6
 
 
 def test_the_papers_plan_is_its_grid_with_what_each_job_needs(tmp_path):
@@ -148,17 +152,13 @@ def test_the_papers_plan_is_its_grid_with_what_each_job_needs(tmp_path):
     assert status == 0, said
     counts = dict(re.findall(r"^(\w+) +(\d+)$", said.split("Job stats:")[-1], re.M))
     assert counts == {
-        "fetch": "1", "score": "16", "mine": "2", "train": "23", "evaluate": "27", "read": "5",
-        "token_pooling": "1", "all": "1", "total": "76",
+        "fetch": "1", "mine": "2", "baseline": "1", "train": "23", "evaluate": "27", "read": "5",
+        "token_pooling": "1", "all": "1", "total": "61",
     }  # fmt: skip
-    commands = re.findall(r"exec \S+ -m l2p_utils\.devices (\d) -m l2p_utils\.(\S+) (\S+)", said)
-    gpus = Counter(
-        (Path(what).stem[:2] if run == "execute" else run, n) for n, run, what in commands
-    )
-    assert gpus == {
-        ("scoring", "1"): 16, ("01", "0"): 2, ("02", "1"): 23, ("03", "1"): 27,
-        ("00", "0"): 1, ("04", "0"): 1, ("05", "0"): 1, ("06", "0"): 1, ("07", "0"): 1,
-        ("08", "0"): 1,
+    commands = re.findall(r"notebooks run \S+/(\d\d)_\S+ .*?(--gpus \d)?$", said, re.M)
+    assert Counter(commands) == {
+        ("01", "--gpus 1"): 2, ("02", "--gpus 1"): 23, ("03", "--gpus 1"): 27,
+        **{(number, ""): 1 for number in ("00", "04", "05", "06", "07", "08")},
     }  # fmt: skip
 
 
@@ -205,90 +205,56 @@ def test_a_misspelt_profile_is_refused_before_anything_runs(tmp_path, profile, m
 
 
 def test_only_what_is_missing_or_changed_runs_again(project):
-    everything = set(plan(project))
-    assert len(everything) == 2 + 2 * 2 + 6
-    run = project / "run"
-    products = ["mined/docs-transformers", "mined/docs-scipy", "models/baseline"]
-    for product in [*(f"{name}/provenance.json" for name in products), "results/baseline.csv"]:
-        make_file(run / product)
-    for product in [f"models/{TRAINED}/provenance.json", f"results/{TRAINED}.csv"]:
-        make_file(run / product)
-    for stage in sorted(everything):  # every job newer than those that it needs
+    run, everything = project / "run", set(plan(project))
+    assert len(everything) == 1 + 2 * 2 + 6
+    for name in ("mined/docs-scipy", "models/baseline", f"models/{TRAINED}"):
+        make_file(run / name / "provenance.json")
+    for name in ("baseline", TRAINED):
+        make_file(run / "results" / f"{name}.csv")
+    for name in everything:
         for suffix in (".ipynb", ".html"):
-            make_file(run / "notebooks" / f"{stage}{suffix}")
-        time.sleep(0.01)
+            make_file(run / "notebooks" / f"{name}{suffix}")
     assert plan(project) == {}
 
     (run / "models" / TRAINED / "provenance.json").unlink()
-    after_training = {f"02_training--{TRAINED}", f"03_evaluation--{TRAINED}", "08_claims", *READING}
-    assert set(plan(project)) == after_training
-
-    later = time.time() + 5
-    os.utime(project / "small.yaml", (later, later))
-    assert set(plan(project)) == everything - {"00_token_pooling"}
-
-
-def test_a_plan_deletes_nothing_and_shows_what_a_lost_product_makes_run_again(project):
-    run = project / "run"
-    job = "03_evaluation--baseline"
-    target = str(run / "notebooks" / f"{job}.ipynb")
-    status, said = snakemake(project, target)
-    assert status == 0, said
-    (run / "results" / "baseline.csv").unlink()
+    after_training = {f"02_training--{TRAINED}", f"03_evaluation--{TRAINED}", *READING}
     before = everything_in(run / "notebooks")
-    for _ in range(2):
-        status, said = snakemake(project, "-n", target)
-        assert status == 0 and re.search(r"^evaluate +1$", said, re.M), said
-        assert "train " not in said and "adaptation " not in said
+    assert set(plan(project)) == after_training
     assert everything_in(run / "notebooks") == before
 
-    status, said = snakemake(project, target)
+
+def test_what_a_job_made_is_kept_when_it_runs_again_and_made_again_when_deleted(project):
+    run = project / "run"
+    job = str(run / "notebooks" / "02_training--baseline.ipynb")
+    product = run / "models" / "baseline" / "provenance.json"
+    status, said = snakemake(project, job)
     assert status == 0, said
-    assert (run / "results" / "baseline.csv").exists()
-    status, said = snakemake(project, "-n", target)
+    product.write_text("made before")
+    (run / "keep").touch()
+    later = time.time() + 5
+    (project / "my small.yaml").write_text(PROFILE.replace("one model", "a model"))
+    os.utime(project / "my small.yaml", (later, later))
+    status, said = snakemake(project, job)
+    assert status == 0 and "02_training--baseline: done" in said
+    assert product.read_text() == "made before"
+    status, said = snakemake(project, "-n", job)
     assert "Nothing to be done" in said
+
+    (run / "keep").unlink()
+    product.unlink()
+    status, said = snakemake(project, job, str(product))  # as `all` asks for both
+    assert status == 0 and product.read_text() == "{}"
 
 
 def test_a_run_that_is_refused_deletes_nothing(project):
     run = project / "run"
-    for name in ("mined/docs-transformers/provenance.json", "notebooks/keep"):
-        make_file(run / name)
     for suffix in (".ipynb", ".html"):
         make_file(run / "notebooks" / f"02_training--baseline{suffix}")
     before = everything_in(run / "notebooks")
-    with (run / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(run / ".lock"):
         status, said = snakemake(project)
-    assert status == 1 and "Another run of the profile 'small' is at work" in said
+    assert status == 1 and "Another run of the profile 'my-small' is at work" in said
     assert everything_in(run / "notebooks") == before
-
-
-def test_scores_that_were_deleted_with_their_rows_are_made_again_by_the_jobs_that_have_a_gpu(
-    tmp_path,
-):
-    run, profile = tmp_path / "run", load_profile("paper")
-    for name in ["fetched.json", *(f"models/{n}/provenance.json" for n in profile.prepared_names)]:
-        make_file(run / name)
-    for shard in range(profile.scoring.shards):
-        make_file(run / "logs" / f"scored--beir-scifact--{shard}")
-    job = run / "notebooks" / "01_data_mining--beir-scifact.ipynb"
-    rows, scores = (run / "mined" / f"beir-scifact{end}" for end in ("", ".scores"))
-    for file in (scores / "key" / "chunk-00000.parquet", rows / "provenance.json", job):
-        make_file(file)
-    make_file(job.with_suffix(".html"))
-
-    def planned():
-        status, said = snakemake(tmp_path, "-n", str(job), profile="paper")
-        assert status == 0, said
-        return dict(re.findall(r"^(score|mine|fetch) +(\d+)$", said, re.M))
-
-    assert planned() == {}
-    shutil.rmtree(rows)
-    assert planned() == {"mine": "1"}
-    shutil.rmtree(scores)
-    assert planned() == {"score": "8", "mine": "1"}
-    make_file(rows / "provenance.json")
-    assert planned() == {}  # the rows are what the scores are for
 
 
 def everything_in(folder):
@@ -310,23 +276,15 @@ def test_a_failed_notebook_stops_only_what_depends_on_it(project):
     assert "RuntimeError: could not make models/baseline/provenance.json" in said
     executed = {path.stem for path in (run / "notebooks").glob("*.ipynb")}
     assert executed == {
-        "00_token_pooling",
-        "01_data_mining--docs-scipy",
-        "01_data_mining--docs-transformers",
-        "02_training--baseline.failed",
-    }
+        "00_token_pooling", "01_data_mining--docs-scipy", "02_training--baseline.failed",
+    }  # fmt: skip
     (run / "fail").unlink()
-    assert set(plan(project)) == {
-        "02_training--baseline",
-        f"02_training--{TRAINED}",
-        "03_evaluation--baseline",
-        f"03_evaluation--{TRAINED}",
-        "08_claims",
-        *READING,
-    }
+    left = [f"{stage}--{name}" for stage in ("02_training", "03_evaluation")
+            for name in ("baseline", TRAINED)]  # fmt: skip
+    assert set(plan(project)) == {*left, *READING}
 
 
-def test_a_killed_run_goes_on_where_it_was(project):
+def test_a_killed_run_resumes(project):
     run = project / "run"
     target = str(run / "notebooks" / "03_evaluation--baseline.ipynb")
     product = "models/baseline/provenance.json"
@@ -336,18 +294,15 @@ def test_a_killed_run_goes_on_where_it_was(project):
     wait_for(lambda: at_work.exists() and at_work.read_text() == product)
 
     status, said = snakemake(project, target)
-    assert status == 1 and "Another run of the profile 'small' is at work" in said
+    assert status == 1 and "Another run of the profile 'my-small' is at work" in said
 
     first.kill()
     first.wait()
-    mined = run / "notebooks" / "01_data_mining--docs-transformers.ipynb"
-    before = mined.stat().st_mtime_ns
     assert not (run / "notebooks" / "02_training--baseline.ipynb").exists()
     (run / "wait").unlink()
     status, said = snakemake(project, target)
     assert status == 0, said
     assert Path(target).exists() and (run / product).exists()
-    assert mined.stat().st_mtime_ns == before
 
 
 def test_make_shares_the_machines_memory_among_the_jobs():
@@ -361,7 +316,16 @@ def test_make_shares_the_machines_memory_among_the_jobs():
     assert "mem_mb" not in said["MEM_MB=",]
 
 
-def test_two_jobs_of_an_bundled_profile_fit_into_8_gb(tmp_path):
+def test_make_stops_where_mining_or_the_baseline_failed_and_passes_options_on():
+    make = ["make", "-n", "run", "lab", "PROFILE=my own.yaml", "LAB=--port 9 --allow-root"]
+    said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True).stdout
+    first, rest = re.search(r"(.*--until mine baseline) && (.*--keep-going);", said).groups()
+    assert "--keep-going" not in first
+    assert first.count("'profile=my own.yaml'") + first.count('"profile=my own.yaml"') == 1
+    assert said.rstrip().endswith("--port 9 --allow-root")
+
+
+def test_two_jobs_of_a_bundled_profile_fit_into_8_gb(tmp_path):
     status, said = snakemake(tmp_path, "-n", profile="quick")
     assert status == 0, said
     asked = [int(number) for number in re.findall(r"mem_mb=(\d+)", said)]
@@ -400,8 +364,8 @@ def test_on_the_cluster_a_job_has_the_threads_that_it_asks_for(tmp_path):
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
     threads = Counter(re.findall(r"^ +threads: (\d+)$", said, re.M))
-    assert threads == {str(load_profile("paper").threads): 16 + 2 + 23 + 27}
-    assert said.count("slurm_partition=gpu") >= 68
+    assert threads == {str(load_profile("paper").threads): 2 + 1 + 23 + 27}
+    assert said.count("slurm_partition=gpu") >= 53
 
 
 def test_the_pod_asks_for_what_its_run_is_told():

@@ -129,12 +129,6 @@ def test_with_factor_1_the_loss_and_its_gradients_are_pylates(model, batch, pool
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("pool_method", ["span", "kmeans", "hierarchical"])
-def test_a_pool_factor_above_1_changes_the_loss(model, batch, pool_method):
-    unpooled, pooled = (PooledDistillation(model, pool_method, [f])(*batch) for f in (1, 4))
-    assert abs(pooled.item() - unpooled.item()) > 1e-5
-
-
 def test_the_divergence_is_the_hand_worked_one():
     scores = torch.tensor([[3.0, 1.0, 2.0]])  # min-max normalised: 1, 0, 1/2
     teacher = torch.tensor([[0.0, 0.0, 0.0]])  # softmax: a third each
@@ -185,13 +179,6 @@ def test_scores_are_summed_in_float32_under_autocast(model, batch):
         value = loss(*batch)
     assert seen == [(torch.float32, torch.float32)]
     assert value.dtype == torch.float32
-
-
-def test_an_impossible_loss_is_refused(model):
-    with pytest.raises(UserError, match="pool_factor is 0"):
-        PooledDistillation(model, "span", [0])
-    with pytest.raises(UserError, match="median"):
-        PooledDistillation(model, "median", [2])
 
 
 def test_the_loss_pools_as_it_was_asked(model, batch, monkeypatch):
@@ -443,18 +430,6 @@ def test_training_without_mined_rows_says_what_to_do(profile):
         training.train(profile, "docs:scipy", "kmeans", [1, 2])
 
 
-@pytest.mark.parametrize(("method", "factors"), [("kmeans", [1]), ("none", [1, 2]), ("none", [2])])
-def test_a_run_that_means_nothing_is_refused(profile, method, factors):
-    with pytest.raises(UserError, match="the other way round"):
-        training.train(profile, "docs:scipy", method, factors)
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_that_cannot_be_is_refused(profile, seed):
-    with pytest.raises(UserError, match=f"seed is {seed}; expected .* from 0 to 4294967295"):
-        training.train(profile, "docs:scipy", "kmeans", [1, 2], seed)
-
-
 def test_the_adaptation_is_unpooled(profile):
     with pytest.raises(UserError, match="kept for the adaptation, which is unpooled"):
         training.train(profile, "docs:transformers", "kmeans", [1, 2])
@@ -651,17 +626,22 @@ def test_a_base_that_is_not_what_the_profile_expects_is_refused(hub_profile):
 def test_the_command_trains_what_it_is_told(monkeypatch, capsys):
     asked = []
 
-    def train(profile, *arguments, progress):
-        asked.append((profile.name, *arguments, progress))
+    def train(profile, *arguments):
+        asked.append((profile.name, *arguments))
         return "the folder"
 
     monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(training, "make_baseline", train)
     given = "--profile smoke --collection docs:scipy --pool-method kmeans --pool-factors 1-3"
     assert training.main(given.split()) == 0
     assert asked == [("smoke", "docs:scipy", "kmeans", [1, 2, 3], None, True)]
     assert "the folder" in capsys.readouterr().out
     assert training.main([*given.split()[:-1], "0"]) == 1
     assert "pool_factors is '0'" in capsys.readouterr().err
+    assert training.main(["--profile", "smoke", "--baseline", "--quiet"]) == 0
+    assert asked[1:] == [("smoke", False)]
+    with pytest.raises(SystemExit):
+        training.main(["--profile", "smoke"])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Sources are parsed, never imported (but for what NumPy writes in C), so the pair
 packages' versions alone: not on import order, hash seed, clock or machine.
 
 ``python data/docs/build.py`` builds all of them. Nobody needs to: the collections are committed.
-Other versions of the packages give other collections; rows measured on these are not comparable.
+Other versions of the packages give other collections, and rows of these are not comparable.
 """
 
 from __future__ import annotations
