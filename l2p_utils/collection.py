@@ -12,8 +12,9 @@ import hashlib
 import json
 import logging
 import re
+import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ DEV_SHARE, MAX_DEV_QUERIES = 0.10, 100
 UNKNOWN_SHARE = 0.05
 QRELS_HEADER = ("query-id", "corpus-id", "score")
 Qrels = dict[str, dict[str, int]]
-Judgment = tuple[str, str, Any]  # query id, document id, relevance
+Judgment = tuple[str, str, str, int]  # where, query id, document id, relevance
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,13 @@ def subset(
     others = [d for d in sorted(collection.corpus, key=_hash) if d not in relevant]
     left = len(others) if max_documents is None else max(max_documents - len(relevant), 0)
     kept = relevant | set(others[:left])
-    return Collection(
-        collection.name,
-        {d: text for d, text in collection.corpus.items() if d in kept},
-        {query: collection.queries[query] for query in collection.queries if query in qrels},
-        {q: {d: s for d, s in judged.items() if d in kept} for q, judged in qrels.items()},
-        collection.split,
-        collection.dropped,
-        collection.judgments_dropped,
+    return replace(
+        collection,
+        corpus={d: text for d, text in collection.corpus.items() if d in kept},
+        queries={
+            query: collection.queries[query] for query in collection.queries if query in qrels
+        },
+        qrels={q: {d: s for d, s in judged.items() if d in kept} for q, judged in qrels.items()},
     )
 
 
@@ -196,17 +196,15 @@ def _assemble(
         raise UserError(f'{name}: no document has any text. Expected lines with "_id" and "text".')
     qrels: Qrels = {}
     unknown, total = [], 0
-    for query, document, score in judgments:
+    for where, query, document, score in judgments:
         total += 1
         if query not in texts or document not in corpus:
-            unknown.append(f"{query} {document}")
-            continue
-        if not (texts[query] and corpus[document]):
+            unknown.append(f"query {query!r}, document {document!r} ({where})")
             continue
         if qrels.setdefault(query, {}).setdefault(document, score) != score:
             raise UserError(
-                f"{name}: query {query!r} and document {document!r} are judged twice, {score} and "
-                f"{qrels[query][document]}. Delete one of the two lines."
+                f"{where}: query {query!r} and document {document!r} are judged twice, {score} "
+                f"here and {qrels[query][document]} before. Delete one of the two lines."
             )
     if len(unknown) > UNKNOWN_SHARE * total:
         raise UserError(
@@ -215,9 +213,15 @@ def _assemble(
             f"{UNKNOWN_SHARE:.0%} are dropped with a notice. Do the ids of qrels, queries and "
             "corpus belong together?"
         )
-    if carved:
+    if carved:  # before anything is left out for want of text, so that text_only moves no query
         dev = _dev_queries(list(qrels))
         qrels = {query: qrels[query] for query in qrels if (query in dev) == (split == "dev")}
+    qrels = {
+        query: {document: judged[document] for document in judged if corpus[document]}
+        for query, judged in qrels.items()
+        if texts[query]
+    }
+    qrels = {query: judged for query, judged in qrels.items() if judged}
     if not qrels:
         raise UserError(f"{name}: the split {split!r} judges no query and document with any text.")
     empty = [sum(not text for text in mapping.values()) for mapping in (corpus, texts)]
@@ -268,7 +272,7 @@ def _hash(identifier: str) -> str:
 
 
 def _warn_of_test_queries(train: Collection, test: Path) -> None:
-    both = {query for query, _, _ in _read_qrels(test)} & train.queries.keys()
+    both = {query for _, query, *_ in _read_qrels(test)} & train.queries.keys()
     if both:
         logger.warning(
             "%s: %d of %d training queries are test queries, too: the model will have seen them.",
@@ -327,7 +331,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
                     yield f"{path}, line {number}", line.rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file ({error}).") from error
 
 
@@ -354,19 +358,15 @@ def _read_qrels(path: Path) -> Iterator[Judgment]:
                 f"{where}: expected {', '.join(QRELS_HEADER)} with tabs between; found "
                 f"{line[:80]!r}."
             )
-        yield fields[0], fields[1], _relevance(fields[2], where)
+        yield where, fields[0], fields[1], _relevance(fields[2], where)
 
 
 def _relevance(value: Any, where: str) -> int:
     """A whole number that 64 bits hold, also written as 1.0."""
-    try:
-        number = float(value)
-        whole = int(value) if re.fullmatch(r"\s*[+-]?\d+\s*", str(value)) else int(number)
-    except (ValueError, OverflowError):
-        number, whole = 0.5, 0
-    if whole != number or abs(whole) >= 2**63:
+    found = re.fullmatch(r"([+-]?[0-9]{1,19})(\.0*)?", str(value).strip())
+    if not found or abs(int(found[1])) >= 2**63:
         raise UserError(f"{where}: expected a whole number as the score; found {value!r}.")
-    return whole
+    return int(found[1])
 
 
 # --- the hub --------------------------------------------------------------------------------------
@@ -374,32 +374,35 @@ def _relevance(value: Any, where: str) -> int:
 
 def _load_hub(name: str, split: str, text_only: bool, carve: bool) -> Collection:
     """NanoBEIR: configs corpus, queries, qrels. BEIR through mteb: corpus, queries, default."""
-    from datasets import disable_progress_bars, load_dataset, load_dataset_builder
+    from datasets import disable_progress_bars, load_dataset
+    from datasets.exceptions import DatasetsError
 
     repository, revision = collection_repository(name)
     folder = str(snapshot(repository, "dataset", revision).folder)
     nano = name.startswith("nano:")
+    judged = "qrels" if nano else "default"
     disable_progress_bars()
     try:
-        judged = "qrels" if nano else "default"
-        splits = (
-            ["test"] if nano else sorted(load_dataset_builder(folder, judged).info.splits or ())
-        )
-        if not nano and not splits:
-            splits = sorted(load_dataset(folder, judged))
-        source, carved = _source(name, split, splits, carve)
-        texts = [
-            load_dataset(folder, config, split="train" if nano else config)
-            for config in ("corpus", "queries")
-        ]
-        qrels = load_dataset(folder, judged, split="train" if nano else source)
-    except (ValueError, FileNotFoundError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
+        tables = [load_dataset(folder, config) for config in ("corpus", "queries", judged)]
+        (corpus,), (queries,) = (table.values() for table in tables[:2])
+    except (ValueError, FileNotFoundError, DatasetsError) as error:
         raise UserError(f"{name}: {repository} is not laid out as expected: {error}") from error
-    where = f"{repository} ({judged})"
-    scores = qrels["score"] if "score" in qrels.column_names else [1] * len(qrels)
-    pairs = zip(map(str, qrels["query-id"]), map(str, qrels["corpus-id"]), scores, strict=True)
-    judgments = ((query, document, _relevance(score, where)) for query, document, score in pairs)
-    documents, queries = (((repository, record) for record in table) for table in texts)
-    return _assemble(name, split, documents, queries, judgments, text_only, carved)
+    # NanoBEIR calls its only split train, and some of BEIR's sets call dev validation
+    names = {"train": "test"} if nano else {"validation": "dev"}
+    qrels = {names.get(found, found): table for found, table in tables[2].items()}
+    source, carved = _source(name, split, sorted(qrels), carve)
+    return _assemble(
+        name,
+        split,
+        ((repository, record) for record in corpus),
+        ((repository, record) for record in queries),
+        _hub_judgments(f"{repository}, {judged}/{source}", qrels[source]),
+        text_only,
+        carved,
+    )
+
+
+def _hub_judgments(where: str, rows: Iterable[dict[str, Any]]) -> Iterator[Judgment]:
+    for row in rows:
+        score = _relevance(row.get("score", 1), where)  # NanoBEIR has none: all are relevant
+        yield where, str(row["query-id"]), str(row["corpus-id"]), score

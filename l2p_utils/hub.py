@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import httpx
 import tenacity
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-from l2p_utils.files import UserError, sha256, write_json
+from l2p_utils.files import UserError, remove, sha256, write_json
 from l2p_utils.profile import HUB, Profile, load_profile, pinned
 
 Kind = Literal["model", "dataset"]
@@ -39,6 +38,8 @@ NANO = {
     "touche": "NanoTouche2020",
 }
 BEIR = {"climatefever": "climate-fever", "touche": "touche2020", "webis-touche2020": "touche2020"}
+BUSY = (408, 429, 500, 502, 503, 504)
+NETWORK = (httpx.HTTPError, OSError)  # the hub's own errors are among these
 # Weights in other formats than the one that is loaded.
 UNUSED = ["*.onnx", "onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.gguf"]
 
@@ -83,24 +84,30 @@ def snapshot(repository: str, kind: Kind = "model", revision: str | None = None)
     asked = {"repo_type": kind, "revision": revision}
     try:
         found = Path(_download(repository, **asked, ignore_patterns=UNUSED))
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (*NETWORK, ValueError) as error:
         raise UserError(_explain(repository, kind, revision, error)) from error
     return Snapshot(repository, found.name, found)
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether trying again may help: not when the hub said no, or nobody asked it."""
-    final = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, ValueError)
-    return not constants.HF_HUB_OFFLINE and not isinstance(error, final)
+    """Whether trying again may help: the hub is busy or out of reach, or a connection broke."""
+    response = getattr(error, "response", None)
+    if constants.HF_HUB_OFFLINE or (response is not None and response.status_code not in BUSY):
+        return False
+    if isinstance(error, ConnectionError):
+        return True
+    # an OSError with a number comes from this machine: its disk is full, or may not be written
+    return isinstance(error, NETWORK) and not getattr(error, "errno", None)
 
 
-# huggingface_hub itself tries a file again, but not the question which files there are.
-_download = tenacity.retry(
+# huggingface_hub itself tries a file again, but not the question which files exist.
+_patient = tenacity.retry(
     retry=tenacity.retry_if_exception(_passes),
     wait=tenacity.wait_exponential(multiplier=0.5, max=60),
     stop=tenacity.stop_after_attempt(8),
     reraise=True,
-)(snapshot_download)
+)
+_download = _patient(snapshot_download)
 
 
 def _explain(repository: str, kind: Kind, revision: str | None, error: Exception) -> str:
@@ -187,17 +194,19 @@ def fetch(profile: Profile) -> dict[str, str]:
 
 
 def _verify(found: Snapshot, kind: Kind) -> None:
-    """Compare the files' checksums with the hub's; fetch once more where one is wrong."""
+    """Compare the files' checksums with the hub's; fetch once more what is wrong."""
     asked = {"repo_type": kind, "revision": found.commit}
-    for attempt in ("first", "last"):
+    for _ in range(2):
         try:
-            wrong = HfApi().verify_repo_checksums(found.name, **asked).mismatches
-            if wrong and attempt == "first":
-                _download(found.name, **asked, ignore_patterns=UNUSED, force_download=True)
-        except (httpx.HTTPError, OSError) as error:  # the hub's own errors are among them
+            wrong = _patient(HfApi().verify_repo_checksums)(found.name, **asked).mismatches
+            if not wrong:
+                return
+            for path in [found.folder / mismatch["path"] for mismatch in wrong]:
+                remove(path.resolve())  # the content, which is shared by commits
+                remove(path)
+            _download(found.name, **asked, ignore_patterns=UNUSED)
+        except NETWORK as error:
             raise UserError(_explain(found.name, kind, found.commit, error)) from error
-        if not wrong:
-            return
     raise UserError(
         f"{found.name}: {wrong[0]['path']} arrived damaged, twice: its checksum is "
         f"{wrong[0]['actual']}, the hub says {wrong[0]['expected']}. Try again later."
@@ -220,5 +229,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TQDM_MININTERVAL", "1")
     sys.exit(main())

@@ -66,9 +66,11 @@ def test_a_gzipped_folder_is_the_same_collection(write):
         (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
         file.unlink()
     assert load_collection(folder).fingerprint == plain
-    (folder / "corpus.jsonl.gz").write_bytes(gzip.compress(b"{}")[:-4])
-    with pytest.raises(UserError, match="not a whole gzip file"):
-        load_collection(folder)
+    whole = (folder / "corpus.jsonl.gz").read_bytes()
+    for broken in (whole[:-4], whole[:40] + b"\xff" * 40 + whole[80:], b"no gzip"):
+        (folder / "corpus.jsonl.gz").write_bytes(broken)
+        with pytest.raises(UserError, match="not a whole gzip file"):
+            load_collection(folder)
 
 
 def test_dev_is_carved_out_of_train_where_it_is_missing(write):
@@ -81,6 +83,15 @@ def test_dev_is_carved_out_of_train_where_it_is_missing(write):
     own = write(train=TRAIN, dev=TEST[:3], test=TEST)
     assert len(load_collection(own, "train").queries) == 20
     assert len(load_collection(own, "dev").queries) == 3
+
+
+def test_whether_titles_count_moves_no_query_between_train_and_dev(write):
+    dev = load_collection(write(), "dev").queries.keys()
+    others = [query for query, _, _ in TRAIN if query not in dev]
+    empty = {query.replace("q", "d") for query in others[:5]}
+    documents = [d | {"text": ""} if d["_id"] in empty else d for d in DOCUMENTS]
+    train = load_collection(write(documents), "train", text_only=True)
+    assert list(train.queries) == others[5:]
 
 
 def test_what_has_no_text_is_left_out_and_counted(write, caplog):
@@ -106,15 +117,20 @@ def test_many_judgments_of_what_does_not_exist_are_one_error(write):
         load_collection(write(test=[*TEST, *unknown]))
     message = str(refused.value)
     assert "5 of 15 judgments" in message
-    assert "q0 gone0; q1 gone1; q2 gone2." in message and "gone3" not in message
+    assert "query 'q0', document 'gone0' (" in message and "test.tsv, line 12)" in message
+    assert "gone2" in message and "gone3" not in message
 
 
-@pytest.mark.parametrize(("written", "score"), [("1.0", 1), ("-1", -1), (" 2", 2), ("1e0", 1)])
+@pytest.mark.parametrize(
+    ("written", "score"), [("1.0", 1), ("-1", -1), (" 2", 2), (str(2**63 - 1), 2**63 - 1)]
+)
 def test_a_whole_number_is_a_score_however_it_is_written(write, written, score):
     assert load_collection(write(test=[*TEST, ("q0", "d0", written)])).qrels["q0"] == {"d0": score}
 
 
-@pytest.mark.parametrize("written", ["0.5", "yes", str(2**63), "1e300", "nan", ""])
+@pytest.mark.parametrize(
+    "written", ["0.5", "1_0", "yes", str(2**63), "9" * 5000, "1e300", "nan", ""]
+)
 def test_what_is_no_whole_number_of_64_bits_is_no_score(write, written):
     with pytest.raises(UserError, match=r"test.tsv, line 12: expected a whole number"):
         load_collection(write(test=[*TEST, ("q0", "d0", written)]))
@@ -143,7 +159,7 @@ def test_other_broken_files_are_named(write, tmp_path):
     (folder / "qrels" / "test.tsv").write_text("q0 d0 1\n")
     with pytest.raises(UserError, match="line 1: expected query-id, corpus-id, score with tabs"):
         load_collection(folder)
-    with pytest.raises(UserError, match="judged twice, 2 and 1"):
+    with pytest.raises(UserError, match="test.tsv, line 12: .*judged twice, 2 here and 1"):
         load_collection(write(test=[*TEST, ("q20", "d20", 2)]))
     (folder / "queries.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):
@@ -251,3 +267,15 @@ def test_nanobeir_has_no_training_data_and_a_hub_split_may_be_carved(hub_folder)
     assert len(dev.queries) == 2
     with pytest.raises(UserError, match="has no split 'dev'"):
         load_collection("beir:scifact", "dev")
+
+
+def test_validation_is_the_hubs_name_of_dev(hub_folder, tmp_path):
+    readme = tmp_path / "scifact" / "README.md"
+    readme.write_text(readme.read_text().replace("split: train", "split: validation"))
+    assert len(load_collection("beir:scifact", "dev").queries) == 24
+
+
+def test_a_repository_of_another_layout_is_refused(hub_folder, tmp_path):
+    (tmp_path / "scifact" / "README.md").write_text("---\nconfigs: []\n---\n")
+    with pytest.raises(UserError, match="beir:scifact: mteb/scifact is not laid out as expected"):
+        load_collection("beir:scifact")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from hub.repositories import NANO, ROWS, TEACHER, make_repositories
 from hub.server import commit_of, serving
@@ -65,7 +66,8 @@ def test_what_arrives_damaged_is_fetched_once_more(server, client):
     fetched = client(code, name)
     assert fetched.returncode == 0, fetched.stderr
     assert fetched.stdout.strip() == commit_of(server.root / "datasets" / name)
-    assert sum("corpus/train-0" in path and "GET" in path for path in server.asked) >= 1
+    files = [path for path in server.asked if path.startswith("GET") and f"{NANO[0]}/res" in path]
+    assert len(files) == len(set(files)) + 1  # each file once, and the damaged one again
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,24 @@ def test_a_fault_that_stays_says_what_to_do(server, client, arguments, fault, me
     refused = client(SNAPSHOT, *arguments)
     assert refused.returncode != 0
     assert message in refused.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (ConnectionResetError(104, "reset"), True),
+        (httpx.ReadError("broke off"), True),
+        (OSError("Consistency check failed"), True),
+        (OSError(28, "No space left on device"), False),
+        (KeyboardInterrupt(), False),
+        (ValueError("bad name"), False),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(error, again, monkeypatch):
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    assert hub._passes(error) is again
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    assert not hub._passes(error)
 
 
 def test_offline_without_a_copy_says_how_to_get_one(client):

@@ -4,7 +4,7 @@ The query is a docstring's one-line summary, its one relevant document the rest 
 Sources are parsed, never imported (but for what NumPy writes in C), so the pairs depend on the
 packages' versions alone: not on import order, hash seed, clock or machine.
 
-``python data/docs/build.py`` builds all of them. Nobody needs to run it: the collections are committed.
+``python data/docs/build.py`` builds all of them. Nobody needs to: the collections are committed.
 Other versions of the packages give other collections, and rows of these are not comparable.
 """
 
