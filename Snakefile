@@ -159,7 +159,7 @@ rule evaluate:
     shell: COMPUTE
 
 rule read:
-    input: map(RESULT, PROFILE.evaluated_names), notebook=f"{NOTEBOOKS}/{{reading}}.ipynb"
+    input: [*map(RESULT, PROFILE.evaluated_names)], notebook=f"{NOTEBOOKS}/{{reading}}.ipynb"
     output: executed=f"{DONE}/{{reading}}.ipynb", page=f"{DONE}/{{reading}}.html"
     benchmark: f"{LOGS}/read/{{reading}}.tsv"
     params: values=[f"source={FOLDER}/results", f"output={FOLDER}/figures"]

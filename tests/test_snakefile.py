@@ -183,6 +183,17 @@ def test_each_job_gets_its_parameters(offline):
     assert Path(read["output"]).parts[-2:] == ("run", "figures")
 
 
+def test_what_is_read_waits_for_every_models_rows(tmp_path):
+    status, said = snakemake(tmp_path, "-n", profile="quick")
+    assert status == 0, said
+    inputs = re.findall(r"^rule read:\n +input: (.*)$", said, re.M)
+    models = load_profile("quick").evaluated_names
+    assert len(inputs) == len(READING) and models[0] == "baseline"
+    for line in inputs:
+        named = [Path(name).stem for name in line.split(", ") if name.endswith(".csv")]
+        assert named == models
+
+
 def test_the_notebooks_know_the_parameters_that_they_get(offline):
     for job, (notebook, parameters) in offline.items():
         assert parameters.keys() <= known_parameters(ROOT / "notebooks" / notebook.name), job
