@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from l2p_utils.files import UserError
-from l2p_utils.pooling import check_whole, token_vectors
+from l2p_utils.pooling import blocks, check_whole, token_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -96,25 +96,20 @@ def _texts(
     queries: Iterable[Any], documents: Iterable[Any], ids: Sequence[str] | None = None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Queries and documents as lists of tensors on the CPU; refuses dims or ids that do not fit."""
-    both = [
-        [
-            v.detach().cpu() if v.requires_grad or v.is_cuda else v
-            for v in token_vectors(texts, name)
-        ]
-        for texts, name in ((queries, "Query"), (documents, "Document"))
-    ]
-    dims = [sorted({vectors.shape[1] for vectors in texts}) for texts in both]
-    if len(set(dims[0] + dims[1])) > 1:
+    queries = [vectors.detach().cpu() for vectors in token_vectors(queries, "Query")]
+    documents = [vectors.detach().cpu() for vectors in token_vectors(documents, "Document")]
+    dims = [sorted({vectors.shape[1] for vectors in texts}) for texts in (queries, documents)]
+    if len({*dims[0], *dims[1]}) > 1:
         raise UserError(
             f"The queries' dimensions are {dims[0]}, the documents' {dims[1]}; expected one for "
             "all. Encode both with the same model."
         )
-    if ids is not None and not len(ids) == len(set(ids)) == len(both[1]):
+    if ids is not None and not len(ids) == len(set(ids)) == len(documents):
         raise UserError(
             f"document_ids holds {len(ids)} ids, {len(set(ids))} of them different, for "
-            f"{len(both[1])} documents; expected one id per document."
+            f"{len(documents)} documents; expected one id per document."
         )
-    return both[0], both[1]
+    return queries, documents
 
 
 def _score_blocks(
@@ -125,11 +120,11 @@ def _score_blocks(
     if not queries or not lengths.any():
         return
     parts = _query_parts(queries, max(block_bytes // (4 * int(lengths.max())), 1))
-    tokens = max(len(part[0]) for part in parts)
-    blocks = list(_blocks(lengths, tokens, block_bytes))
+    tokens = max(1, *(len(part[0]) for part in parts))
+    chosen = list(blocks(4 * tokens * lengths, block_bytes))
     # One buffer for all blocks' similarities: new memory takes as long to come as to be filled.
-    buffer = torch.empty(max(len(block) * int(lengths[block[-1]]) for block in blocks) * tokens)
-    for block in blocks:
+    buffer = torch.empty(max(len(block) * int(lengths[block[-1]]) for block in chosen) * tokens)
+    for block in chosen:
         padded = pad_sequence([documents[i].float() for i in block], batch_first=True)
         padding = torch.arange(padded.shape[1]) >= torch.from_numpy(lengths[block])[:, None]
         # Pad with the document's first vector: duplicates do not affect the maximum.
@@ -169,25 +164,6 @@ def _maxsim(
     return torch.zeros(queries, len(documents)).index_add_(0, owner, best.T)
 
 
-def _blocks(lengths: np.ndarray, tokens: int, block_bytes: int) -> Iterator[np.ndarray]:
-    """Positions of the documents with vectors, shortest first, in blocks that fit `block_bytes`.
-
-    Neighbours in length share a block: little padding.
-    """
-    order = np.argsort(lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    start = 0
-    while start < len(order):
-        end = start + 1
-        # the last document of a block is its longest
-        while end < len(order) and (
-            4 * tokens * (end + 1 - start) * lengths[order[end]] <= block_bytes
-        ):
-            end += 1
-        yield order[start:end]
-        start = end
-
-
 def exact_search(
     queries: Iterable[Any],
     documents: Iterable[Any],
@@ -211,8 +187,8 @@ def exact_search(
     )
     positions = np.empty((len(queries), 0), dtype=np.int64)
     scores = np.empty(positions.shape, dtype=np.float32)
-    blocks = _score_blocks(queries, documents, block_bytes)
-    while some := list(itertools.islice(blocks, 64)):  # sorted together: one block is few documents
+    scored = _score_blocks(queries, documents, block_bytes)
+    while some := list(itertools.islice(scored, 64)):  # sorted together: one block is few documents
         seen = np.concatenate([block for block, _ in some])
         seen = np.broadcast_to(seen, (len(queries), len(seen)))
         positions = np.hstack([positions, seen])
