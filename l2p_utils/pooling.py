@@ -228,6 +228,8 @@ def pool_sweep(
         )
     lengths = np.array([len(document) for document in embeddings], dtype=np.int64)
     pooled = {factor: list(embeddings) for factor in factors}
+    if not factors:
+        return pooled
     most = SPAN_BLOCK_BYTES if pool_method == "span" else BLOCK_BYTES
     for block in blocks(4 * lengths**2, most):
         documents = [embeddings[i] for i in block]
@@ -357,7 +359,7 @@ class _SegmentMeans(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, vectors, index, segments):
-        if vectors.is_cuda:  # index_add adds in any order there; this sorts first
+        if not vectors.is_cpu:  # index_add adds in any order on a GPU; this sorts first
             sums = vectors.new_zeros(segments + 1, vectors.shape[1])
             sums = sums.index_put_((index,), vectors, accumulate=True)[:-1]
             sizes = index.new_zeros(segments + 1)
@@ -434,7 +436,7 @@ def assign(
     if not pooling or pool_method == "none" or not mask.numel():
         return labels
     if pool_method == "span":
-        if not embeddings.is_cuda:
+        if embeddings.is_cpu:
             _check_finite((embeddings.isfinite().all(dim=2) | ~mask).all())
         found = {f: (rank - protected_tokens).div(f, rounding_mode="floor") for f in pooling}
     else:
@@ -491,7 +493,7 @@ def _grow(
     From a GPU everything travels in one copy, and the labels back in one.
     """
     parts = [distances.flatten(1), norms, same, free.to(distances)]
-    if distances.is_cuda:
+    if not distances.is_cpu:
         widths = [part.shape[1] for part in parts]
         parts = torch.cat(parts, dim=1).cpu().split(widths, dim=1)
     square = parts[0].reshape(distances.shape).numpy()
@@ -529,7 +531,7 @@ def _sklearn_kmeans(
 ) -> dict[int, torch.Tensor]:
     """scikit-learn's k-means, one document and factor after another."""
     # float64 spares scikit-learn the chunked upcasts that it makes for float32: 1.4 times faster.
-    documents = vectors.double().cpu().numpy()
+    documents = vectors.cpu().double().numpy()
     _check_finite(np.isfinite(documents).all())
     rows = free.cpu().numpy()
     labels = {factor: np.zeros(rows.shape, dtype=np.int64) for factor in factors}
