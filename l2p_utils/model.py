@@ -225,7 +225,8 @@ def _load(folder: str | Path, name: str, advice: str, device: str | None = None)
     except NotAColBERT:
         raise
     except LOADING_ERRORS as error:
-        raise UserError(f"The model {name} could not be loaded: {error}. {advice}") from error
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise UserError(f"The model {name} could not be loaded: {reason}. {advice}") from error
 
 
 def load_checkpoint(
