@@ -205,13 +205,7 @@ def quiet_loading():
 
 
 def load_model(path: str | Path, device: str | None = None) -> PooledColBERT:
-    """Load a model that a run saved.
-
-    Raises
-    ------
-    UserError
-        When the folder is missing, is no saved model, or holds a damaged one.
-    """
+    """Load a model that a run saved; a missing, damaged or other one raises a UserError."""
     if not (Path(path) / MODULES).is_file():
         raise UserError(f"{path} is not a saved model (no {MODULES} in it); {HOW_TO_MAKE}")
     return _load(path, str(path), "Expected a whole saved model; make it again.", device)
@@ -244,17 +238,13 @@ def load_checkpoint(
     Parameters
     ----------
     source_folder
-        A folder in the layout of PyLate or of Stanford's ColBERT.
+        In the layout of PyLate or of Stanford's ColBERT.
     name
         What messages call it: a hub id, or the folder.
     expected
         ``dim``, ``query_prefix``, ``document_prefix``, ``do_query_expansion``, ``skiplist``
-        (``none`` or ``punctuation``); what is missing or None is not checked.
-
-    Raises
-    ------
-    UserError
-        When the folder holds no ColBERT, or another than expected: both values are named.
+        (``none`` or ``punctuation``); what is missing or None is not checked. A difference raises a
+        UserError that names both values.
     """
     model = _load(source_folder, name, "Expected a ColBERT for PyLate.")
     words = model.skiplist_words

@@ -1,8 +1,8 @@
 """Token pooling: fewer vectors per document, by span, k-means or hierarchical clustering.
 
-Lists of (tokens, dim) tensors, or a padded batch with a mask, become the means of clusters, in the
-order in which the clusters first occur in the document, differentiable with respect to every token.
-Clusters are found on detached vectors, for whole batches at once.
+Each cluster becomes its mean, in the order in which the clusters first occur in the document,
+differentiable with respect to every token. Clusters are found on detached vectors, for whole
+batches at once.
 
 Source: S. Josef, *Learn to Pool* (LIR @ ECIR 2026); B. Clavié et al., *Reducing the Footprint of
 Multi-Vector Retrieval with Minimal Performance Impact via Token Pooling* (2024).
@@ -106,19 +106,10 @@ def pooled_count(tokens: int, pool_factor: int, pool_method: str, protected_toke
 def token_vectors(texts: Iterable[Any], name: str = "Document") -> list[torch.Tensor]:
     """Token vectors in any form that `encode` gives, as a list of (tokens, dim) tensors.
 
-    Parameters
-    ----------
-    texts
-        Tensors or NumPy arrays of (tokens, dim), one per text; or a padded batch: one tensor or
-        array of (texts, tokens, dim), or a list of (1, tokens, dim) as `encode` gives with
-        ``padding=True``. In a padded batch, zero vectors at a text's end are padding and left out.
-    name
-        What an error calls a text.
-
-    Raises
-    ------
-    UserError
-        For a text of another shape or dtype, naming its position.
+    `texts` are tensors or NumPy arrays of (tokens, dim), one per text; or a padded batch: one
+    tensor or array of (texts, tokens, dim), or a list of (1, tokens, dim) as `encode` gives with
+    ``padding=True``. In a padded batch, zero vectors at a text's end are padding and left out.
+    Anything else raises a UserError, which calls a text `name` and tells its position.
     """
     found = []
     for i, vectors in enumerate(texts):
@@ -194,7 +185,7 @@ def pool(
     Returns
     -------
     list of torch.Tensor
-        (vectors, dim) tensors in the same order, dtype and device. Gradients reach every token.
+        (vectors, dim) in the same order, dtype and device. Gradients reach every token.
 
     Raises
     ------
@@ -258,8 +249,8 @@ def pool_sweep(
 def _segments(labels: dict[int, torch.Tensor]) -> dict[int, tuple[torch.Tensor, list[int]]]:
     """Segments (documents · tokens,) of a whole padded batch, and each document's number of them.
 
-    Labels, (documents, tokens) per factor, are numbered on from document to document; tokens that
-    take no part get the total number.
+    Labels, (documents, tokens) per factor, are numbered on from document to document; masked tokens
+    get the total number.
     """
     counts = torch.stack([found.amax(dim=1) + 1 for found in labels.values()])
     starts = (counts.cumsum(dim=1) - counts)[:, :, None]  # (factors, documents, 1)
@@ -298,13 +289,9 @@ def pool_padded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pool a padded batch, as training has it; see `pool`.
 
-    Parameters
-    ----------
-    embeddings
-        (documents, tokens, dim).
-    mask
-        (documents, tokens), true where a token counts. Masked tokens (padding, punctuation) join
-        no group, also where they stand between two tokens that do.
+    `embeddings` are (documents, tokens, dim), and `mask` is (documents, tokens), true where a token
+    counts. Masked tokens (padding, punctuation) join no group, also where they stand between two
+    tokens that do.
 
     Returns
     -------
@@ -329,12 +316,8 @@ def segment_means(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Means of each document's segments, (documents, segments, dim), and which are not empty.
 
-    Parameters
-    ----------
-    embeddings
-        (documents, tokens, dim).
-    labels
-        (documents, tokens) int64: the segment of each token, −1 for those that take no part.
+    `embeddings` are (documents, tokens, dim); `labels`, (documents, tokens) int64, hold each
+    token's segment, or −1 where it takes no part.
     """
     documents, tokens, dim = embeddings.shape
     start = torch.arange(documents, device=labels.device)[:, None] * segments
@@ -355,7 +338,7 @@ def _means(
 
 
 class _SegmentMeans(torch.autograd.Function):
-    """Forward: sums, on the CPU in one compiled pass. Backward: each vector gets its segment's."""
+    """Means and sizes of segments; on the CPU, in one compiled pass."""
 
     @staticmethod
     def forward(ctx, vectors, index, segments):
@@ -411,16 +394,9 @@ def assign(
 ) -> dict[int, torch.Tensor]:
     """Which pooled vector each token of a padded batch goes to.
 
-    Parameters
-    ----------
-    embeddings, mask
-        (documents, tokens, dim), L2-normalised, and (documents, tokens) bool.
-
-    Returns
-    -------
-    dict
-        Pool factor → (documents, tokens) int64 labels 0, 1, 2, … in order of first occurrence, the
-        protected tokens first, each alone; −1 where the mask is false.
+    `embeddings` are (documents, tokens, dim), L2-normalised, and `mask` (documents, tokens) bool.
+    Returns, per pool factor, (documents, tokens) int64 labels 0, 1, 2, … in order of first
+    occurrence, the protected tokens first, each alone; −1 where the mask is false.
 
     Raises
     ------
@@ -488,12 +464,9 @@ def _grow(
     kmeans: bool = False,
     cosines: bool = False,
 ) -> dict[int, torch.Tensor]:
-    """Labels from squared distances or cosines, (documents, tokens, tokens).
-
-    From a GPU everything travels in one copy, and the labels back in one.
-    """
+    """Labels from squared distances or cosines, (documents, tokens, tokens)."""
     parts = [distances.flatten(1), norms, same, free.to(distances)]
-    if not distances.is_cpu:
+    if not distances.is_cpu:  # everything travels in one copy, and the labels back in one
         widths = [part.shape[1] for part in parts]
         parts = torch.cat(parts, dim=1).cpu().split(widths, dim=1)
     square = parts[0].reshape(distances.shape).numpy()

@@ -36,18 +36,10 @@ PLAID_VECTORS = 10  # fast-plaid holds out a tenth of the vectors, and needs at 
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a search found.
+    """What a search found: per query, document ids from best to worst and their MaxSim scores.
 
-    Attributes
-    ----------
-    documents : list of list of str
-        For each query, document ids from best to worst.
-    scores : list of list of float
-        Their MaxSim scores.
-    seconds : float
-        Time of the search, all queries together, without building an index.
-    index_bytes : int or None
-        Size of the index on disk (see `index_size`), where there is one.
+    `seconds` is the time of the search, all queries together, without building an index;
+    `index_bytes` the index's size on disk (see `index_size`), where there is one.
     """
 
     documents: list[list[str]]
@@ -74,8 +66,6 @@ def maxsim_scores(
         (vectors, dim) per text, of any lengths.
     block_bytes
         Memory for one block of similarities; documents and queries are taken in blocks that fit.
-    progress
-        Show a bar of the documents.
 
     Returns
     -------
@@ -174,17 +164,15 @@ def exact_search(
     """The `top_k` best documents of each query by exact MaxSim.
 
     Equal scores are ordered by document id, descending, as trec_eval does. Documents without
-    vectors are never found. Only the best so far are kept, so that the memory that is needed beside
-    the vectors does not grow with the number of documents.
+    vectors are never found. Only the best so far are kept: memory beside the vectors does not grow
+    with the number of documents.
     """
     check_whole("top_k", top_k, 1, "how many documents per query")
     queries, documents = _texts(queries, documents, document_ids)
     start = time.perf_counter()
     # a document's place in the order of ids, descending: what ties are broken by
-    place = np.empty(len(document_ids), dtype=np.int64)
-    place[sorted(range(len(place)), key=lambda i: document_ids[i], reverse=True)] = np.arange(
-        len(place)
-    )
+    order = sorted(range(len(documents)), key=document_ids.__getitem__, reverse=True)
+    place = np.argsort(np.array(order, dtype=np.int64))
     positions = np.empty((len(queries), 0), dtype=np.int64)
     scores = np.empty(positions.shape, dtype=np.float32)
     scored = _score_blocks(queries, documents, block_bytes)
@@ -234,7 +222,7 @@ def plaid_search(
     kept = [i for i, document in enumerate(documents) if len(document)]
     vectors = sum(len(document) for document in documents)
     if not vectors or not queries:  # fast-plaid makes no empty index and takes no empty batch
-        return Ranking([[] for _ in queries], [[] for _ in queries], 0.0)
+        return exact_search(queries, documents, document_ids)
     if vectors < PLAID_VECTORS:
         logger.warning(
             "PLAID needs at least %d vectors; these %d are searched exactly, without an index.",
@@ -266,23 +254,16 @@ def plaid_search(
         start = time.perf_counter()
         found = index([query.float() for query in queries], k=min(top_k, len(kept)))
         seconds = time.perf_counter() - start
-    ranked = [
-        sorted(hits, key=lambda hit: (hit["score"], hit["id"]), reverse=True) for hits in found
-    ]
-    return Ranking(
-        [[hit["id"] for hit in hits] for hits in ranked],
-        [[float(hit["score"]) for hit in hits] for hits in ranked],
-        seconds,
-        size,
-    )
+    pairs = [sorted(((hit["score"], hit["id"]) for hit in hits), reverse=True) for hits in found]
+    ids = [[name for _, name in row] for row in pairs]
+    return Ranking(ids, [[float(score) for score, _ in row] for row in pairs], seconds, size)
 
 
 def index_size(folder: str | Path) -> int:
     """Bytes of an index on disk, without two copies that fast-plaid keeps beside it.
 
-    ``embeddings.npy`` holds the uncompressed vectors while an index is small (up to about a
-    thousand documents), to start anew when documents are added; ``merged_*`` are the codes and
-    residuals once more, joined for memory mapping, and are made again when missing.
+    ``embeddings.npy`` are the uncompressed vectors of a small index, up to about a thousand
+    documents; ``merged_*`` the codes and residuals once more, for memory mapping.
     """
     files = [file for file in Path(folder).rglob("*") if file.is_file()]
     copies = ("embeddings.npy", "merged_")
