@@ -115,8 +115,8 @@ def token_vectors(texts: Iterable[Any], name: str = "Document") -> list[torch.Te
     for i, vectors in enumerate(texts):
         padded = getattr(texts, "ndim", 0) == 3
         if isinstance(vectors, np.ndarray) and vectors.dtype.kind in "biuf":
-            # a copy only of what torch cannot share: read-only or reversed arrays
-            vectors = torch.from_numpy(np.require(vectors, requirements=["C", "W"]))
+            shared = vectors.flags.writeable and min(vectors.strides, default=0) >= 0
+            vectors = torch.from_numpy(vectors if shared else vectors.copy())
         if getattr(vectors, "ndim", 0) == 3 and len(vectors) == 1:
             vectors, padded = vectors[0], True
         if not isinstance(vectors, torch.Tensor) or vectors.ndim != 2:
@@ -306,24 +306,15 @@ def pool_padded(
     mask = mask.bool()
     if factor == 1 or pool_method == "none":
         return embeddings, mask
-    labels = assign(embeddings, mask, [factor], pool_method, protected, variant, use_sklearn)
-    vectors = pooled_count(embeddings.shape[1], factor, pool_method, protected)
-    return segment_means(embeddings, labels[factor], vectors)
-
-
-def segment_means(
-    embeddings: torch.Tensor, labels: torch.Tensor, segments: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of each document's segments, (documents, segments, dim), and which are not empty.
-
-    `embeddings` are (documents, tokens, dim); `labels`, (documents, tokens) int64, hold each
-    token's segment, or −1 where it takes no part.
-    """
+    labels = assign(embeddings, mask, [factor], pool_method, protected, variant, use_sklearn)[
+        factor
+    ]
     documents, tokens, dim = embeddings.shape
-    start = torch.arange(documents, device=labels.device)[:, None] * segments
-    index = torch.where(labels >= 0, labels + start, documents * segments).flatten()
-    means, sizes = _means(embeddings.reshape(documents * tokens, dim), index, documents * segments)
-    return means.view(documents, segments, dim), sizes.view(documents, segments) > 0
+    vectors = pooled_count(tokens, factor, pool_method, protected)
+    first = torch.arange(documents, device=labels.device)[:, None] * vectors
+    index = torch.where(labels >= 0, labels + first, documents * vectors).flatten()
+    means, sizes = _means(embeddings.reshape(-1, dim), index, documents * vectors)
+    return means.view(documents, vectors, dim), sizes.view(documents, vectors) > 0
 
 
 def _means(

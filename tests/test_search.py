@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pylate import rank
+from torch.nn.utils.rnn import pad_sequence
 
 from l2p_utils.files import UserError
 from l2p_utils.search import exact_search, maxsim_scores, plaid_search
@@ -79,40 +80,39 @@ def test_half_precision_vectors_are_multiplied_and_summed_in_float32(dtype):
 # --- forms of input, and what does not fit ----------------------------------------------------
 
 SEARCHES = [exact_search, plaid_search]
-FORMS = {
-    "arrays": lambda texts: [text.numpy() for text in texts],
-    "padded tensor": lambda texts: torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
-    "padded array": lambda texts: FORMS["padded tensor"](texts).numpy(),
-    "batches of one": lambda texts: list(FORMS["padded tensor"](texts).split(1)),
-    "parameters": lambda texts: [torch.nn.Parameter(text) for text in texts],
-}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["parameters", "padded array"])
 def test_every_form_of_token_vectors_is_scored_and_found_alike(form):
     queries, documents = ragged(3, 5, seed=1), [-d.abs() for d in ragged(20, 9, seed=2)]
-    given = FORMS[form](queries), FORMS[form](documents)
-    torch.testing.assert_close(maxsim_scores(*given), maxsim_scores(queries, documents))
-    found = exact_search(*given, ids(documents))
+    forms = {
+        "parameters": lambda texts: [torch.nn.Parameter(text) for text in texts],
+        "padded array": lambda texts: pad_sequence(texts, batch_first=True).numpy(),
+    }
+    found = exact_search(forms[form](queries), forms[form](documents), ids(documents))
     expected = exact_search(queries, documents, ids(documents))
     assert (found.documents, found.scores) == (expected.documents, expected.scores)
 
 
 @pytest.mark.parametrize("search", SEARCHES)
-@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c", "d"], ["a", "b", "b"]])
-def test_ids_that_are_not_one_per_document_are_refused(search, names):
-    with pytest.raises(UserError, match=f"holds {len(names)} ids, .* 3 documents; expected one id"):
-        search([unit_vectors(2)], ragged(3, 4), names)
-
-
-@pytest.mark.parametrize("search", SEARCHES)
-def test_vectors_of_different_dimensions_and_a_bad_top_k_are_refused(search):
-    with pytest.raises(UserError, match=r"queries' dimensions are \[8\], the documents' \[16\]"):
-        search([unit_vectors(2, dim=8)], ragged(3, 4), ["a", "b", "c"])
-    with pytest.raises(UserError, match="Query 0 is .16,.*single text into a list"):
-        search(unit_vectors(2), ragged(3, 4), ["a", "b", "c"])
-    with pytest.raises(UserError, match="top_k is 0; expected a whole number of at least 1"):
-        search([unit_vectors(2)], ragged(3, 4), ["a", "b", "c"], top_k=0)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"document_ids": ["a", "b"]}, "holds 2 ids, .* 3 documents; expected one id"),
+        ({"document_ids": ["a", "b", "c", "d"]}, "holds 4 ids, .* 3 documents; expected one id"),
+        ({"document_ids": ["a", "b", "b"]}, "holds 3 ids, 2 of them different"),
+        (
+            {"queries": [unit_vectors(2, 8)]},
+            r"queries' dimensions are \[8\], the documents' \[16\]",
+        ),
+        ({"queries": unit_vectors(2)}, "Query 0 is .16,.*single text into a list"),
+        ({"top_k": 0}, "top_k is 0; expected a whole number of at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(search, change, message):
+    given = {"queries": [unit_vectors(2)], "documents": ragged(3, 4), "document_ids": list("abc")}
+    with pytest.raises(UserError, match=message):
+        search(**given | change)
 
 
 # --- exact search ---------------------------------------------------------------------------------
@@ -155,15 +155,11 @@ def test_equal_scores_are_ordered_by_id_descending():
     assert exact_search([document], [document] * 3, ["9", "10", "a"], 2).documents == [["a", "9"]]
 
 
-def test_documents_without_vectors_are_never_found():
-    query = unit_vectors(2)
-    found = exact_search([query], [query[:0], query, torch.empty(0, 16)], ["a", "b", "c"])
-    assert found.documents == [["b"]]
-
-
-def test_a_query_without_vectors_finds_what_comes_first_by_id():
-    found = exact_search([unit_vectors(2)[:0]], ragged(3, 4), ["a", "b", "c"], top_k=2)
-    assert (found.documents, found.scores) == ([["c", "b"]], [[0.0, 0.0]])
+def test_documents_without_vectors_are_never_found_and_queries_without_find_the_first_by_id():
+    query, none = unit_vectors(2), torch.empty(0, 16)
+    found = exact_search([query, none], [none, query, query, query], list("abcd"), top_k=2)
+    assert found.documents == [["d", "c"], ["d", "c"]]
+    assert found.scores[1] == [0, 0]
 
 
 @pytest.mark.parametrize("search", SEARCHES)
