@@ -73,9 +73,6 @@ def expected_order(labels):
     return [list(dict.fromkeys(labels)).index(label) for label in labels]
 
 
-# --- distances ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-5), (torch.float64, 1e-13)])
 def test_squared_distances_are_scipys(dtype, atol):
     vectors = torch.from_numpy(points(3, 20, 16)).to(dtype)
@@ -83,9 +80,6 @@ def test_squared_distances_are_scipys(dtype, atol):
     assert ours.dtype == dtype and (ours >= 0).all()
     judge = np.stack([cdist(x, x, "sqeuclidean") for x in vectors.double().numpy()])
     np.testing.assert_allclose(ours.numpy(), judge, atol=atol, rtol=1e-5)
-
-
-# --- Ward's trees ---------------------------------------------------------------------------
 
 
 @given(rows, seeds, st.lists(st.integers(1, 16), min_size=1, max_size=4), dtypes)
@@ -145,9 +139,6 @@ def test_vectors_no_farther_apart_than_rounding_are_never_parted(ties):
     mask = np.ones((1, 5), bool)
     assert ward(vectors, mask, [4], ties, same=2.25)[0, 0].tolist() == [0, 0, 1, 1, 2]
     assert ward(vectors, mask, [4], ties, same=1.0)[0, 0].tolist() == [0, 0, 1, 2, 3]
-
-
-# --- Lloyd's steps --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("noise", [0.1, 1, 20])

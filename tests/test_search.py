@@ -26,11 +26,6 @@ def ragged(count, longest, dim=16, seed=0, shortest=1):
     return [unit_vectors(int(n), dim, seed * 1000 + i) for i, n in enumerate(lengths)]
 
 
-def positive(vectors):
-    """The same vectors in the first orthant: no similarity is below 0."""
-    return [vector.abs() for vector in vectors]
-
-
 def ids(documents):
     return [f"d{i:03d}" for i in range(len(documents))]
 
@@ -38,9 +33,6 @@ def ids(documents):
 def slow_maxsim(query, document):
     """Σ_i max_j q_i · d_j in float64."""
     return float((query.double() @ document.double().T).amax(dim=1).sum())
-
-
-# --- scores ---------------------------------------------------------------------------------------
 
 
 def test_maxsim_adds_up_each_query_tokens_best_match():
@@ -59,10 +51,8 @@ def test_blocks_of_any_size_give_the_scores_of_the_definition(block_bytes):
     queries, documents = ragged(5, 7, seed=1), ragged(30, 20, seed=2)
     expected = [[slow_maxsim(q, d) for d in documents] for q in queries]
     np.testing.assert_allclose(maxsim_scores(queries, documents, block_bytes), expected, atol=1e-5)
-    whole = exact_search(queries, documents, ids(documents), top_k=5)
-    small = exact_search(queries, documents, ids(documents), top_k=5, block_bytes=block_bytes)
-    assert small.documents == whole.documents
-    np.testing.assert_allclose(small.scores, whole.scores, atol=1e-5)
+    found = exact_search(queries, documents, ids(documents), top_k=5, block_bytes=block_bytes)
+    np.testing.assert_allclose(found.scores, -np.sort(-np.array(expected))[:, :5], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -73,11 +63,7 @@ def test_half_precision_vectors_are_multiplied_and_summed_in_float32(dtype):
     assert scores.dtype == torch.float32
     expected = [[slow_maxsim(q, d) for d in documents] for q in queries]
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
-    halves = torch.stack([(queries[0] @ d.T).amax(dim=1).sum() for d in documents])
-    assert (halves.float() - scores[0]).abs().max() > 1e-3  # what half-precision sums would give
 
-
-# --- forms of input, and what does not fit ----------------------------------------------------
 
 SEARCHES = [exact_search, plaid_search]
 
@@ -99,12 +85,8 @@ def test_every_form_of_token_vectors_is_scored_and_found_alike(form):
     ("change", "message"),
     [
         ({"document_ids": ["a", "b"]}, "holds 2 ids, .* 3 documents; expected one id"),
-        ({"document_ids": ["a", "b", "c", "d"]}, "holds 4 ids, .* 3 documents; expected one id"),
         ({"document_ids": ["a", "b", "b"]}, "holds 3 ids, 2 of them different"),
-        (
-            {"queries": [unit_vectors(2, 8)]},
-            r"queries' dimensions are \[8\], the documents' \[16\]",
-        ),
+        ({"queries": [unit_vectors(2, 8)]}, "queries' dimensions are .8., the documents' .16."),
         ({"queries": unit_vectors(2)}, "Query 0 is .16,.*single text into a list"),
         ({"top_k": 0}, "top_k is 0; expected a whole number of at least 1"),
     ],
@@ -115,11 +97,10 @@ def test_what_does_not_fit_is_refused(search, change, message):
         search(**given | change)
 
 
-# --- exact search ---------------------------------------------------------------------------------
-
-
 def test_ranks_as_pylates_rerank_does():
-    queries, documents = positive(ragged(6, 8, seed=1)), positive(ragged(40, 20, seed=2))
+    # in the first orthant: PyLate counts padding as a similarity of 0
+    queries = [query.abs() for query in ragged(6, 8, seed=1)]
+    documents = [document.abs() for document in ragged(40, 20, seed=2)]
     found = exact_search(queries, documents, ids(documents), top_k=40)
     reranked = rank.rerank([ids(documents)] * 6, queries, [documents] * 6)
     assert found.documents == [[hit["id"] for hit in hits] for hits in reranked]
@@ -130,8 +111,8 @@ def test_ranks_as_pylates_rerank_does():
 def test_padding_counts_as_0_for_pylate_and_never_here():
     query = torch.tensor([[1.0, 0.0]])
     short, long = torch.tensor([[-0.5, 0.0]]), torch.tensor([[-0.25, 0.0], [-0.75, 0.0]])
-    reranked = rank.rerank([["short", "long"]], [query], [[short, long]])
-    assert [(hit["id"], hit["score"]) for hit in reranked[0]] == [("short", 0.0), ("long", -0.25)]
+    (reranked,) = rank.rerank([["short", "long"]], [query], [[short, long]])
+    assert [(hit["id"], hit["score"]) for hit in reranked] == [("short", 0.0), ("long", -0.25)]
     found = exact_search([query], [short, long], ["short", "long"])
     assert found.documents == [["long", "short"]]
     assert found.scores == [[-0.25, -0.5]]
@@ -149,10 +130,17 @@ def test_finds_the_best_top_k_in_descending_order(top_k):
 
 def test_equal_scores_are_ordered_by_id_descending():
     document = torch.tensor([[1.0, 0.0]])
-    better = torch.tensor([[2.0, 0.0]])
-    found = exact_search([document], [document, better, document, document], ["b", "a", "c", "10"])
-    assert found.documents == [["a", "c", "b", "10"]]
-    assert exact_search([document], [document] * 3, ["9", "10", "a"], 2).documents == [["a", "9"]]
+    found = exact_search([document], [document, 2 * document, document], ["9", "a", "10"])
+    assert found.documents == [["a", "9", "10"]]
+
+
+def test_ties_across_blocks_are_ordered_too():
+    query = unit_vectors(3)
+    documents = [query * (1 + i % 4) for i in range(200)]  # 50 documents of each score
+    names = [f"{i:03d}" for i in np.random.default_rng(0).permutation(200)]
+    (found,) = exact_search([query], documents, names, top_k=60, block_bytes=2_000).documents
+    groups = [sorted((n for i, n in enumerate(names) if i % 4 == k), reverse=True) for k in (3, 2)]
+    assert found == sum(groups, [])[:60]
 
 
 def test_documents_without_vectors_are_never_found_and_queries_without_find_the_first_by_id():
@@ -168,9 +156,6 @@ def test_an_empty_corpus_or_no_query_finds_nothing(search):
     assert search([query] * 2, [], []).documents == [[], []]
     assert search([query] * 2, [query[:0]], ["a"]).documents == [[], []]
     assert search([], ragged(9, 4), ids(range(9))).documents == []
-
-
-# --- PLAID ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -197,12 +182,16 @@ def found(corpus, queries):
     return plaid_search([query[None] for query in queries], arrays, ids(corpus), top_k=10)
 
 
-def test_plaid_agrees_with_exact_search_on_the_first_document(corpus, queries, found):
+def test_plaid_agrees_with_exact_search_and_orders_by_score_and_id(corpus, queries, found):
     exact = exact_search(queries, corpus, ids(corpus), top_k=10)
     same = [ours[0] == best[0] for ours, best in zip(found.documents, exact.documents, strict=True)]
     assert sum(same) >= 19  # of 20
     first = [[scores[0] for scores in ranking.scores] for ranking in (found, exact)]
     np.testing.assert_allclose(*first, atol=0.1)  # 4 bits a value
+    for documents, scores in zip(found.documents, found.scores, strict=True):
+        pairs = list(zip(scores, documents, strict=True))
+        assert len(set(documents)) == 10 and pairs == sorted(pairs, reverse=True)
+    assert found.documents[-1][:2] == ["d020", "d010"]  # the twins' scores are equal
 
 
 def test_plaid_scores_vectors_at_unit_length(corpus, queries):
@@ -211,14 +200,6 @@ def test_plaid_scores_vectors_at_unit_length(corpus, queries):
     exact = exact_search(queries[:2], documents, ids(documents), top_k=1)
     assert again.documents == exact.documents
     np.testing.assert_allclose(again.scores, exact.scores, atol=0.15)  # not half of them
-
-
-def test_plaid_ranks_by_score_then_id_both_descending(found):
-    for documents, scores in zip(found.documents, found.scores, strict=True):
-        assert len(set(documents)) == len(documents) == 10
-        pairs = list(zip(scores, documents, strict=True))
-        assert pairs == sorted(pairs, reverse=True)
-    assert found.documents[-1][:2] == ["d020", "d010"]  # the twins' scores are equal
 
 
 def test_plaid_neither_uses_nor_moves_the_callers_random_numbers(corpus, queries, found):
@@ -287,13 +268,3 @@ def test_memory_of_a_search_stays_flat_as_the_corpus_grows():
     # a block of similarities takes 8 MiB; all scores of the last search would take 2.5 MiB a copy,
     # all its similarities 1 GiB
     assert max(more) - once < 16 * 1024
-
-
-def test_the_best_of_many_blocks_is_the_best_of_one_with_ties_across_blocks():
-    query = unit_vectors(3)
-    documents = [query * (1 + i % 4) for i in range(200)]  # 50 documents of each score
-    names = [f"{i:03d}" for i in np.random.default_rng(0).permutation(200)]
-    found = exact_search([query], documents, names, top_k=60, block_bytes=2_000).documents[0]
-    best = sorted((n for i, n in enumerate(names) if i % 4 == 3), reverse=True)
-    next_best = sorted((n for i, n in enumerate(names) if i % 4 == 2), reverse=True)
-    assert found == (best + next_best)[:60]
