@@ -115,20 +115,11 @@ class PooledColBERT(models.ColBERT):
     def encode(self, sentences: Any, *args: Any, **kwargs: Any) -> Any:
         """Encode texts to token vectors; documents are pooled, queries never are.
 
-        Parameters
-        ----------
-        sentences
-            A text, a list of texts, or a list of lists of texts.
-        pool_method, use_sklearn, pool_variant, renormalize
-            By keyword; see `l2p_utils.pooling.pool`. The default is PyLate's: hierarchical.
-        *args, **kwargs
-            As in `pylate.models.ColBERT.encode`, in its order: ``is_query`` (True by default),
-            ``pool_factor`` (1) and ``protected_tokens`` (1) among them.
-
-        Returns
-        -------
-        list of numpy.ndarray or torch.Tensor
-            (vectors, dim) per text, as PyLate returns it.
+        `sentences` are a text, a list of texts, or a list of such lists. The other arguments are
+        those of `pylate.models.ColBERT.encode`, in its order: ``is_query`` (True by default),
+        ``pool_factor`` (1) and ``protected_tokens`` (1) among them; and, by keyword,
+        ``pool_method`` (hierarchical, as in PyLate), ``pool_variant``, ``use_sklearn`` and
+        ``renormalize``: see `l2p_utils.pooling.pool`. Gives (vectors, dim) per text, as PyLate.
         """
         given = _arguments(models.ColBERT.encode, self, sentences, *args, **kwargs)
         if not isinstance(sentences, str) and hasattr(sentences, "__len__") and not len(sentences):

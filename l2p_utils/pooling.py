@@ -98,9 +98,8 @@ def pooled_count(tokens: int, pool_factor: int, pool_method: str, protected_toke
     free = tokens - protected
     if free == 0 or pool_method == "none" or pool_factor == 1:
         return tokens
-    if pool_method == "span":
-        return protected + math.ceil(free / pool_factor)
-    return protected + max(free // pool_factor, 1)
+    clusters = math.ceil(free / pool_factor) if pool_method == "span" else free // pool_factor
+    return protected + max(clusters, 1)
 
 
 def token_vectors(texts: Iterable[Any], name: str = "Document") -> list[torch.Tensor]:
@@ -306,14 +305,13 @@ def pool_padded(
     mask = mask.bool()
     if factor == 1 or pool_method == "none":
         return embeddings, mask
-    labels = assign(embeddings, mask, [factor], pool_method, protected, variant, use_sklearn)[
-        factor
-    ]
+    found = assign(embeddings, mask, [factor], pool_method, protected, variant, use_sklearn)
+    labels = found[factor]
     documents, tokens, dim = embeddings.shape
     vectors = pooled_count(tokens, factor, pool_method, protected)
     first = torch.arange(documents, device=labels.device)[:, None] * vectors
     index = torch.where(labels >= 0, labels + first, documents * vectors).flatten()
-    means, sizes = _means(embeddings.reshape(-1, dim), index, documents * vectors)
+    means, sizes = _means(embeddings.flatten(0, 1), index, documents * vectors)
     return means.view(documents, vectors, dim), sizes.view(documents, vectors) > 0
 
 

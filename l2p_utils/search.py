@@ -208,14 +208,9 @@ def plaid_search(
     fast-plaid returns; which of them it returns at the last rank is its own choice. It makes no
     index of fewer than ten vectors: those are searched exactly, at unit length, with a warning.
 
-    Parameters
-    ----------
-    nbits, n_ivf_probe, n_full_scores
-        The paper's settings by default.
-    seed
-        Of the index's centroids; the caller's random numbers are left alone.
-    folder
-        Where the index is built; a temporary folder, deleted afterwards, by default.
+    `nbits`, `n_ivf_probe` and `n_full_scores` are the paper's by default; `seed` is that of the
+    index's centroids, and the caller's random numbers are left alone. The index is built in
+    `folder`; by default in a temporary one, deleted afterwards.
     """
     check_whole("top_k", top_k, 1, "how many documents per query")
     queries, documents = _texts(queries, documents, document_ids)
