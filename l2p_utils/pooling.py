@@ -1,8 +1,8 @@
 """Token pooling: fewer vectors per document, by span, k-means or hierarchical clustering.
 
-Lists of (tokens, dim) tensors, or a padded batch with a mask, become the means of clusters, in the
-order in which the clusters first occur in the document, differentiable with respect to every token.
-Clusters are found on detached vectors, for whole batches at once.
+Each cluster becomes its mean, in the order in which the clusters first occur in the document,
+differentiable with respect to every token. Clusters are found on detached vectors, for whole
+batches at once.
 
 Source: S. Josef, *Learn to Pool* (LIR @ ECIR 2026); B. Clavié et al., *Reducing the Footprint of
 Multi-Vector Retrieval with Minimal Performance Impact via Token Pooling* (2024).
@@ -44,24 +44,23 @@ ROUNDING = 0.02  # how far above 1 a squared norm may come out; bfloat16 vectors
 # Squared distances below this share of the squared norm are rounding.
 SAME = {torch.float32: 1e-6, torch.float64: 1e-12}
 BLOCK_BYTES = 2**20  # of one block's distances: they stay in the processor's cache
-SPAN_BLOCK_BYTES = 4 * 2**20  # span needs no distance matrix, so blocks can be larger
+SPAN_BLOCK_BYTES = 4 * 2**20  # span needs no distances, so blocks can be larger
 #: Bump when pooling, search or evaluation changes results: invalidates stored models and rows.
 CACHE_VERSION = 1
 
 
 def check_pool_factor(pool_factor: object) -> int:
-    """`pool_factor` as an int, if it is a whole number of at least 1."""
     hint = "1 keeps every vector, 2 keeps about half of them"
     return check_whole("pool_factor", pool_factor, 1, hint)
 
 
 def check_protected_tokens(protected_tokens: object) -> int:
-    """`protected_tokens` as an int, if it is a whole number of at least 0."""
     hint = "1 keeps the first vector of each document as it is"
     return check_whole("protected_tokens", protected_tokens, 0, hint)
 
 
 def check_whole(name: str, value: object, least: int, hint: str) -> int:
+    """`value` as an int, if it is a whole number of at least `least`."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < least:
         raise UserError(
@@ -92,58 +91,61 @@ def stored_variant(
 def pooled_count(tokens: int, pool_factor: int, pool_method: str, protected_tokens: int = 1) -> int:
     """Number of vectors that remain of a document with `tokens` vectors.
 
-    ``protected + ceil(n / p)`` for span, ``protected + max(n // p, 1)`` for the clustering methods,
-    where n counts the unprotected vectors. Clustering gives fewer when vectors are identical but
-    for rounding, and hierarchical also where the tree has no cut into exactly that many.
+    Clustering gives fewer when vectors are identical but for rounding, and hierarchical also where
+    the tree has no cut into exactly that many.
     """
     protected = min(tokens, protected_tokens)
     free = tokens - protected
     if free == 0 or pool_method == "none" or pool_factor == 1:
         return tokens
-    if pool_method == "span":
-        return protected + math.ceil(free / pool_factor)
-    return protected + max(free // pool_factor, 1)
+    clusters = math.ceil(free / pool_factor) if pool_method == "span" else free // pool_factor
+    return protected + max(clusters, 1)
 
 
 def token_vectors(texts: Iterable[Any], name: str = "Document") -> list[torch.Tensor]:
     """Token vectors in any form that `encode` gives, as a list of (tokens, dim) tensors.
 
-    Parameters
-    ----------
-    texts
-        Tensors or NumPy arrays of (tokens, dim), one per text; or a padded batch: one tensor or
-        array of (texts, tokens, dim), or a list of (1, tokens, dim) as `encode` gives with
-        ``padding=True``. In a padded batch, zero vectors at a text's end are padding and left out.
-    name
-        What an error calls a text.
-
-    Raises
-    ------
-    UserError
-        For a text of another shape or dtype, naming its position.
+    `texts` are tensors or NumPy arrays of (tokens, dim), one per text; or a padded batch: one
+    tensor or array of (texts, tokens, dim), or a list of (1, tokens, dim) as `encode` gives with
+    ``padding=True``. In a padded batch, zero vectors at a text's end are padding and left out.
+    Anything else raises a UserError, which calls a text `name` and tells its position.
     """
-    padded = getattr(texts, "ndim", 0) == 3
-    return [_text_vectors(text, f"{name} {i}", padded) for i, text in enumerate(texts)]
+    found = []
+    for i, vectors in enumerate(texts):
+        padded = getattr(texts, "ndim", 0) == 3
+        if isinstance(vectors, np.ndarray) and vectors.dtype.kind in "biuf":
+            shared = vectors.flags.writeable and min(vectors.strides, default=0) >= 0
+            vectors = torch.from_numpy(vectors if shared else vectors.copy())
+        if getattr(vectors, "ndim", 0) == 3 and len(vectors) == 1:
+            vectors, padded = vectors[0], True
+        if not isinstance(vectors, torch.Tensor) or vectors.ndim != 2:
+            given = tuple(getattr(vectors, "shape", ())) or type(vectors).__name__
+            raise UserError(
+                f"{name} {i} is {given}; expected a tensor or an array of (tokens, dim). "
+                "Put the vectors of a single text into a list."
+            )
+        if not vectors.is_floating_point():
+            raise UserError(f"{name} {i} is {vectors.dtype}; expected a floating dtype.")
+        if padded:
+            used = vectors.detach().any(dim=1).nonzero()
+            vectors = vectors[: int(used[-1]) + 1 if len(used) else 0]
+        found.append(vectors)
+    return found
 
 
-def _text_vectors(vectors: Any, name: str, padded: bool) -> torch.Tensor:
-    if isinstance(vectors, np.ndarray) and vectors.dtype.kind in "biuf":
-        # a copy only of what torch cannot share: read-only or reversed arrays
-        vectors = torch.from_numpy(np.require(vectors, requirements=["C", "W"]))
-    if getattr(vectors, "ndim", 0) == 3 and len(vectors) == 1:
-        vectors, padded = vectors[0], True
-    if not isinstance(vectors, torch.Tensor) or vectors.ndim != 2:
-        given = tuple(getattr(vectors, "shape", ())) or type(vectors).__name__
-        raise UserError(
-            f"{name} is {given}; expected a tensor or an array of (tokens, dim). "
-            "Put the vectors of a single text into a list."
-        )
-    if not vectors.is_floating_point():
-        raise UserError(f"{name} is {vectors.dtype}; expected a floating dtype.")
-    if padded:
-        used = vectors.detach().any(dim=1).nonzero()
-        vectors = vectors[: int(used[-1]) + 1 if len(used) else 0]
-    return vectors
+def blocks(costs: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """Positions of texts in blocks whose size times largest cost is at most `most`.
+
+    Cheapest first: neighbours in length share a block, with little padding. A text that costs more
+    than `most` is a block of its own; one that costs nothing, as it has no vectors, is in none.
+    """
+    order = np.argsort(costs, kind="stable")
+    order = order[costs[order] > 0]
+    start = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end + 1 - start) * costs[order[end]] > most:
+            yield order[start:end]
+            start = end
 
 
 def pool(
@@ -182,7 +184,7 @@ def pool(
     Returns
     -------
     list of torch.Tensor
-        (vectors, dim) tensors in the same order, dtype and device. Gradients reach every token.
+        (vectors, dim) in the same order, dtype and device. Gradients reach every token.
 
     Raises
     ------
@@ -216,7 +218,10 @@ def pool_sweep(
         )
     lengths = np.array([len(document) for document in embeddings], dtype=np.int64)
     pooled = {factor: list(embeddings) for factor in factors}
-    for block in _blocks(lengths, SPAN_BLOCK_BYTES if pool_method == "span" else BLOCK_BYTES):
+    if not factors:
+        return pooled
+    most = SPAN_BLOCK_BYTES if pool_method == "span" else BLOCK_BYTES
+    for block in blocks(4 * lengths**2, most):
         documents = [embeddings[i] for i in block]
         if pool_method == "span":
             vectors = torch.cat(documents)
@@ -243,8 +248,8 @@ def pool_sweep(
 def _segments(labels: dict[int, torch.Tensor]) -> dict[int, tuple[torch.Tensor, list[int]]]:
     """Segments (documents · tokens,) of a whole padded batch, and each document's number of them.
 
-    Labels, (documents, tokens) per factor, are numbered on from document to document; tokens that
-    take no part get the total number.
+    Labels, (documents, tokens) per factor, are numbered on from document to document; masked tokens
+    get the total number.
     """
     counts = torch.stack([found.amax(dim=1) + 1 for found in labels.values()])
     starts = (counts.cumsum(dim=1) - counts)[:, :, None]  # (factors, documents, 1)
@@ -271,18 +276,6 @@ def _span_segments(
     return found
 
 
-def _blocks(lengths: np.ndarray, most: int) -> Iterator[np.ndarray]:
-    """Positions of the documents with tokens, shortest first, in blocks of bounded size."""
-    order = np.argsort(lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    while len(order):
-        # the last document of a block is its longest: its square times their number must fit
-        sizes = 4 * lengths[order] ** 2 * np.arange(1, len(order) + 1)
-        size = max(int((sizes <= most).sum()), 1)
-        yield order[:size]
-        order = order[size:]
-
-
 def pool_padded(
     embeddings: torch.Tensor,
     mask: torch.Tensor,
@@ -293,15 +286,11 @@ def pool_padded(
     variant: PoolVariant = DEFAULT_VARIANT,
     use_sklearn: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pool a padded batch, as training has it.
+    """Pool a padded batch, as training has it; see `pool`.
 
-    Parameters
-    ----------
-    embeddings
-        (documents, tokens, dim).
-    mask
-        (documents, tokens), true where a token counts. Masked tokens (padding, punctuation) join
-        no group, also where they stand between two tokens that do.
+    `embeddings` are (documents, tokens, dim), and `mask` is (documents, tokens), true where a token
+    counts. Masked tokens (padding, punctuation) join no group, also where they stand between two
+    tokens that do.
 
     Returns
     -------
@@ -316,38 +305,14 @@ def pool_padded(
     mask = mask.bool()
     if factor == 1 or pool_method == "none":
         return embeddings, mask
-    labels = assign(embeddings, mask, [factor], pool_method, protected, variant, use_sklearn)
-    vectors = pooled_count(embeddings.shape[1], factor, pool_method, protected)
-    return segment_means(embeddings, labels[factor], vectors)
-
-
-def segment_means(
-    embeddings: torch.Tensor, labels: torch.Tensor, segments: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of each document's segments, in one sum over the padded batch.
-
-    Parameters
-    ----------
-    embeddings
-        (documents, tokens, dim).
-    labels
-        (documents, tokens) int64: the segment of each token, −1 for those that take no part.
-    segments
-        Their number; by default, one more than the largest label.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        Means (documents, segments, dim) in the embeddings' dtype, zero for empty segments; and
-        (documents, segments) bool, false for empty ones.
-    """
+    found = assign(embeddings, mask, [factor], pool_method, protected, variant, use_sklearn)
+    labels = found[factor]
     documents, tokens, dim = embeddings.shape
-    if segments is None:
-        segments = int(labels.max()) + 1 if labels.numel() else 0
-    start = torch.arange(documents, device=labels.device)[:, None] * segments
-    index = torch.where(labels >= 0, labels + start, documents * segments).flatten()
-    means, sizes = _means(embeddings.reshape(documents * tokens, dim), index, documents * segments)
-    return means.view(documents, segments, dim), sizes.view(documents, segments) > 0
+    vectors = pooled_count(tokens, factor, pool_method, protected)
+    first = torch.arange(documents, device=labels.device)[:, None] * vectors
+    index = torch.where(labels >= 0, labels + first, documents * vectors).flatten()
+    means, sizes = _means(embeddings.flatten(0, 1), index, documents * vectors)
+    return means.view(documents, vectors, dim), sizes.view(documents, vectors) > 0
 
 
 def _means(
@@ -362,11 +327,11 @@ def _means(
 
 
 class _SegmentMeans(torch.autograd.Function):
-    """Forward: sums, on the CPU in one compiled pass. Backward: each vector gets its segment's."""
+    """Means and sizes of segments; on the CPU, in one compiled pass."""
 
     @staticmethod
     def forward(ctx, vectors, index, segments):
-        if vectors.is_cuda:  # index_add adds in any order there; this sorts first
+        if not vectors.is_cpu:  # index_add adds in any order on a GPU; this sorts first
             sums = vectors.new_zeros(segments + 1, vectors.shape[1])
             sums = sums.index_put_((index,), vectors, accumulate=True)[:-1]
             sizes = index.new_zeros(segments + 1)
@@ -418,16 +383,9 @@ def assign(
 ) -> dict[int, torch.Tensor]:
     """Which pooled vector each token of a padded batch goes to.
 
-    Parameters
-    ----------
-    embeddings, mask
-        (documents, tokens, dim), L2-normalised, and (documents, tokens) bool.
-
-    Returns
-    -------
-    dict
-        Pool factor → (documents, tokens) int64 labels 0, 1, 2, … in order of first occurrence, the
-        protected tokens first, each alone; −1 where the mask is false.
+    `embeddings` are (documents, tokens, dim), L2-normalised, and `mask` (documents, tokens) bool.
+    Returns, per pool factor, (documents, tokens) int64 labels 0, 1, 2, … in order of first
+    occurrence, the protected tokens first, each alone; −1 where the mask is false.
 
     Raises
     ------
@@ -443,7 +401,7 @@ def assign(
     if not pooling or pool_method == "none" or not mask.numel():
         return labels
     if pool_method == "span":
-        if not embeddings.is_cuda:
+        if embeddings.is_cpu:
             _check_finite((embeddings.isfinite().all(dim=2) | ~mask).all())
         found = {f: (rank - protected_tokens).div(f, rounding_mode="floor") for f in pooling}
     else:
@@ -456,8 +414,8 @@ def assign(
                 found = _sklearn_kmeans(wide, free, pooling)
             else:  # Lloyd's steps from Ward's cut
                 norms = wide.square().sum(dim=2)
-                distances = squared_distances(wide)
-                found = _grow(distances, norms, _same(norms), free, pooling, kmeans=True)
+                same = SAME[norms.dtype] * norms
+                found = _grow(squared_distances(wide), norms, same, free, pooling, kmeans=True)
     protected = rank.clamp(max=protected_tokens - 1).amax(dim=1, keepdim=True) + 1
     for factor in pooling:
         labels[factor] = torch.where(free, found[factor] + protected, whole)
@@ -472,7 +430,8 @@ def _hierarchical(
         vectors = vectors.double()
     norms = vectors.square().sum(dim=2)
     if variant == "euclidean":
-        return _grow(squared_distances(vectors), norms, _same(norms), free, factors)
+        same = SAME[norms.dtype] * norms
+        return _grow(squared_distances(vectors), norms, same, free, factors)
     products = torch.bmm(vectors, vectors.transpose(1, 2))  # (documents, tokens, tokens)
     if variant == "pylate":
         # 1 - cos is half the squared distance of unit vectors, and is squared once more; vectors of
@@ -481,13 +440,8 @@ def _hierarchical(
         return _grow(products, norms, same, free, factors, cosines=True)
     both = free[:, :, None] & free[:, None, :]
     rows = (1 - products).masked_fill_(~both, 0)  # read as observations
-    same = _same(rows.square().sum(dim=2))
+    same = SAME[rows.dtype] * rows.square().sum(dim=2)
     return _grow(squared_distances(rows), norms, same, free, factors)
-
-
-def _same(norms: torch.Tensor) -> torch.Tensor:
-    """Squared distances of vectors with such squared norms, up to which they are rounding."""
-    return SAME[norms.dtype] * norms
 
 
 def _grow(
@@ -499,12 +453,9 @@ def _grow(
     kmeans: bool = False,
     cosines: bool = False,
 ) -> dict[int, torch.Tensor]:
-    """Labels from squared distances or cosines, (documents, tokens, tokens).
-
-    From a GPU everything travels in one copy, and the labels back in one.
-    """
+    """Labels from squared distances or cosines, (documents, tokens, tokens)."""
     parts = [distances.flatten(1), norms, same, free.to(distances)]
-    if distances.is_cuda:
+    if not distances.is_cpu:  # everything travels in one copy, and the labels back in one
         widths = [part.shape[1] for part in parts]
         parts = torch.cat(parts, dim=1).cpu().split(widths, dim=1)
     square = parts[0].reshape(distances.shape).numpy()
@@ -542,7 +493,7 @@ def _sklearn_kmeans(
 ) -> dict[int, torch.Tensor]:
     """scikit-learn's k-means, one document and factor after another."""
     # float64 spares scikit-learn the chunked upcasts that it makes for float32: 1.4 times faster.
-    documents = vectors.double().cpu().numpy()
+    documents = vectors.cpu().double().numpy()
     _check_finite(np.isfinite(documents).all())
     rows = free.cpu().numpy()
     labels = {factor: np.zeros(rows.shape, dtype=np.int64) for factor in factors}
@@ -563,13 +514,10 @@ def _sklearn_kmeans(
 
 def kmeans_settings(n: int, k: int) -> KMeans:
     """scikit-learn's k-means with the paper's settings for n vectors in k clusters."""
-    ratio = max(n / k, 2)
-    iterations = min(max(12 + math.ceil(6 * math.log2(ratio)), 20), 50)
+    iterations = min(max(12 + math.ceil(6 * math.log2(max(n / k, 2))), 20), 50)
     return KMeans(
         k, init="k-means++", n_init=1, random_state=KMEANS_SEED, tol=1e-4, max_iter=iterations
     )
 
 
-@functools.cache
-def _threads() -> ThreadpoolController:
-    return ThreadpoolController()
+_threads = functools.cache(ThreadpoolController)  # looking for the libraries takes long

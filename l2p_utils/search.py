@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from l2p_utils.files import UserError
-from l2p_utils.pooling import check_whole, token_vectors
+from l2p_utils.pooling import blocks, check_whole, token_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +36,10 @@ PLAID_VECTORS = 10  # fast-plaid holds out a tenth of the vectors, and needs at 
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a search found.
+    """What a search found: per query, document ids from best to worst and their MaxSim scores.
 
-    Attributes
-    ----------
-    documents : list of list of str
-        For each query, document ids from best to worst.
-    scores : list of list of float
-        Their MaxSim scores.
-    seconds : float
-        Time of the search, all queries together, without building an index.
-    index_bytes : int or None
-        Size of the index on disk (see `index_size`), where there is one.
+    `seconds` is the time of the search, all queries together, without building an index;
+    `index_bytes` the index's size on disk (see `index_size`), where there is one.
     """
 
     documents: list[list[str]]
@@ -74,8 +66,6 @@ def maxsim_scores(
         (vectors, dim) per text, of any lengths.
     block_bytes
         Memory for one block of similarities; documents and queries are taken in blocks that fit.
-    progress
-        Show a bar of the documents.
 
     Returns
     -------
@@ -96,25 +86,20 @@ def _texts(
     queries: Iterable[Any], documents: Iterable[Any], ids: Sequence[str] | None = None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Queries and documents as lists of tensors on the CPU; refuses dims or ids that do not fit."""
-    both = [
-        [
-            v.detach().cpu() if v.requires_grad or v.is_cuda else v
-            for v in token_vectors(texts, name)
-        ]
-        for texts, name in ((queries, "Query"), (documents, "Document"))
-    ]
-    dims = [sorted({vectors.shape[1] for vectors in texts}) for texts in both]
-    if len(set(dims[0] + dims[1])) > 1:
+    queries = [vectors.detach().cpu() for vectors in token_vectors(queries, "Query")]
+    documents = [vectors.detach().cpu() for vectors in token_vectors(documents, "Document")]
+    dims = [sorted({vectors.shape[1] for vectors in texts}) for texts in (queries, documents)]
+    if len({*dims[0], *dims[1]}) > 1:
         raise UserError(
             f"The queries' dimensions are {dims[0]}, the documents' {dims[1]}; expected one for "
             "all. Encode both with the same model."
         )
-    if ids is not None and not len(ids) == len(set(ids)) == len(both[1]):
+    if ids is not None and not len(ids) == len(set(ids)) == len(documents):
         raise UserError(
             f"document_ids holds {len(ids)} ids, {len(set(ids))} of them different, for "
-            f"{len(both[1])} documents; expected one id per document."
+            f"{len(documents)} documents; expected one id per document."
         )
-    return both[0], both[1]
+    return queries, documents
 
 
 def _score_blocks(
@@ -125,11 +110,11 @@ def _score_blocks(
     if not queries or not lengths.any():
         return
     parts = _query_parts(queries, max(block_bytes // (4 * int(lengths.max())), 1))
-    tokens = max(len(part[0]) for part in parts)
-    blocks = list(_blocks(lengths, tokens, block_bytes))
+    tokens = max(1, *(len(part[0]) for part in parts))
+    chosen = list(blocks(4 * tokens * lengths, block_bytes))
     # One buffer for all blocks' similarities: new memory takes as long to come as to be filled.
-    buffer = torch.empty(max(len(block) * int(lengths[block[-1]]) for block in blocks) * tokens)
-    for block in blocks:
+    buffer = torch.empty(max(len(block) * int(lengths[block[-1]]) for block in chosen) * tokens)
+    for block in chosen:
         padded = pad_sequence([documents[i].float() for i in block], batch_first=True)
         padding = torch.arange(padded.shape[1]) >= torch.from_numpy(lengths[block])[:, None]
         # Pad with the document's first vector: duplicates do not affect the maximum.
@@ -169,25 +154,6 @@ def _maxsim(
     return torch.zeros(queries, len(documents)).index_add_(0, owner, best.T)
 
 
-def _blocks(lengths: np.ndarray, tokens: int, block_bytes: int) -> Iterator[np.ndarray]:
-    """Positions of the documents with vectors, shortest first, in blocks that fit `block_bytes`.
-
-    Neighbours in length share a block: little padding.
-    """
-    order = np.argsort(lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    start = 0
-    while start < len(order):
-        end = start + 1
-        # the last document of a block is its longest
-        while end < len(order) and (
-            4 * tokens * (end + 1 - start) * lengths[order[end]] <= block_bytes
-        ):
-            end += 1
-        yield order[start:end]
-        start = end
-
-
 def exact_search(
     queries: Iterable[Any],
     documents: Iterable[Any],
@@ -198,21 +164,19 @@ def exact_search(
     """The `top_k` best documents of each query by exact MaxSim.
 
     Equal scores are ordered by document id, descending, as trec_eval does. Documents without
-    vectors are never found. Only the best so far are kept, so that the memory that is needed beside
-    the vectors does not grow with the number of documents.
+    vectors are never found. Only the best so far are kept: memory beside the vectors does not grow
+    with the number of documents.
     """
     check_whole("top_k", top_k, 1, "how many documents per query")
     queries, documents = _texts(queries, documents, document_ids)
     start = time.perf_counter()
     # a document's place in the order of ids, descending: what ties are broken by
-    place = np.empty(len(document_ids), dtype=np.int64)
-    place[sorted(range(len(place)), key=lambda i: document_ids[i], reverse=True)] = np.arange(
-        len(place)
-    )
+    order = sorted(range(len(documents)), key=document_ids.__getitem__, reverse=True)
+    place = np.argsort(np.array(order, dtype=np.int64))
     positions = np.empty((len(queries), 0), dtype=np.int64)
     scores = np.empty(positions.shape, dtype=np.float32)
-    blocks = _score_blocks(queries, documents, block_bytes)
-    while some := list(itertools.islice(blocks, 64)):  # sorted together: one block is few documents
+    scored = _score_blocks(queries, documents, block_bytes)
+    while some := list(itertools.islice(scored, 64)):  # sorted together: one block is few documents
         seen = np.concatenate([block for block, _ in some])
         seen = np.broadcast_to(seen, (len(queries), len(seen)))
         positions = np.hstack([positions, seen])
@@ -244,21 +208,16 @@ def plaid_search(
     fast-plaid returns; which of them it returns at the last rank is its own choice. It makes no
     index of fewer than ten vectors: those are searched exactly, at unit length, with a warning.
 
-    Parameters
-    ----------
-    nbits, n_ivf_probe, n_full_scores
-        The paper's settings by default.
-    seed
-        Of the index's centroids; the caller's random numbers are left alone.
-    folder
-        Where the index is built; a temporary folder, deleted afterwards, by default.
+    `nbits`, `n_ivf_probe` and `n_full_scores` are the paper's by default; `seed` is that of the
+    index's centroids, and the caller's random numbers are left alone. The index is built in
+    `folder`; by default in a temporary one, deleted afterwards.
     """
     check_whole("top_k", top_k, 1, "how many documents per query")
     queries, documents = _texts(queries, documents, document_ids)
     kept = [i for i, document in enumerate(documents) if len(document)]
     vectors = sum(len(document) for document in documents)
     if not vectors or not queries:  # fast-plaid makes no empty index and takes no empty batch
-        return Ranking([[] for _ in queries], [[] for _ in queries], 0.0)
+        return exact_search(queries, documents, document_ids)
     if vectors < PLAID_VECTORS:
         logger.warning(
             "PLAID needs at least %d vectors; these %d are searched exactly, without an index.",
@@ -290,23 +249,16 @@ def plaid_search(
         start = time.perf_counter()
         found = index([query.float() for query in queries], k=min(top_k, len(kept)))
         seconds = time.perf_counter() - start
-    ranked = [
-        sorted(hits, key=lambda hit: (hit["score"], hit["id"]), reverse=True) for hits in found
-    ]
-    return Ranking(
-        [[hit["id"] for hit in hits] for hits in ranked],
-        [[float(hit["score"]) for hit in hits] for hits in ranked],
-        seconds,
-        size,
-    )
+    pairs = [sorted(((hit["score"], hit["id"]) for hit in hits), reverse=True) for hits in found]
+    ids = [[name for _, name in row] for row in pairs]
+    return Ranking(ids, [[float(score) for score, _ in row] for row in pairs], seconds, size)
 
 
 def index_size(folder: str | Path) -> int:
     """Bytes of an index on disk, without two copies that fast-plaid keeps beside it.
 
-    ``embeddings.npy`` holds the uncompressed vectors while an index is small (up to about a
-    thousand documents), to start anew when documents are added; ``merged_*`` are the codes and
-    residuals once more, joined for memory mapping, and are made again when missing.
+    ``embeddings.npy`` are the uncompressed vectors of a small index, up to about a thousand
+    documents; ``merged_*`` the codes and residuals once more, for memory mapping.
     """
     files = [file for file in Path(folder).rglob("*") if file.is_file()]
     copies = ("embeddings.npy", "merged_")

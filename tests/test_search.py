@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pylate import rank
-from pylate.scores import colbert_scores
+from torch.nn.utils.rnn import pad_sequence
 
 from l2p_utils.files import UserError
 from l2p_utils.search import exact_search, maxsim_scores, plaid_search
@@ -26,11 +26,6 @@ def ragged(count, longest, dim=16, seed=0, shortest=1):
     return [unit_vectors(int(n), dim, seed * 1000 + i) for i, n in enumerate(lengths)]
 
 
-def positive(vectors):
-    """The same vectors in the first orthant: no similarity is below 0."""
-    return [vector.abs() for vector in vectors]
-
-
 def ids(documents):
     return [f"d{i:03d}" for i in range(len(documents))]
 
@@ -40,31 +35,24 @@ def slow_maxsim(query, document):
     return float((query.double() @ document.double().T).amax(dim=1).sum())
 
 
-# --- scores ---------------------------------------------------------------------------------------
-
-
 def test_maxsim_adds_up_each_query_tokens_best_match():
     query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     near = torch.tensor([[0.5, 0.1], [0.2, 0.75], [0.25, 0.25]])  # .5 + .75
     far = torch.tensor([[0.125, 0.25]])  # .125 + .25
-    assert maxsim_scores([query, query[:1]], [near, far]).tolist() == [[1.25, 0.375], [0.5, 0.125]]
+    scores = maxsim_scores([query, query[:1], query[:0]], [near, far, near[:0], -near[:1]])
+    assert scores[:, :2].tolist() == [[1.25, 0.375], [0.5, 0.125], [0, 0]]
+    assert scores[:, 2].isneginf().all()  # no vectors: below everything
+    torch.testing.assert_close(scores[:, 3], torch.tensor([-0.6, -0.5, 0]))
+    assert maxsim_scores([query[:0]], [near, far]).tolist() == [[0, 0]]
 
 
-def test_scores_of_ragged_texts_equal_the_definition():
+@pytest.mark.parametrize("block_bytes", [1, 2000, 20_000, 2**30])
+def test_blocks_of_any_size_give_the_scores_of_the_definition(block_bytes):
     queries, documents = ragged(5, 7, seed=1), ragged(30, 20, seed=2)
     expected = [[slow_maxsim(q, d) for d in documents] for q in queries]
-    np.testing.assert_allclose(maxsim_scores(queries, documents), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("block_bytes", [1, 2000, 20_000])
-def test_small_blocks_give_the_same_as_one_block(block_bytes):
-    queries, documents = ragged(5, 7, seed=1), ragged(30, 20, seed=2)
-    whole = maxsim_scores(queries, documents)
-    torch.testing.assert_close(maxsim_scores(queries, documents, block_bytes), whole)
-    whole = exact_search(queries, documents, ids(documents), top_k=5)
-    small = exact_search(queries, documents, ids(documents), top_k=5, block_bytes=block_bytes)
-    assert small.documents == whole.documents
-    np.testing.assert_allclose(small.scores, whole.scores, atol=1e-5)
+    np.testing.assert_allclose(maxsim_scores(queries, documents, block_bytes), expected, atol=1e-5)
+    found = exact_search(queries, documents, ids(documents), top_k=5, block_bytes=block_bytes)
+    np.testing.assert_allclose(found.scores, -np.sort(-np.array(expected))[:, :5], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -75,65 +63,44 @@ def test_half_precision_vectors_are_multiplied_and_summed_in_float32(dtype):
     assert scores.dtype == torch.float32
     expected = [[slow_maxsim(q, d) for d in documents] for q in queries]
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
-    halves = torch.stack([(queries[0] @ d.T).amax(dim=1).sum() for d in documents])
-    assert (halves.float() - scores[0]).abs().max() > 1e-3  # what half-precision sums would give
 
-
-def test_a_document_without_vectors_scores_below_everything():
-    query = unit_vectors(3)
-    scores = maxsim_scores([query], [query, query[:0], -query])
-    assert scores[0].isneginf().tolist() == [False, True, False]
-
-
-def test_a_query_without_vectors_scores_0():
-    documents = ragged(3, 4)
-    assert maxsim_scores([unit_vectors(2)[:0], unit_vectors(2)], documents)[0].tolist() == [0, 0, 0]
-
-
-# --- forms of input, and what does not fit ----------------------------------------------------
 
 SEARCHES = [exact_search, plaid_search]
-FORMS = {
-    "arrays": lambda texts: [text.numpy() for text in texts],
-    "padded tensor": lambda texts: torch.nn.utils.rnn.pad_sequence(texts, batch_first=True),
-    "padded array": lambda texts: FORMS["padded tensor"](texts).numpy(),
-    "batches of one": lambda texts: list(FORMS["padded tensor"](texts).split(1)),
-    "parameters": lambda texts: [torch.nn.Parameter(text) for text in texts],
-}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["parameters", "padded array"])
 def test_every_form_of_token_vectors_is_scored_and_found_alike(form):
     queries, documents = ragged(3, 5, seed=1), [-d.abs() for d in ragged(20, 9, seed=2)]
-    given = FORMS[form](queries), FORMS[form](documents)
-    torch.testing.assert_close(maxsim_scores(*given), maxsim_scores(queries, documents))
-    found = exact_search(*given, ids(documents))
+    forms = {
+        "parameters": lambda texts: [torch.nn.Parameter(text) for text in texts],
+        "padded array": lambda texts: pad_sequence(texts, batch_first=True).numpy(),
+    }
+    found = exact_search(forms[form](queries), forms[form](documents), ids(documents))
     expected = exact_search(queries, documents, ids(documents))
     assert (found.documents, found.scores) == (expected.documents, expected.scores)
 
 
 @pytest.mark.parametrize("search", SEARCHES)
-@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c", "d"], ["a", "b", "b"]])
-def test_ids_that_are_not_one_per_document_are_refused(search, names):
-    with pytest.raises(UserError, match=f"holds {len(names)} ids, .* 3 documents; expected one id"):
-        search([unit_vectors(2)], ragged(3, 4), names)
-
-
-@pytest.mark.parametrize("search", SEARCHES)
-def test_vectors_of_different_dimensions_and_a_bad_top_k_are_refused(search):
-    with pytest.raises(UserError, match=r"queries' dimensions are \[8\], the documents' \[16\]"):
-        search([unit_vectors(2, dim=8)], ragged(3, 4), ["a", "b", "c"])
-    with pytest.raises(UserError, match="Query 0 is .16,.*single text into a list"):
-        search(unit_vectors(2), ragged(3, 4), ["a", "b", "c"])
-    with pytest.raises(UserError, match="top_k is 0; expected a whole number of at least 1"):
-        search([unit_vectors(2)], ragged(3, 4), ["a", "b", "c"], top_k=0)
-
-
-# --- exact search ---------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"document_ids": ["a", "b"]}, "holds 2 ids, .* 3 documents; expected one id"),
+        ({"document_ids": ["a", "b", "b"]}, "holds 3 ids, 2 of them different"),
+        ({"queries": [unit_vectors(2, 8)]}, "queries' dimensions are .8., the documents' .16."),
+        ({"queries": unit_vectors(2)}, "Query 0 is .16,.*single text into a list"),
+        ({"top_k": 0}, "top_k is 0; expected a whole number of at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(search, change, message):
+    given = {"queries": [unit_vectors(2)], "documents": ragged(3, 4), "document_ids": list("abc")}
+    with pytest.raises(UserError, match=message):
+        search(**given | change)
 
 
 def test_ranks_as_pylates_rerank_does():
-    queries, documents = positive(ragged(6, 8, seed=1)), positive(ragged(40, 20, seed=2))
+    # in the first orthant: PyLate counts padding as a similarity of 0
+    queries = [query.abs() for query in ragged(6, 8, seed=1)]
+    documents = [document.abs() for document in ragged(40, 20, seed=2)]
     found = exact_search(queries, documents, ids(documents), top_k=40)
     reranked = rank.rerank([ids(documents)] * 6, queries, [documents] * 6)
     assert found.documents == [[hit["id"] for hit in hits] for hits in reranked]
@@ -141,67 +108,54 @@ def test_ranks_as_pylates_rerank_does():
     np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
 
 
-def test_scores_as_pylates_colbert_scores_does_where_nothing_is_padded():
-    queries = torch.stack([unit_vectors(5, seed=i) for i in range(3)])
-    documents = torch.stack([unit_vectors(9, seed=10 + i) for i in range(7)])
-    expected = colbert_scores(queries, documents)  # signs are mixed here
-    torch.testing.assert_close(maxsim_scores(list(queries), list(documents)), expected)
-
-
 def test_padding_counts_as_0_for_pylate_and_never_here():
     query = torch.tensor([[1.0, 0.0]])
     short, long = torch.tensor([[-0.5, 0.0]]), torch.tensor([[-0.25, 0.0], [-0.75, 0.0]])
-    reranked = rank.rerank([["short", "long"]], [query], [[short, long]])
-    assert [(hit["id"], hit["score"]) for hit in reranked[0]] == [("short", 0.0), ("long", -0.25)]
+    (reranked,) = rank.rerank([["short", "long"]], [query], [[short, long]])
+    assert [(hit["id"], hit["score"]) for hit in reranked] == [("short", 0.0), ("long", -0.25)]
     found = exact_search([query], [short, long], ["short", "long"])
     assert found.documents == [["long", "short"]]
     assert found.scores == [[-0.25, -0.5]]
 
 
-def test_finds_the_best_top_k_in_descending_order():
+@pytest.mark.parametrize("top_k", [1, 7, 99])
+def test_finds_the_best_top_k_in_descending_order(top_k):
     queries, documents = ragged(4, 5, seed=3), ragged(50, 9, seed=4)
+    found = exact_search(queries, documents, ids(documents), top_k)
     scores = maxsim_scores(queries, documents).numpy()
-    found = exact_search(queries, documents, ids(documents), top_k=7)
-    for row, documents_found, scores_found in zip(
-        scores, found.documents, found.scores, strict=True
-    ):
-        best = np.argsort(-row)[:7]
-        assert documents_found == [ids(documents)[i] for i in best]
-        assert scores_found == row[best].tolist()
+    best = np.argsort(-scores)[:, :top_k]
+    assert found.documents == np.array(ids(documents))[best].tolist()
+    assert found.scores == np.take_along_axis(scores, best, axis=1).tolist()
 
 
 def test_equal_scores_are_ordered_by_id_descending():
     document = torch.tensor([[1.0, 0.0]])
-    better = torch.tensor([[2.0, 0.0]])
-    found = exact_search([document], [document, better, document, document], ["b", "a", "c", "10"])
-    assert found.documents == [["a", "c", "b", "10"]]
-    assert exact_search([document], [document] * 3, ["9", "10", "a"], 2).documents == [["a", "9"]]
+    found = exact_search([document], [document, 2 * document, document], ["9", "a", "10"])
+    assert found.documents == [["a", "9", "10"]]
 
 
-def test_documents_without_vectors_are_never_found():
+def test_ties_across_blocks_are_ordered_too():
+    query = unit_vectors(3)
+    documents = [query * (1 + i % 4) for i in range(200)]  # 50 documents of each score
+    names = [f"{i:03d}" for i in np.random.default_rng(0).permutation(200)]
+    (found,) = exact_search([query], documents, names, top_k=60, block_bytes=2_000).documents
+    groups = [sorted((n for i, n in enumerate(names) if i % 4 == k), reverse=True) for k in (3, 2)]
+    assert found == sum(groups, [])[:60]
+
+
+def test_documents_without_vectors_are_never_found_and_queries_without_find_the_first_by_id():
+    query, none = unit_vectors(2), torch.empty(0, 16)
+    found = exact_search([query, none], [none, query, query, query], list("abcd"), top_k=2)
+    assert found.documents == [["d", "c"], ["d", "c"]]
+    assert found.scores[1] == [0, 0]
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_an_empty_corpus_or_no_query_finds_nothing(search):
     query = unit_vectors(2)
-    found = exact_search([query], [query[:0], query, torch.empty(0, 16)], ["a", "b", "c"])
-    assert found.documents == [["b"]]
-    assert exact_search([query], [query[:0]], ["a"]).documents == [[]]
-
-
-def test_a_query_without_vectors_finds_what_comes_first_by_id():
-    found = exact_search([unit_vectors(2)[:0]], ragged(3, 4), ["a", "b", "c"], top_k=2)
-    assert (found.documents, found.scores) == ([["c", "b"]], [[0.0, 0.0]])
-
-
-def test_top_k_beyond_the_corpus_gives_every_document_once():
-    documents = ragged(5, 4)
-    found = exact_search([unit_vectors(3)], documents, ids(documents), top_k=99)
-    assert sorted(found.documents[0]) == ids(documents)
-
-
-def test_an_empty_corpus_or_no_query_finds_nothing():
-    assert exact_search([unit_vectors(2)] * 2, [], []).documents == [[], []]
-    assert exact_search([], ragged(3, 4), ["a", "b", "c"]).documents == []
-
-
-# --- PLAID ----------------------------------------------------------------------------------------
+    assert search([query] * 2, [], []).documents == [[], []]
+    assert search([query] * 2, [query[:0]], ["a"]).documents == [[], []]
+    assert search([], ragged(9, 4), ids(range(9))).documents == []
 
 
 @pytest.fixture(scope="module")
@@ -228,12 +182,16 @@ def found(corpus, queries):
     return plaid_search([query[None] for query in queries], arrays, ids(corpus), top_k=10)
 
 
-def test_plaid_agrees_with_exact_search_on_the_first_document(corpus, queries, found):
+def test_plaid_agrees_with_exact_search_and_orders_by_score_and_id(corpus, queries, found):
     exact = exact_search(queries, corpus, ids(corpus), top_k=10)
     same = [ours[0] == best[0] for ours, best in zip(found.documents, exact.documents, strict=True)]
     assert sum(same) >= 19  # of 20
     first = [[scores[0] for scores in ranking.scores] for ranking in (found, exact)]
     np.testing.assert_allclose(*first, atol=0.1)  # 4 bits a value
+    for documents, scores in zip(found.documents, found.scores, strict=True):
+        pairs = list(zip(scores, documents, strict=True))
+        assert len(set(documents)) == 10 and pairs == sorted(pairs, reverse=True)
+    assert found.documents[-1][:2] == ["d020", "d010"]  # the twins' scores are equal
 
 
 def test_plaid_scores_vectors_at_unit_length(corpus, queries):
@@ -242,14 +200,6 @@ def test_plaid_scores_vectors_at_unit_length(corpus, queries):
     exact = exact_search(queries[:2], documents, ids(documents), top_k=1)
     assert again.documents == exact.documents
     np.testing.assert_allclose(again.scores, exact.scores, atol=0.15)  # not half of them
-
-
-def test_plaid_ranks_by_score_then_id_both_descending(found):
-    for documents, scores in zip(found.documents, found.scores, strict=True):
-        assert len(set(documents)) == len(documents) == 10
-        pairs = list(zip(scores, documents, strict=True))
-        assert pairs == sorted(pairs, reverse=True)
-    assert found.documents[-1][:2] == ["d020", "d010"]  # the twins' scores are equal
 
 
 def test_plaid_neither_uses_nor_moves_the_callers_random_numbers(corpus, queries, found):
@@ -263,32 +213,27 @@ def test_plaid_neither_uses_nor_moves_the_callers_random_numbers(corpus, queries
     assert (torch.rand(2).tolist(), np.random.rand(2).tolist()) == expected
 
 
-def test_a_plaid_index_is_smaller_with_fewer_vectors_and_fewer_bits(corpus, queries):
-    documents = corpus[:40]
-    whole = plaid_search(queries[:1], documents, ids(documents))
-    fewer = plaid_search(queries[:1], [document[:2] for document in documents], ids(documents))
-    coarser = plaid_search(queries[:1], documents, ids(documents), nbits=2)
-    assert 0 < fewer.index_bytes < whole.index_bytes
-    assert 0 < coarser.index_bytes < whole.index_bytes
-    assert exact_search(queries[:1], documents, ids(documents)).index_bytes is None
-
-
-def test_plaid_leaves_no_folder_behind_unless_one_was_named(corpus, tmp_path, monkeypatch, capsys):
-    query, documents = corpus[0], corpus[:5]
+def test_a_plaid_index_is_measured_and_left_behind_only_where_a_folder_was_named(
+    corpus, tmp_path, monkeypatch, capsys
+):
+    query, documents = corpus[0], corpus[:40]
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    plaid_search([query], documents, ids(documents))
-    assert not list((tmp_path / "temporary").glob("l2p-plaid-*"))
-    found = plaid_search([query], documents, ids(documents), folder=tmp_path / "kept")
+    whole = plaid_search([query], documents, ids(documents), folder=tmp_path / "kept")
     stored = {f.name: f.stat().st_size for f in (tmp_path / "kept").rglob("*") if f.is_file()}
     vectors = sum(len(document) for document in documents)
     assert stored["embeddings.npy"] > 4 * vectors * documents[0].shape[1]  # not part of the index
     copies = [size for name, size in stored.items() if name.startswith(("embeddings", "merged_"))]
-    assert found.index_bytes == sum(stored.values()) - sum(copies)
+    assert whole.index_bytes == sum(stored.values()) - sum(copies)
+    fewer = [document[:2] for document in documents]
+    smaller = plaid_search([query], fewer, ids(documents), nbits=2).index_bytes
+    assert 0 < smaller < whole.index_bytes
+    assert not list((tmp_path / "temporary").glob("l2p-plaid-*"))
+    assert exact_search([query], documents, ids(documents)).index_bytes is None
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("lengths", [[1], [9], [0, 3, 1], [5, 0, 5]])
+@pytest.mark.parametrize("lengths", [[1], [0, 8, 1], [5, 0, 5]])
 def test_plaid_over_a_handful_of_vectors_finds_what_exact_search_finds(lengths, caplog):
     documents = [unit_vectors(n, seed=i) for i, n in enumerate(lengths)]
     query = next(document for document in documents if len(document))
@@ -298,11 +243,6 @@ def test_plaid_over_a_handful_of_vectors_finds_what_exact_search_finds(lengths, 
     small = sum(lengths) < 10
     np.testing.assert_allclose(found.scores, exact.scores, atol=1e-5 if small else 0.15)
     assert (found.index_bytes is None) == small == ("searched exactly" in caplog.text)
-
-
-def test_plaid_of_an_empty_corpus_or_no_query_finds_nothing(corpus):
-    assert plaid_search([corpus[0]] * 2, [corpus[0][:0]], ["a"]).documents == [[], []]
-    assert plaid_search([], corpus, ids(corpus)).documents == []
 
 
 PEAK = """
@@ -328,13 +268,3 @@ def test_memory_of_a_search_stays_flat_as_the_corpus_grows():
     # a block of similarities takes 8 MiB; all scores of the last search would take 2.5 MiB a copy,
     # all its similarities 1 GiB
     assert max(more) - once < 16 * 1024
-
-
-def test_the_best_of_many_blocks_is_the_best_of_one_with_ties_across_blocks():
-    query = unit_vectors(3)
-    documents = [query * (1 + i % 4) for i in range(200)]  # 50 documents of each score
-    names = [f"{i:03d}" for i in np.random.default_rng(0).permutation(200)]
-    found = exact_search([query], documents, names, top_k=60, block_bytes=2_000).documents[0]
-    best = sorted((n for i, n in enumerate(names) if i % 4 == 3), reverse=True)
-    next_best = sorted((n for i, n in enumerate(names) if i % 4 == 2), reverse=True)
-    assert found == (best + next_best)[:60]
