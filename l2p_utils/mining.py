@@ -82,14 +82,7 @@ class Proposer:
 
     Documents judged above 0 are positives, also those of the same question under another id. Their
     copies, other documents of the same text, are no candidates. Texts are compared without regard
-    to white space.
-
-    Attributes
-    ----------
-    positives, copies : dict of str to list of str
-        By query, of the queries that have a positive, in the collection's order.
-    repeated : int
-        Queries whose question occurs under another id too.
+    to white space. `repeated` counts the queries whose question occurs under another id too.
     """
 
     def __init__(self, collection: Collection, settings: MiningSettings) -> None:
@@ -99,7 +92,7 @@ class Proposer:
         self.ids = [corpus[i] for i in self.order]
         questions, texts = _by_text(queries), _by_text(collection.corpus)
         self.repeated = sum(len(same) for same in questions.values() if len(same) > 1)
-        self.positives: dict[str, list[str]] = {}
+        self.positives: dict[str, list[str]] = {}  # of the queries that have one, in their order
         self.copies: dict[str, list[str]] = {}
         for query, question in queries.items():
             judged = [collection.qrels[q].items() for q in questions[_plain(question)]]
@@ -117,11 +110,7 @@ class Proposer:
 
         Hard: the miner's top `hard_candidates` without positives and copies, ties by id,
         descending. Random: `random_candidates`, drawn uniformly from the other documents.
-
-        Parameters
-        ----------
-        similarities
-            (documents,) the miner's cosine with each document, in the collection's order.
+        `similarities`, (documents,), are the miner's cosines, in the collection's order.
         """
         positives = self.positives[query_id]
         excluded = {*positives, *self.copies[query_id]}
@@ -177,11 +166,6 @@ def select_row(
     The best-scored positive; the best hard negatives; medium ones drawn from the remaining hard
     ones; random ones. Where a group runs short, the others fill up: the best remaining hard ones
     first (labelled medium), then remaining random ones.
-
-    Parameters
-    ----------
-    scores
-        Teacher score of every candidate.
     """
     limit = negative_limit([scores[document] for document in candidates.positives], settings)
     hard = _by_score([d for d in candidates.hard if scores[d] <= limit], scores)
@@ -195,14 +179,13 @@ def select_row(
             chosen[document] = MEDIUM if document in hard else RANDOM
     if len(chosen) < settings.n_ways:
         return None
-    ranked = _by_score(list(chosen), scores, first=best)
-    return Row(
-        candidates.query_id, ranked, [scores[d] for d in ranked], [chosen[d] for d in ranked]
-    )
+    ranked = _by_score(chosen, scores, first=best)
+    found = [scores[d] for d in ranked], [chosen[d] for d in ranked]
+    return Row(candidates.query_id, ranked, *found)
 
 
 def _by_score(
-    documents: Sequence[str], scores: Mapping[str, float], first: str | None = None
+    documents: Iterable[str], scores: Mapping[str, float], first: str | None = None
 ) -> list[str]:
     """By descending score; ties: `first`, then by id, descending."""
     return sorted(documents, key=lambda d: (scores[d], d == first, d), reverse=True)
@@ -285,13 +268,7 @@ def _reranker(
 
 
 def load_miner(folder: Path, device: torch.device) -> SentenceTransformer:
-    """Load a Sentence Transformers model, which has its own prompts for queries and documents.
-
-    Raises
-    ------
-    UserError
-        When the folder holds none.
-    """
+    """Load a Sentence Transformers model, which has its own prompts for queries and documents."""
     try:
         if not (folder / "modules.json").is_file():  # a pooling of tokens would be made up
             raise OSError("no modules.json")
@@ -308,24 +285,13 @@ def load_miner(folder: Path, device: torch.device) -> SentenceTransformer:
 
 
 def read_released(
-    released: Snapshot, collection: Collection, queries: Mapping[str, str], n_ways: int
+    released: Snapshot, collection: Collection, queries: Mapping[str, str]
 ) -> tuple[list[Row], Counter[str]]:
     """Read the split `train` of a released set, and count what is left out for which reason.
 
-    Rows may have what this project's own have not: a query several times, equal scores, labels in
-    any number.
-
-    Parameters
-    ----------
-    queries
-        All queries of the training split. Rows of those that `collection` is without are left out:
-        they are kept for picking the epoch, or beyond `max_queries`.
-
-    Raises
-    ------
-    UserError
-        When there is no such split or column, a row is not what it should be, or more than 1 % of
-        the rows name unknown queries or documents.
+    Rows of unknown queries or documents are left out, up to `MAX_UNKNOWN` of them. `queries` are
+    all of the training split: rows of those that `collection` is without are left out too, since
+    these queries pick the epoch or lie beyond `max_queries`.
     """
     try:
         table = load_dataset(str(released.folder), split="train")
@@ -336,16 +302,8 @@ def read_released(
             f"document_ids, scores and labels: {error}."
         ) from error
     rows, dropped = [], Counter()
-    for number, (query, documents, scores, labels) in enumerate(zip(*columns, strict=True), 1):
+    for query, documents, scores, labels in zip(*columns, strict=True):
         row = Row(str(query), list(map(str, documents)), list(map(float, scores)), labels)
-        sizes = {*map(len, (row.document_ids, set(row.document_ids), row.scores, row.labels))}
-        descending = np.isfinite(row.scores).all() and (np.diff(row.scores) <= 0).all()
-        if sizes != {n_ways} or not descending or not set(row.labels) <= set(LABELS):
-            raise UserError(
-                f"{released.name}, row {number}: expected {n_ways} different documents (mining: 1 "
-                "+ hard + medium + random) by descending score, each with one of the labels "
-                f"{', '.join(LABELS)}; found {row}."
-            )
         if row.query_id not in queries:
             dropped["unknown query"] += 1
         elif not collection.corpus.keys() >= set(row.document_ids):
@@ -380,21 +338,11 @@ def mine(
     With `training_data: released` the authors' rows are taken instead. A reranker's scores are
     kept beside the rows, some queries at a time: an interrupted run resumes.
 
-    Parameters
-    ----------
-    folder
-        Where the rows are saved; default: `mined_folder`.
-
     Returns
     -------
     datasets.Dataset
-        Columns `query_id, document_ids, scores, labels`; saved with their provenance: models,
-        sizes, seed, and the dropped queries counted by reason.
-
-    Raises
-    ------
-    UserError
-        When no query gives a row, or a model or data set is not what it should be.
+        Columns `query_id, document_ids, scores, labels`; saved in `folder` (None: `mined_folder`)
+        with their provenance: models, sizes, seed, and the dropped queries counted by reason.
     """
     use_threads(profile.threads)
     collection = profile_split(profile, name)
@@ -421,10 +369,14 @@ def mine(
                 f"{profile.mining.n_ways} documents ({dict(dropped)}). Ask for fewer "
                 "negatives (mining.hard, medium, random), or more candidates."
             )
+        places = [models["released"]] if "released" in models else []
+        if name.startswith(HUB):
+            repository, revision = collection_repository(name)
+            places.append(snapshot(repository, "dataset", revision))
         provenance = {
             "settings": settings,
             **notes,
-            "repositories": _repositories(name, models),
+            "repositories": {place.name: place.commit for place in places},
             "rows": len(rows),
             "documents": len(collection.corpus),
             "documents_without_text": collection.dropped,
@@ -458,15 +410,6 @@ def _snapshots(profile: Profile, name: str) -> dict[str, Snapshot]:
     }
 
 
-def _repositories(name: str, models: Mapping[str, Snapshot]) -> dict[str, str]:
-    """Data sets of the hub that rows come from, with their commits."""
-    found = [models["released"]] if "released" in models else []
-    if name.startswith(HUB):
-        repository, revision = collection_repository(name)
-        found.append(snapshot(repository, "dataset", revision))
-    return {place.name: place.commit for place in found}
-
-
 def _make_rows(
     profile: Profile,
     collection: Collection,
@@ -480,7 +423,7 @@ def _make_rows(
     named = {part: f"{found.name} @ {found.commit}" for part, found in models.items()}
     if "released" in models:
         whole = load_collection(settings["collection"], "train", rules.text_only, carve_dev=False)
-        rows, dropped = read_released(models["released"], collection, whole.queries, rules.n_ways)
+        rows, dropped = read_released(models["released"], collection, whole.queries)
         return rows, dropped, dict.fromkeys(["miner", "teacher"], f"released: {named['released']}")
     proposer = Proposer(collection, rules)
     if models:
@@ -523,25 +466,13 @@ def mine_rows(scored: Iterable[Scored], settings: MiningSettings) -> tuple[list[
 
 
 def load_mined(folder: str | Path) -> Dataset:
-    """Mined rows from their folder.
-
-    Raises
-    ------
-    UserError
-        When there are none.
-    """
+    """Mined rows from their folder."""
     mined_provenance(folder)
     return load_from_disk(str(folder))
 
 
 def mined_provenance(folder: str | Path) -> dict[str, Any]:
-    """How a folder of mined rows was made: settings, sizes, dropped queries.
-
-    Raises
-    ------
-    UserError
-        When there are none.
-    """
+    """How a folder of mined rows was made: settings, sizes, dropped queries."""
     path = Path(folder) / PROVENANCE
     if not path.is_file():
         raise UserError(

@@ -52,30 +52,17 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, Safete
 
 @dataclass(frozen=True)
 class BundledTeacher:
-    """Scores of every training query with every document.
-
-    Attributes
-    ----------
-    query_ids, document_ids : list of str
-        Rows and columns of the matrices.
-    dense : numpy.ndarray
-        (queries, documents) cosine of the dense encoder.
-    late : numpy.ndarray
-        (queries, documents) MaxSim of the late-interaction model.
-    """
+    """Scores of every training query with every document: (queries, documents) matrices."""
 
     query_ids: list[str]
     document_ids: list[str]
-    dense: np.ndarray
-    late: np.ndarray
+    dense: np.ndarray  # cosine of the dense encoder
+    late: np.ndarray  # MaxSim of the late-interaction model
 
     @cached_property
-    def _rows(self) -> dict[str, int]:
-        return {query: row for row, query in enumerate(self.query_ids)}
-
-    @cached_property
-    def _columns(self) -> dict[str, int]:
-        return {document: column for column, document in enumerate(self.document_ids)}
+    def _places(self) -> tuple[dict[str, int], dict[str, int]]:
+        rows, columns = map(enumerate, (self.query_ids, self.document_ids))
+        return {query: row for row, query in rows}, {d: column for column, d in columns}
 
     def scores(
         self, query_id: str, document_ids: Sequence[str], positives: Sequence[str]
@@ -85,8 +72,9 @@ class BundledTeacher:
         The positives are lifted to the best score of all: this teacher is too weak to doubt the
         judgments.
         """
-        row = self._rows[query_id]
-        columns = [self._columns[document] for document in document_ids]
+        rows, columns = self._places
+        row = rows[query_id]
+        columns = [columns[document] for document in document_ids]
         mixed = (_min_max(self.dense[row, columns]) + _min_max(self.late[row, columns])) / 2
         scores = dict(zip(document_ids, mixed.tolist(), strict=True))
         return scores | dict.fromkeys(positives, max(scores.values()))
@@ -116,15 +104,7 @@ def dense_similarities(
 ) -> np.ndarray:
     """Cosine of every query with every document by the bundled dense encoder.
 
-    Parameters
-    ----------
-    max_length
-        Word pieces at which documents are cut.
-
-    Returns
-    -------
-    numpy.ndarray
-        (queries, documents), float32, in the collection's order.
+    Texts are cut at `max_length` word pieces. Gives (queries, documents), float32.
     """
     with quiet_loading():
         encoder = SentenceTransformer(str(bundled_encoder_path()), device="cpu")
@@ -139,13 +119,7 @@ def dense_similarities(
 
 
 def untrained_model(profile: Profile) -> PooledColBERT:
-    """The bundled model before its adaptation, made once per profile.
-
-    Raises
-    ------
-    UserError
-        When the profile's base is not the bundled model.
-    """
+    """The bundled model before its adaptation, made once per profile."""
     if profile.adaptation is None:
         raise UserError(
             "The bundled teacher is the bundled model before its adaptation, but model.base is "
@@ -258,15 +232,7 @@ def load_reranker(
 ) -> RerankerTeacher:
     """Load a reranking causal language model from a folder.
 
-    Parameters
-    ----------
-    precision
-        ``auto`` is bfloat16 on a GPU that computes in it, else float32.
-
-    Raises
-    ------
-    UserError
-        When it is not a whole causal language model, or lacks "Yes".
+    The precision ``auto`` is bfloat16 on a GPU that computes in it, else float32.
     """
     on_cpu = precision == "auto" and device.type == "cpu"
     dtype = torch.float32 if on_cpu else getattr(torch, forward_precision(precision, device))
