@@ -184,9 +184,8 @@ def evaluate_collection(
     """
     search = {"exact": exact_search, "plaid": plaid_search}[engine]
     rows, per_query = [], []
-    for setting, documents in pooled_documents(
-        encoded, pool_methods, pool_factors, variants, use_sklearn
-    ):
+    pooled = pooled_documents(encoded, pool_methods, pool_factors, variants, use_sklearn)
+    for setting, documents in pooled:
         ranking = search(encoded.queries, documents, encoded.document_ids, TOP_K)
         values = measure(encoded.collection, ranking)
         key = {"collection": encoded.collection.name, "engine": engine, **vars(setting)}

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -220,51 +220,41 @@ def score_reranked(
     folder: Path,
     progress: bool,
 ) -> Iterator[Scored]:
-    """As `score_bundled`, by a miner and a reranker from the hub.
+    """As `score_bundled`, by a miner and a reranker from the hub, on a GPU if there is one.
 
-    `folder` keeps them in files of `checkpoint_queries` queries; only missing files are made. Each
-    query is scored by itself, so an interrupted run gives the scores of an unbroken one.
+    `folder` keeps the scores in files of `checkpoint_queries` queries; only missing files are made.
+    Each query is scored by itself, so an interrupted run gives the scores of an unbroken one.
     """
-    queries, size = list(proposer.positives), profile.scoring.checkpoint_queries
-    record = None
-    bar = tqdm(range(0, len(queries), size), f"Scoring {collection.name}", disable=not progress)
-    for number, start in enumerate(bar):
-        path = folder / f"chunk-{number:05d}.json"
-        if not path.is_file():
-            record = record or _reranker(profile, collection, proposer, models, progress)
-            write_json(path, [*map(record, queries[start : start + size])])
-        for stored in read_json(path):
-            scores = stored.pop("scores")
-            found = Candidates(**stored)
-            rng = query_rng(profile.seed, found.query_id, CHOICE)
-            yield found, dict(zip(found.documents, scores, strict=True)), rng
-
-
-def _reranker(
-    profile: Profile,
-    collection: Collection,
-    proposer: Proposer,
-    models: Mapping[str, Snapshot],
-    progress: bool,
-) -> Callable[[str], dict[str, Any]]:
-    """Load miner and teacher, on a GPU if there is one; give what scores one query's candidates."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scoring, corpus = profile.scoring, collection.corpus
-    miner = load_miner(models["miner"].folder, device)
-    teacher = load_reranker(models["teacher"].folder, scoring.max_length, device, profile.precision)
-    options = {"convert_to_tensor": True, "normalize_embeddings": True}
-    texts = list(corpus.values())
-    documents = miner.encode_document(texts, show_progress_bar=progress, **options).float()
-
-    def record(query_id: str) -> dict[str, Any]:
-        query = collection.queries[query_id]
-        vector = miner.encode_query(query, show_progress_bar=False, **options).float()
-        cosines = (documents @ vector).cpu().numpy()  # (documents,)
-        found = proposer.propose(query_id, cosines, query_rng(profile.seed, query_id))
-        pairs = [(query, corpus[document]) for document in found.documents]
-        return {**asdict(found), "scores": teacher.scores(pairs, scoring.batch_size)}
-
-    return record
+    scoring, corpus, queries = profile.scoring, collection.corpus, list(proposer.positives)
+    size = scoring.checkpoint_queries
+    chunks = {
+        folder / f"chunk-{start // size:05d}.json": queries[start : start + size]
+        for start in range(0, len(queries), size)
+    }
+    missing = {path: queries for path, queries in chunks.items() if not path.is_file()}
+    if missing:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        miner = load_miner(models["miner"].folder, device)
+        sizes = scoring.max_length, device, profile.precision
+        teacher = load_reranker(models["teacher"].folder, *sizes)
+        options = {"convert_to_tensor": True, "normalize_embeddings": True}
+        texts = list(corpus.values())
+        documents = miner.encode_document(texts, show_progress_bar=progress, **options).float()
+    for path, queries in tqdm(missing.items(), f"Scoring {collection.name}", disable=not progress):
+        records = []
+        for query_id in queries:
+            query = collection.queries[query_id]
+            vector = miner.encode_query(query, show_progress_bar=False, **options).float()
+            cosines = (documents @ vector).cpu().numpy()  # (documents,)
+            found = proposer.propose(query_id, cosines, query_rng(profile.seed, query_id))
+            pairs = [(query, corpus[document]) for document in found.documents]
+            records.append({**asdict(found), "scores": teacher.scores(pairs, scoring.batch_size)})
+        write_json(path, records)
+    for stored in itertools.chain.from_iterable(map(read_json, chunks)):
+        scores = stored.pop("scores")
+        found = Candidates(**stored)
+        rng = query_rng(profile.seed, found.query_id, CHOICE)
+        yield found, dict(zip(found.documents, scores, strict=True)), rng
 
 
 def load_miner(folder: Path, device: torch.device) -> SentenceTransformer:
@@ -392,7 +382,7 @@ def mine(
 
 
 def _snapshots(profile: Profile, name: str) -> dict[str, Snapshot]:
-    """What comes from the hub, by its part: nothing, `released`, or `miner` and `teacher`."""
+    """What comes from the hub: nothing, `released`, or `miner` and `teacher`."""
     scoring = profile.scoring
     if profile.training_data == "released":
         if name not in profile.released_rows:
@@ -443,23 +433,19 @@ def _make_rows(
         }
     notes["queries_under_several_ids"] = proposer.repeated
     notes["copies_of_positives_left_out"] = sum(map(len, proposer.copies.values()))
-    rows, dropped = mine_rows(scored, rules)
+    rows, short = mine_rows(scored, rules)
     without = len(collection.queries) - len(proposer.positives)
-    return rows, dropped + Counter({"no positive": without}), notes
+    return rows, +Counter({"too few candidates": short, "no positive": without}), notes
 
 
-def mine_rows(scored: Iterable[Scored], settings: MiningSettings) -> tuple[list[Row], Counter[str]]:
-    """A row per query, and how many queries have none for which reason."""
-    rows, dropped = [], Counter()
+def mine_rows(scored: Iterable[Scored], settings: MiningSettings) -> tuple[list[Row], int]:
+    """A row per query that has enough candidates, and how many queries have not."""
+    rows = []
     for candidates, scores, rng in scored:
         if settings.teacher_scale == "sigmoid":
             scores = {d: float(1 / (1 + np.exp(-score))) for d, score in scores.items()}
-        row = select_row(candidates, scores, settings, rng)
-        if row is None:
-            dropped["too few candidates"] += 1
-        else:
-            rows.append(row)
-    return rows, dropped
+        rows.append(select_row(candidates, scores, settings, rng))
+    return list(filter(None, rows)), rows.count(None)
 
 
 # --- reading --------------------------------------------------------------------------------------

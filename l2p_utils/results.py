@@ -184,15 +184,13 @@ def _values_of(csv: Path) -> Path:
 
 def _select(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
     """Rows that have these values in these columns."""
-    same = [frame[column] == value for column, value in values.items()]
-    return frame[np.logical_and.reduce(same)]
+    return frame[np.logical_and.reduce([frame[key] == value for key, value in values.items()])]
 
 
 def default_variant(frame: pd.DataFrame, pool_method: str) -> str:
     """The variant of `pool_method` that most models in `frame` were measured with.
 
-    One variant for all models, so that no comparison mixes two. Ties are broken by the order of
-    `VARIANTS`.
+    One for all models, so that no comparison mixes two; ties go by the order of `VARIANTS`.
     """
     if pool_method not in VARIANTS:
         raise UserError(f"pool_method {pool_method!r} is none of {list(VARIANTS)}.")
@@ -268,10 +266,8 @@ def series(
     unpooled = _select(measured, pool_method="none")
     pooled = _select(measured, pool_method=pool_method, pool_variant=variant)
     chosen = pd.concat([unpooled, pooled]) if pool_method != "none" else unpooled
-    curve = pd.Series(
-        chosen[value].to_numpy(dtype=float), index=chosen["pool_factor"].to_numpy(dtype=int)
-    )
-    return curve.reindex(pd.Index(list(factors), name="pool_factor")).rename(value)
+    curve = chosen.astype({"pool_factor": int, value: float}).set_index("pool_factor")[value]
+    return curve.reindex(pd.Index(list(factors), name="pool_factor"))
 
 
 def query_values(

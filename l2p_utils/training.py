@@ -27,10 +27,7 @@ from datasets import Dataset
 from pylate import losses
 from pylate.losses.contrastive import extract_skiplist_mask
 from pylate.utils import ColBERTCollator
-from sentence_transformers import (
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.evaluation import SentenceEvaluator
 from torch.utils.data import BatchSampler, Sampler
 from transformers import PrinterCallback, TrainerCallback
@@ -65,8 +62,6 @@ from l2p_utils.pooling import (
     DEFAULT_VARIANT,
     PoolMethod,
     PoolVariant,
-    check_pool_factor,
-    check_pooling,
     pool_padded,
     stored_variant,
 )
@@ -127,8 +122,7 @@ class PooledDistillation(losses.Distillation):
         variant: PoolVariant = DEFAULT_VARIANT,
     ) -> None:
         super().__init__(model)
-        check_pooling(pool_method, variant)
-        self.pool_factors = [check_pool_factor(factor) for factor in pool_factors]
+        self.pool_factors = list(pool_factors)
         self.pool_method = pool_method
         self.seed = seed
         self.protected_tokens = protected_tokens
@@ -288,7 +282,7 @@ def fit(
     """
     model = loss.model.float()  # in half precision, where it may be stored, small updates are lost
     freeze(model, settings.frozen_layers)
-    arguments = _arguments(settings, len(rows), loss.seed, folder, precision, model.device)
+    arguments = _arguments(settings, len(rows), loss, folder, precision)
     arguments.disable_tqdm = not progress
     trainer = _Trainer(
         model=model,
@@ -329,13 +323,9 @@ def fit(
 
 
 def _arguments(
-    settings: TrainingSettings,
-    rows: int,
-    seed: int,
-    folder: Path,
-    precision: str,
-    device: torch.device,
+    settings: TrainingSettings, rows: int, loss: PooledDistillation, folder: Path, precision: str
 ) -> SentenceTransformerTrainingArguments:
+    device = loss.model.device
     processes, cuda = _processes().num_processes, device.type == "cuda"
     at_once, parts = divide_batch(settings.batch_size, processes, settings.micro_batch)
     steps = math.ceil(rows / settings.batch_size) * settings.epochs
@@ -349,7 +339,7 @@ def _arguments(
         warmup_steps=round(settings.warmup_ratio * steps),
         optim="adamw_torch_fused",
         bf16=forward_precision(precision, device) == "bfloat16",
-        seed=seed,
+        seed=loss.seed,
         eval_strategy="epoch",
         save_strategy="epoch",  # and within an epoch, see _Steps
         save_total_limit=1,  # beside the best one
@@ -395,15 +385,15 @@ def training_rows(mined: Dataset, collection: Collection, max_rows: int | None =
         mined = mined.select(np.linspace(0, len(mined) - 1, max_rows).round().astype(int))
     rows = []
     for row in mined:
-        unknown = [d for d in row["document_ids"] if d not in collection.corpus]
-        if unknown or row["query_id"] not in collection.queries:
+        try:
+            query = collection.queries[row["query_id"]]
+            documents = [collection.corpus[document] for document in row["document_ids"]]
+        except KeyError as error:
             raise UserError(
-                f"The mined row of query {row['query_id']!r} names "
-                f"{unknown[:3] or 'a query'} that {collection.name} does not have. The collection "
-                "has changed since it was mined: run 01_data_mining again."
-            )
-        documents = [collection.corpus[d] for d in row["document_ids"]]
-        query = collection.queries[row["query_id"]]
+                f"The mined row of query {row['query_id']!r} names {error}, which "
+                f"{collection.name} does not have. The collection has changed since it was mined: "
+                "run 01_data_mining again."
+            ) from error
         rows.append({"query": query, "documents": documents, "scores": row["scores"]})
     return Dataset.from_list(rows)
 
@@ -492,9 +482,9 @@ def make_baseline(profile: Profile, progress: bool = True) -> Path:
     with locked(cached.with_suffix(".lock"), "makes the baseline"):
         if not settings_match(cached, settings):
             _adapt(profile, settings, cached, progress)
-        if not settings_match(target, settings):
+        if not settings_match(target, settings):  # another job may already train from it
             with atomic_path(target) as temporary:
-                shutil.copytree(cached, temporary, dirs_exist_ok=True)
+                shutil.copytree(cached, temporary)
     return target
 
 
@@ -586,7 +576,7 @@ def _fit_and_save(
 
 
 def read_training_log(folder: str | Path) -> pd.DataFrame:
-    """A trained model's log: one row per step, see `fit`."""
+    """A trained model's log: a row per step and per evaluation, see `fit`."""
     return pd.read_csv(Path(folder) / LOG_FILE)
 
 
