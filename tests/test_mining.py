@@ -11,6 +11,7 @@ import yaml
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from pylate.utils import KDProcessing
 from sentence_transformers import SentenceTransformer
 from tiny_reranker import tiny_reranker
 
@@ -19,25 +20,7 @@ from l2p_utils import profile as profiles
 from l2p_utils.collection import Collection, load_collection, profile_split
 from l2p_utils.files import UserError
 from l2p_utils.hub import Snapshot
-from l2p_utils.mining import (
-    HARD,
-    LABELS,
-    MEDIUM,
-    POSITIVE,
-    RANDOM,
-    Candidates,
-    Proposer,
-    load_mined,
-    load_miner,
-    mine,
-    mine_rows,
-    mined_fingerprint,
-    mined_folder,
-    mined_provenance,
-    negative_limit,
-    query_rng,
-    select_row,
-)
+from l2p_utils.mining import HARD, LABELS, MEDIUM, POSITIVE, RANDOM, Candidates, query_rng
 from l2p_utils.model import bundled_encoder_path
 from l2p_utils.profile import PROFILES, MiningSettings, Profile, load_profile
 from l2p_utils.teacher import RerankerTeacher, load_reranker
@@ -56,7 +39,7 @@ def propose(similarities, positives, texts, seed=0, **counts):
     """Candidates of one query, from the cosine of each document."""
     collection = Collection("c", texts, {"q": "?"}, {"q": dict.fromkeys(positives, 1)}, "train")
     values = np.array([similarities[document] for document in texts], "f4")
-    proposer = Proposer(collection, settings_of(**counts))
+    proposer = mining.Proposer(collection, settings_of(**counts))
     return proposer.propose("q", values, np.random.default_rng(seed))
 
 
@@ -92,7 +75,7 @@ def test_a_question_under_two_ids_has_the_positives_of_both():
     queries = {"q1": "how to sort", "q2": "other", "q3": "how to  sort"}
     qrels = {"q1": {"a": 1}, "q2": {"c": 1}, "q3": {"b": 1, "c": 0}}
     collection = Collection("c", {d: f"text of {d}" for d in "abcd"}, queries, qrels, "train")
-    proposer = Proposer(collection, settings_of())
+    proposer = mining.Proposer(collection, settings_of())
     assert proposer.positives == {"q1": ["a", "b"], "q2": ["c"], "q3": ["a", "b"]}
     assert list(proposer.positives) == list(queries) and proposer.repeated == 2
 
@@ -102,43 +85,45 @@ def test_a_question_under_two_ids_has_the_positives_of_both():
 
 def select(scores, positives, hard=(), random=(), seed=0, /, **settings):
     candidates = Candidates("q", list(positives), list(hard), list(random))
-    return select_row(candidates, scores, settings_of(**settings), np.random.default_rng(seed))
+    return mining.select_row(
+        candidates, scores, settings_of(**settings), np.random.default_rng(seed)
+    )
 
 
 def labelled(row):
     return dict(zip(row.document_ids, row.labels, strict=True))
 
 
-@pytest.mark.parametrize(("score", "kept"), [(0.9501, False), (0.95, True), (0.9499, True)])
-def test_a_negative_above_95_percent_of_the_positive_is_dropped(score, kept):
-    assert (select({"p": 1.0, "n": score}, ["p"], ["n"]) is not None) == kept
-    assert (select({"p": 1.0, "n": score}, ["p"], [], ["n"]) is not None) == kept
+@pytest.mark.parametrize(
+    ("positive", "negative", "kept"),
+    [
+        (1.0, 0.9501, False),
+        (1.0, 0.95, True),
+        (-2.0, -2.11, True),
+        (-2.0, -2.05, False),  # below zero the limit lies below the anchor too
+        (-2.0, -1.9, False),  # 0.95 × −2, above the positive
+    ],
+)
+def test_a_negative_above_95_percent_of_the_positive_is_dropped(positive, negative, kept):
+    scores = {"p": positive, "n": negative}
+    assert (select(scores, ["p"], ["n"]) is not None) == kept
+    assert (select(scores, ["p"], [], ["n"]) is not None) == kept
 
 
 def test_the_anchor_is_the_top_positive_or_the_median_one():
     scores, median = [1.0, 0.4, 0.2], {"anchor": "median_positive"}
-    assert negative_limit(scores, settings_of()) == pytest.approx(0.95)
-    assert negative_limit(scores, settings_of(**median)) == pytest.approx(0.38)
-    assert negative_limit([1.0, 0.5], settings_of(**median)) == pytest.approx(0.7125)
-    assert negative_limit(scores, settings_of(threshold=0.5)) == pytest.approx(0.5)
-    named = {"p1": 1.0, "p2": 0.4, "p3": 0.2, "n": 0.6}
-    positives = ["p1", "p2", "p3"]
-    assert labelled(select(named, positives, ["n"])) == {"p1": POSITIVE, "n": HARD}
-    assert select(named, positives, ["n"], **median) is None
-
-
-def test_below_zero_the_limit_lies_below_the_anchor_too():
-    assert negative_limit([-2.0], settings_of()) == pytest.approx(-2.1)
-    assert negative_limit([0.0], settings_of()) == 0.0
-    assert select({"p": -2.0, "n": -2.11}, ["p"], ["n"]) is not None
-    for score in (-1.9, -2.0, -2.05):  # 0.95 × −2 is −1.9, above the positive
-        assert select({"p": -2.0, "n": score}, ["p"], ["n"]) is None
+    assert mining.negative_limit(scores, settings_of()) == pytest.approx(0.95)
+    assert mining.negative_limit(scores, settings_of(**median)) == pytest.approx(0.38)
+    assert mining.negative_limit([1.0, 0.5], settings_of(**median)) == pytest.approx(0.7125)
+    assert mining.negative_limit(scores, settings_of(threshold=0.5)) == pytest.approx(0.5)
+    assert mining.negative_limit([-2.0], settings_of()) == pytest.approx(-2.1)
+    assert mining.negative_limit([0.0], settings_of()) == 0.0
 
 
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=4), st.floats(0.05, 1))
 def test_no_negative_within_the_limit_beats_the_best_positive(scores, threshold):
     for anchor in ("top_positive", "median_positive"):
-        limit = negative_limit(scores, settings_of(threshold=threshold, anchor=anchor))
+        limit = mining.negative_limit(scores, settings_of(threshold=threshold, anchor=anchor))
         assert limit <= max(scores)
 
 
@@ -189,7 +174,7 @@ def test_documents_are_ordered_by_score_the_positive_first_among_equals():
 
 def test_the_sigmoid_scale_keeps_the_order_of_documents():
     scored = [(Candidates("q", ["p"], ["n"], []), {"p": 2.0, "n": -1.0}, query_rng(1, "q"))]
-    ((row,), dropped) = mine_rows(scored, settings_of(teacher_scale="sigmoid"))
+    ((row,), dropped) = mining.mine_rows(scored, settings_of(teacher_scale="sigmoid"))
     assert row.document_ids == ["p", "n"] and not dropped
     assert row.scores == pytest.approx([1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(1.0))])
 
@@ -229,12 +214,12 @@ def make_profile(project, mining=(), **changes):
     return Profile.model_validate({"name": "tiny", **content, "runs": [], "plaid": [], **changes})
 
 
-def mined_by(profile, project):
-    return mine(profile, str(project / "corpus"), progress=False)
+def mined_by(profile, project, folder=None):
+    return mining.mine(profile, str(project / "corpus"), False, folder)
 
 
 def provenance_of(profile, project):
-    return mined_provenance(mined_folder(profile, str(project / "corpus")))
+    return mining.mined_provenance(mining.mined_folder(profile, str(project / "corpus")))
 
 
 @pytest.fixture
@@ -255,8 +240,6 @@ def scored(monkeypatch):
 
 
 def test_mined_rows_have_pylates_distillation_layout_and_labels(project, scored):
-    from pylate.utils import KDProcessing
-
     rows = mined_by(make_profile(project), project)
     kinds = {name: str(getattr(f, "feature", f).dtype) for name, f in rows.features.items()}
     assert kinds == {
@@ -279,15 +262,11 @@ def test_mining_again_reads_what_is_stored_and_another_seed_draws_others(project
     first = mined_by(profile, project)
     again = mined_by(profile, project)
     assert again.to_list() == first.to_list() and len(scored) == 1
-    assert mined_fingerprint(again) == mined_fingerprint(first)
-    other = mine(
-        profile.model_copy(update={"seed": 1}),
-        str(project / "corpus"),
-        progress=False,
-        folder=project / "elsewhere" / "rows",
-    )
-    assert mined_fingerprint(other) != mined_fingerprint(first)
-    assert load_mined(project / "elsewhere" / "rows").to_list() == other.to_list()
+    assert mining.mined_fingerprint(again) == mining.mined_fingerprint(first)
+    other = profile.model_copy(update={"seed": 1})
+    other = mined_by(other, project, project / "elsewhere" / "rows")
+    assert mining.mined_fingerprint(other) != mining.mined_fingerprint(first)
+    assert mining.load_mined(project / "elsewhere" / "rows").to_list() == other.to_list()
     mined_by(make_profile(project, {"threshold": 0.9}), project)
     with (project / "corpus" / "corpus.jsonl").open("a") as corpus:
         corpus.write('{"_id": "new", "text": "About something new."}\n')
@@ -326,12 +305,11 @@ def test_with_a_copy_of_each_positive_no_row_has_one_as_a_negative(project, scor
 
 
 def test_when_no_query_gives_a_row_it_says_why_and_keeps_what_was_stored(project, scored):
-    profile = make_profile(project)
-    kept = mined_by(profile, project).to_list()
+    kept = mined_by(make_profile(project), project).to_list()
     with pytest.raises(UserError, match=r"None of the 7 .*4 documents .*too few candidates.*: 7"):
         mined_by(make_profile(project, {"threshold": 0.01}), project)
-    assert load_mined(mined_folder(profile, str(project / "corpus"))).to_list() == kept
-    for read in (load_mined, mined_provenance):
+    assert mined_by(make_profile(project), project).to_list() == kept and len(scored) == 2
+    for read in (mining.load_mined, mining.mined_provenance):
         with pytest.raises(UserError, match="no mined rows in .*nowhere.* 01_data_mining"):
             read(project / "nowhere")
 
@@ -340,7 +318,7 @@ def test_the_bundled_teacher_mines_the_rows_of_the_smoke_profile(tmp_path, monke
     """Nothing made up: the encoder, its teacher, and the rows as they have always been."""
     monkeypatch.setattr(profiles, "ROOT", tmp_path)
     profile = load_profile("smoke").model_copy(update={"precision": "float32"})
-    rows = mine(profile, "docs:scipy", progress=False).to_list()
+    rows = mining.mine(profile, "docs:scipy", progress=False).to_list()
     expected = json.loads((FIXTURES / "mined_smoke_scipy.json").read_text("utf-8"))
     for row, pinned in zip(rows, expected, strict=True):
         assert row.pop("scores") == pytest.approx(pinned.pop("scores"), abs=1e-3)
@@ -353,19 +331,12 @@ def test_the_bundled_teacher_mines_the_rows_of_the_smoke_profile(tmp_path, monke
 class HashingMiner:
     """A miner that needs no loading: a text's vector is drawn from its words."""
 
-    def __init__(self):
-        self.prompts = set()
-
-    def _encode(self, prompt, texts, normalize_embeddings, **_):
-        self.prompts.add(prompt)
-        words = [np.random.default_rng(list(w.encode())).normal(size=8) for w in texts.split()]
+    def encode_query(self, text, **_):
+        words = [np.random.default_rng(list(w.encode())).normal(size=8) for w in text.split()]
         return torch.nn.functional.normalize(torch.tensor(sum(words)), dim=-1)
 
-    def encode_query(self, text, **options):
-        return self._encode("query", text, **options)
-
     def encode_document(self, texts, **options):
-        return torch.stack([self._encode("document", text, **options) for text in texts])
+        return torch.stack([self.encode_query(text) for text in texts])
 
 
 @pytest.fixture(scope="module")
@@ -374,14 +345,12 @@ def teacher_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def miner(monkeypatch, teacher_folder):
-    """A hub with a miner and a teacher; gives the miner."""
-    found = HashingMiner()
-    monkeypatch.setattr(mining, "load_miner", lambda folder, device: found)
+def hub(monkeypatch, teacher_folder):
+    """A hub with a miner and a teacher."""
+    monkeypatch.setattr(mining, "load_miner", lambda folder, device: HashingMiner())
     monkeypatch.setattr(
         mining, "snapshot", lambda name, kind, revision: Snapshot(name, revision, teacher_folder)
     )
-    return found
 
 
 def reranked(project, mining=(), revision="v1", **scoring):
@@ -408,11 +377,10 @@ def queries_scored(monkeypatch):
     return calls, counted
 
 
-def test_rows_have_the_rerankers_scores(project, miner, teacher_folder):
+def test_rows_have_the_rerankers_scores(project, hub, teacher_folder):
     profile = reranked(project)
     rows = mined_by(profile, project)
     assert rows["query_id"][:] == [f"q{i}" for i in range(7)] and len(rows[0]["labels"]) == 4
-    assert miner.prompts == {"query", "document"}
     collection = profile_split(profile, str(project / "corpus"))
     teacher = load_reranker(teacher_folder, 64, torch.device("cpu"))
     for row in rows:
@@ -425,7 +393,7 @@ def test_rows_have_the_rerankers_scores(project, miner, teacher_folder):
 
 
 def test_an_interrupted_run_resumes_and_gives_the_rows_of_an_unbroken_one(
-    project, miner, queries_scored
+    project, hub, queries_scored
 ):
     calls, counted = queries_scored
     profile = reranked(project)
@@ -440,11 +408,10 @@ def test_an_interrupted_run_resumes_and_gives_the_rows_of_an_unbroken_one(
     assert calls == [f"what is topic{i}" for i in (0, 1, 2, 3, 2, 3, 4, 5, 6)]
 
 
-def test_scores_are_made_again_only_when_they_would_differ(project, miner, queries_scored):
+def test_scores_are_made_again_only_when_they_would_differ(project, hub, queries_scored):
     calls, _ = queries_scored
     raw = mined_by(reranked(project), project).to_list()
-    same = [reranked(project, {"threshold": 0.9}), reranked(project, batch_size=32)]
-    for profile in same:
+    for profile in (reranked(project, {"threshold": 0.9}), reranked(project, batch_size=32)):
         mined_by(profile, project)
     squashed = mined_by(reranked(project, {"teacher_scale": "sigmoid"}), project).to_list()
     assert len(calls) == 7
@@ -462,12 +429,12 @@ def test_scores_are_made_again_only_when_they_would_differ(project, miner, queri
 
 def test_a_real_miner_is_loaded_and_what_is_none_is_refused(tmp_path, teacher_folder):
     cpu = torch.device("cpu")
-    assert isinstance(load_miner(bundled_encoder_path(), cpu), SentenceTransformer)
+    assert isinstance(mining.load_miner(bundled_encoder_path(), cpu), SentenceTransformer)
     with pytest.raises(UserError, match=r"no modules.json.*Sentence Transformers.*scoring.miner"):
-        load_miner(teacher_folder, cpu)
+        mining.load_miner(teacher_folder, cpu)
     (tmp_path / "modules.json").write_text("[{")
     with pytest.raises(UserError, match="could not be loaded"):
-        load_miner(tmp_path, cpu)
+        mining.load_miner(tmp_path, cpu)
 
 
 # --- released rows --------------------------------------------------------------------------------
