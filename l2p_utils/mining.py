@@ -205,10 +205,9 @@ def score_bundled(
     """Candidates and their scores, query by query, by the bundled encoder."""
     model = untrained_model(profile)
     teacher = bundled_teacher(collection, model, profile.precision, progress)
-    similarities = dict(zip(teacher.query_ids, teacher.dense, strict=True))
     for query in tqdm(proposer.positives, desc=f"Mining {collection.name}", disable=not progress):
         rng = query_rng(profile.seed, query)
-        found = proposer.propose(query, similarities[query], rng)
+        found = proposer.propose(query, teacher.dense.loc[query].to_numpy(), rng)
         yield found, teacher.scores(query, found.documents, found.positives), rng
 
 

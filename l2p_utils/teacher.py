@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
@@ -52,17 +52,17 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, Safete
 
 @dataclass(frozen=True)
 class BundledTeacher:
-    """Scores of every training query with every document: (queries, documents) matrices."""
+    """Scores of every training query with every document.
 
-    query_ids: list[str]
-    document_ids: list[str]
-    dense: np.ndarray  # cosine of the dense encoder
-    late: np.ndarray  # MaxSim of the late-interaction model
+    Attributes
+    ----------
+    dense, late
+        Cosine of the dense encoder and MaxSim of the late-interaction model: (queries, documents),
+        by id.
+    """
 
-    @cached_property
-    def _places(self) -> tuple[dict[str, int], dict[str, int]]:
-        rows, columns = map(enumerate, (self.query_ids, self.document_ids))
-        return {query: row for row, query in rows}, {d: column for column, d in columns}
+    dense: pd.DataFrame
+    late: pd.DataFrame
 
     def scores(
         self, query_id: str, document_ids: Sequence[str], positives: Sequence[str]
@@ -72,10 +72,8 @@ class BundledTeacher:
         The positives are lifted to the best score of all: this teacher is too weak to doubt the
         judgments.
         """
-        rows, columns = self._places
-        row = rows[query_id]
-        columns = [columns[document] for document in document_ids]
-        mixed = (_min_max(self.dense[row, columns]) + _min_max(self.late[row, columns])) / 2
+        given = [matrix.loc[query_id][list(document_ids)] for matrix in (self.dense, self.late)]
+        mixed = sum(_min_max(scores.to_numpy()) for scores in given) / 2
         scores = dict(zip(document_ids, mixed.tolist(), strict=True))
         return scores | dict.fromkeys(positives, max(scores.values()))
 
@@ -91,12 +89,10 @@ def bundled_teacher(
     """Score a training collection with the bundled encoder, dense and as `model`, unpooled."""
     queries = encode(model, list(collection.queries.values()), True, precision, progress=progress)
     documents = encode(model, list(collection.corpus.values()), False, precision, progress=progress)
-    return BundledTeacher(
-        list(collection.queries),
-        list(collection.corpus),
-        dense_similarities(collection, model.document_length, precision, progress),
-        maxsim_scores(queries, documents, progress=progress).numpy(),
-    )
+    dense = dense_similarities(collection, model.document_length, precision, progress)
+    late = maxsim_scores(queries, documents, progress=progress).numpy()
+    ids = list(collection.queries), list(collection.corpus)
+    return BundledTeacher(pd.DataFrame(dense, *ids), pd.DataFrame(late, *ids))
 
 
 def dense_similarities(

@@ -584,15 +584,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Train one of a profile's models; under torchrun, as one of several processes."""
     parser = argparse.ArgumentParser(prog="python -m l2p_utils.training", description=main.__doc__)
     parser.add_argument("--profile", required=True, help="a profile's name or a YAML file")
-    parser.add_argument("--baseline", action="store_true", help="make only the baseline")
-    parser.add_argument("--collection", help="needed unless --baseline")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--baseline", action="store_true", help="make only the baseline")
+    which.add_argument("--collection", help="the mined rows to train on")
     parser.add_argument("--pool-method", default="none")
     parser.add_argument("--pool-factors", default="1", help="3, 1-6 or 2+4")
     parser.add_argument("--seed", type=int, help="of the rows' order and the factors")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
-    if not (options.baseline or options.collection):
-        parser.error("expected --collection or --baseline")
     processes = _processes()
     progress = not options.quiet and processes.is_main_process
     try:

@@ -206,8 +206,6 @@ def test_the_variant_that_most_models_have_is_the_default(stored):
     assert results.default_variant(fast, "kmeans") == "fast"
     tied = pd.concat([rows, fast[fast["pool_variant"] == "fast"]])
     assert results.default_variant(tied, "kmeans") == "fast"
-    with pytest.raises(UserError, match="mean"):
-        results.default_variant(rows, "mean")
     extra = rows[(rows["pool_method"] == "hierarchical") & (rows["model"] == "baseline")]
     both = pd.concat([rows, extra.assign(pool_variant="paper", **{"ndcg@10": 0.123})])
     curve = ("baseline", "docs:scipy", "hierarchical")

@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -33,16 +34,16 @@ from l2p_utils.teacher import (
 
 def teacher_of(dense, late):
     """A teacher for one query, "q", and documents a, b, c, …"""
-    documents = list("abcdefgh"[: len(dense)])
-    return BundledTeacher(["q"], documents, np.array([dense]), np.array([late]))
+    ids = ["q"], list("abcdefgh"[: len(dense)])
+    return BundledTeacher(pd.DataFrame([dense], *ids), pd.DataFrame([late], *ids))
 
 
 def test_scores_are_the_mean_of_both_normalised_over_the_candidates():
     teacher = teacher_of([0.0, 0.5, 1.0, 9.0], [10.0, 30.0, 20.0, -9.0])
     scores = teacher.scores("q", ["a", "b", "c"], [])  # d is no candidate
     assert scores == pytest.approx({"a": 0.0, "b": 0.75, "c": 0.75}, abs=1e-6)
-    dense = np.array([[0.0, 1.0, 0.25], [1.0, 0.0, 0.75]])
-    teacher = BundledTeacher(["q1", "q2"], ["a", "b", "c"], dense, dense)
+    dense = pd.DataFrame([[0.0, 1.0, 0.25], [1.0, 0.0, 0.75]], ["q1", "q2"], ["a", "b", "c"])
+    teacher = BundledTeacher(dense, dense)
     assert teacher.scores("q2", ["c", "b", "a"], []) == pytest.approx({"c": 0.75, "b": 0, "a": 1})
 
 
@@ -88,15 +89,15 @@ def test_the_bundled_teacher_scores_every_query_with_every_document(
 ):
     teacher = bundled_teacher(collection, bundled_model, "float32", progress=False)
     assert "%" not in capsys.readouterr().err
-    assert (teacher.query_ids, teacher.document_ids) == (["q1", "q2"], list(collection.corpus))
-    assert teacher.dense.shape == teacher.late.shape == (2, 8)
+    for matrix in (teacher.dense, teacher.late):
+        assert matrix.index.tolist() == ["q1", "q2"]
+        assert matrix.columns.tolist() == list(collection.corpus)
     vectors = [
         [torch.tensor(v) for v in bundled_model.encode(list(texts.values()), is_query=is_query)]
         for texts, is_query in ((collection.queries, True), (collection.corpus, False))
     ]
     np.testing.assert_allclose(teacher.late, maxsim_scores(*vectors), atol=1e-4)
-    best = [teacher.document_ids[i] for i in teacher.late.argmax(axis=1)]
-    assert best == ["d2", "d7"]
+    assert teacher.late.idxmax(axis=1).tolist() == ["d2", "d7"]
 
 
 def test_the_bundled_teacher_needs_the_bundled_base():
