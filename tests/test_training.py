@@ -429,8 +429,8 @@ def write_collection(folder):
         lines = [json.dumps({"_id": i, "text": text}) for i, text in texts.items()]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     judged = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in range(6))]
-    (folder / "qrels" / "train.tsv").write_text("\n".join(judged))
-    (folder / "qrels" / "dev.tsv").write_text("\n".join(judged[:2]))
+    for split, count in (("train", 6), ("dev", 1)):
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(judged[: count + 1]))
 
 
 def save_mined(folder):
@@ -498,8 +498,12 @@ def test_a_training_makes_the_baseline_first_and_is_reused(own_profile, monkeypa
         training.train(profile, name, "kmeans", [1, 2], progress=False)
 
 
-def test_profiles_with_the_same_adaptation_share_the_baseline(own_profile):
+def test_profiles_with_the_same_adaptation_share_the_baseline(own_profile, monkeypatch):
     profile, _, mined = own_profile
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_processes", lambda: SimpleNamespace(num_processes=2))
+        with pytest.raises(UserError, match="made in one process"):
+            training.make_baseline(profile)
     one = training.make_baseline(profile, progress=False)
     other = profile.model_copy(update={"name": "other", "hierarchical": "paper"})
     two = training.make_baseline(other, progress=False)
@@ -531,13 +535,6 @@ def test_jobs_that_start_at_once_make_one_baseline(own_profile, tmp_path, monkey
         assert job.exitcode == 0
     assert (tmp_path / "log").read_text() == "made\n"
     assert (profile.folder / "models" / "baseline" / PROVENANCE).is_file()
-
-
-def test_the_baseline_is_made_in_one_process(own_profile, monkeypatch):
-    profile, name, _ = own_profile
-    monkeypatch.setattr(training, "_processes", lambda: SimpleNamespace(num_processes=2))
-    with pytest.raises(UserError, match="made in one process"):
-        training.make_baseline(profile)
 
 
 # --- a checkpoint as the base, and another collection to pick the epoch
