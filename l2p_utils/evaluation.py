@@ -49,6 +49,10 @@ from l2p_utils.search import Ranking, exact_search, plaid_search
 METRICS = ["ndcg@10", "recall@10", "mrr@10"]
 TOP_K = 20
 BYTES_PER_VALUE = 4  # float32, as exact search holds the vectors
+CUT_NOTICE = (
+    "{collection}: {cut} of {documents} documents are longer than document_length = "
+    "{document_length} word pieces and end there: {lost} % of their word pieces are not read."
+)
 # What a profile can demand of a checkpoint.
 EXPECTED = {"dim", "query_prefix", "document_prefix", "do_query_expansion", "skiplist"}
 
@@ -93,11 +97,8 @@ def encode_collection(
 def cut_documents(model: PooledColBERT, collection: Collection) -> dict[str, Any]:
     """How much of a collection the model does not read, because documents end at its length.
 
-    Returns
-    -------
-    dict
-        ``collection``, ``documents``, ``document_length``; ``cut``, the number of longer documents;
-        ``lost``, the percentage of those documents' word pieces that come after the cut.
+    ``cut`` is the number of longer documents, ``lost`` the percentage of those documents' word
+    pieces that come after the cut.
     """
     kept = model.document_length - model.tokenize([""], is_query=False)["input_ids"].shape[1]
     lengths = [
@@ -118,30 +119,18 @@ def measure(collection: Collection, ranking: Ranking) -> pd.DataFrame:
     """NDCG@10, recall@10 and MRR@10 of each query, through ranx, in [0, 1].
 
     The document that is the query itself (ArguAna, Quora) is ignored, as BEIR does, unless it is
-    judged relevant. Judgments below 0 count as 0.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns `query_id` and the metrics, in the order of the collection's queries.
+    judged relevant. Judgments below 0 count as 0. Rows are in the order of the queries.
     """
-    ranked = {
-        query: _without_itself(collection, query, found)
-        for query, found in zip(collection.queries, ranking.documents, strict=True)
-    }
-    # Ranks instead of scores: ranx then keeps our order of ties, which is trec_eval's.
-    run = {
-        query: {document: float(len(found) - i) for i, document in enumerate(found)} or {"": 0.0}
-        for query, found in ranked.items()
-    }
-    qrels = {
-        query: {d: max(int(score), 0) for d, score in collection.qrels[query].items()}
-        for query in collection.queries
-    }
-    found = Run.from_dict(run)
-    evaluate(Qrels.from_dict(qrels), found, METRICS)
-    table = {metric: [found.scores[metric][q] for q in collection.queries] for metric in METRICS}
-    return pd.DataFrame({"query_id": list(collection.queries), **table})
+    ranked, qrels = {}, {}
+    for query, found in zip(collection.queries, ranking.documents, strict=True):
+        found = _without_itself(collection, query, found)
+        # Ranks instead of scores: ranx then keeps our order of ties, which is trec_eval's.
+        ranked[query] = {d: float(len(found) - i) for i, d in enumerate(found)} or {"": 0.0}
+        qrels[query] = {d: max(int(score), 0) for d, score in collection.qrels[query].items()}
+    run = Run.from_dict(ranked)
+    evaluate(Qrels.from_dict(qrels), run, METRICS)
+    table = {metric: [run.scores[metric][query] for query in ranked] for metric in METRICS}
+    return pd.DataFrame({"query_id": list(ranked), **table})
 
 
 def _without_itself(collection: Collection, query: str, found: list[str]) -> list[str]:
@@ -182,14 +171,10 @@ def evaluate_collection(
     variants: Sequence[str] = (DEFAULT_VARIANT,),
     use_sklearn: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Measure one model on one collection in every setting.
+    """Measure one model on one collection in every setting, by ``exact`` search or ``plaid``.
 
-    Parameters
-    ----------
-    engine
-        ``exact``, or ``plaid`` (an index is built for each setting).
-    variants, use_sklearn
-        Of hierarchical and of kmeans, see `l2p_utils.pooling.pool`.
+    `variants` are hierarchical's, `use_sklearn` is kmeans', see `l2p_utils.pooling.pool`. PLAID
+    builds an index for each setting.
 
     Returns
     -------
@@ -199,8 +184,8 @@ def evaluate_collection(
     """
     search = {"exact": exact_search, "plaid": plaid_search}[engine]
     rows, per_query = [], []
-    settings = pooled_documents(encoded, pool_methods, pool_factors, variants, use_sklearn)
-    for setting, documents in settings:
+    pooled = pooled_documents(encoded, pool_methods, pool_factors, variants, use_sklearn)
+    for setting, documents in pooled:
         ranking = search(encoded.queries, documents, encoded.document_ids, TOP_K)
         values = measure(encoded.collection, ranking)
         key = {"collection": encoded.collection.name, "engine": engine, **vars(setting)}
@@ -249,22 +234,16 @@ def load_evaluated(profile: Profile, name: str) -> PooledColBERT:
     """Load a model that the profile evaluates.
 
     A trained one comes from its folder. A baseline from the hub, at any document length, and a
-    released model come from their snapshot, with the profile's lengths.
-
-    Raises
-    ------
-    UserError
-        When the profile has no such model, it was not trained or fetched yet, or a checkpoint is
-        not what the profile expects.
+    released model come from their snapshot, with the profile's lengths; a checkpoint that is not
+    what the profile expects is refused.
     """
     source, folder = _weights(profile, name)
     if not source:
         return load_model(folder)
     settings = profile.model
-    lengths = {length_name(length): length for length in settings.other_document_lengths}
-    expected = settings.model_dump(include=EXPECTED)
-    document_length = lengths.get(name, settings.document_length)
-    return load_checkpoint(folder, source, expected, settings.query_length, document_length)
+    others = {length_name(length): length for length in settings.other_document_lengths}
+    lengths = settings.query_length, others.get(name, settings.document_length)
+    return load_checkpoint(folder, source, settings.model_dump(include=EXPECTED), *lengths)
 
 
 def _weights(profile: Profile, name: str) -> tuple[str, Path]:
@@ -293,10 +272,7 @@ class Task:
 def evaluation_tasks(profile: Profile, name: str) -> list[Task]:
     """What the profile measures of the model `name`, ordered by collection, exact before PLAID.
 
-    Raises
-    ------
-    UserError
-        When the profile gives one PLAID index two numbers of queries.
+    Several PLAID jobs on one collection are one task: its unpooled index is built only once.
     """
     settings = profile.evaluation
     others = settings.baseline_variants if name == BASELINE else []
@@ -305,15 +281,7 @@ def evaluation_tasks(profile: Profile, name: str) -> list[Task]:
         Task(collection, "exact", list(settings.pool_methods), variants, None)
         for collection in settings.collections
     ]
-    tasks += _plaid_tasks(profile, name)
-    order = list(dict.fromkeys(task.collection for task in tasks))
-    return sorted(tasks, key=lambda task: order.index(task.collection))
-
-
-def _plaid_tasks(profile: Profile, name: str) -> list[Task]:
-    """One task per collection, also where several PLAID jobs name it: unpooled only once."""
     jobs = [job for job in profile.plaid if job.model == name]
-    tasks = []
     for collection in dict.fromkeys(c for job in jobs for c in job.collections):
         asked = [job for job in jobs if collection in job.collections]
         limits = list(dict.fromkeys(job.max_queries for job in asked))
@@ -324,26 +292,17 @@ def _plaid_tasks(profile: Profile, name: str) -> list[Task]:
             )
         methods = [method for job in asked for method in job.pool_methods]
         tasks.append(Task(collection, "plaid", methods, [profile.hierarchical], limits[0]))
-    return tasks
+    order = list(dict.fromkeys(task.collection for task in tasks))
+    return sorted(tasks, key=lambda task: order.index(task.collection))
 
 
 def evaluate_model(
     profile: Profile, name: str, model: PooledColBERT, progress: bool = True
 ) -> pd.DataFrame:
-    """Run every evaluation task of one model; write `results/<model>.csv` and the per-query file.
+    """Run every evaluation task of one model; give its result rows and store them in `results/`.
 
     Finished tasks are reused when model, collection and settings are the same. Prints of each
     collection that it encodes how many documents the model's length cuts.
-
-    Returns
-    -------
-    pandas.DataFrame
-        The model's result rows.
-
-    Raises
-    ------
-    UserError
-        When the profile has no such model, or its folder no weights.
     """
     use_threads(profile.threads)
     tasks = evaluation_tasks(profile, name)
@@ -393,10 +352,14 @@ def _run_tasks(
         }
         if not settings_match(folder, settings):
             if encoded is None:
-                _print_cut(**cut_documents(model, whole))
+                cut = cut_documents(model, whole)
+                if cut["cut"]:
+                    tqdm.write(CUT_NOTICE.format(**cut))
                 encoded = encode_collection(model, whole, precision, progress=False)
+            vectors = dict(zip(whole.queries, encoded.queries, strict=True))
+            queries = [vectors[query] for query in collection.queries]
             rows, per_query = evaluate_collection(
-                _restrict(encoded, collection),
+                Encoded(collection, queries, encoded.documents),
                 task.pool_methods,
                 limits.pool_factors,
                 task.engine,
@@ -409,24 +372,10 @@ def _run_tasks(
                 per_query.to_parquet(temporary / "per_query.parquet", index=False)
                 write_json(temporary / PROVENANCE, {"settings": settings})
         rows = pd.read_csv(
-            folder / "rows.csv", keep_default_na=False, na_values={"index_bytes": [""]}
+            folder / "rows.csv",
+            dtype={"collection": str},  # a folder may be called 007
+            keep_default_na=False,
+            na_values={"index_bytes": [""]},
         )
         values = pd.read_parquet(folder / "per_query.parquet")
         yield rows.assign(query_length=model.query_length), values
-
-
-def _restrict(encoded: Encoded, collection: Collection) -> Encoded:
-    """The vectors of the same documents with fewer queries."""
-    by_id = dict(zip(encoded.collection.queries, encoded.queries, strict=True))
-    return Encoded(collection, [by_id[query] for query in collection.queries], encoded.documents)
-
-
-def _print_cut(
-    collection: str, documents: int, document_length: int, cut: int, lost: float
-) -> None:
-    if cut:
-        tqdm.write(
-            f"{collection}: {cut} of {documents} documents are longer than document_length = "
-            f"{document_length} word pieces and end there: {lost} % of their word pieces are not "
-            "read."
-        )

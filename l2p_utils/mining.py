@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,14 +82,7 @@ class Proposer:
 
     Documents judged above 0 are positives, also those of the same question under another id. Their
     copies, other documents of the same text, are no candidates. Texts are compared without regard
-    to white space.
-
-    Attributes
-    ----------
-    positives, copies : dict of str to list of str
-        By query, of the queries that have a positive, in the collection's order.
-    repeated : int
-        Queries whose question occurs under another id too.
+    to white space. `repeated` counts the queries whose question occurs under another id too.
     """
 
     def __init__(self, collection: Collection, settings: MiningSettings) -> None:
@@ -99,7 +92,7 @@ class Proposer:
         self.ids = [corpus[i] for i in self.order]
         questions, texts = _by_text(queries), _by_text(collection.corpus)
         self.repeated = sum(len(same) for same in questions.values() if len(same) > 1)
-        self.positives: dict[str, list[str]] = {}
+        self.positives: dict[str, list[str]] = {}  # of the queries that have one, in their order
         self.copies: dict[str, list[str]] = {}
         for query, question in queries.items():
             judged = [collection.qrels[q].items() for q in questions[_plain(question)]]
@@ -117,11 +110,7 @@ class Proposer:
 
         Hard: the miner's top `hard_candidates` without positives and copies, ties by id,
         descending. Random: `random_candidates`, drawn uniformly from the other documents.
-
-        Parameters
-        ----------
-        similarities
-            (documents,) the miner's cosine with each document, in the collection's order.
+        `similarities`, (documents,), are the miner's cosines, in the collection's order.
         """
         positives = self.positives[query_id]
         excluded = {*positives, *self.copies[query_id]}
@@ -177,11 +166,6 @@ def select_row(
     The best-scored positive; the best hard negatives; medium ones drawn from the remaining hard
     ones; random ones. Where a group runs short, the others fill up: the best remaining hard ones
     first (labelled medium), then remaining random ones.
-
-    Parameters
-    ----------
-    scores
-        Teacher score of every candidate.
     """
     limit = negative_limit([scores[document] for document in candidates.positives], settings)
     hard = _by_score([d for d in candidates.hard if scores[d] <= limit], scores)
@@ -195,14 +179,13 @@ def select_row(
             chosen[document] = MEDIUM if document in hard else RANDOM
     if len(chosen) < settings.n_ways:
         return None
-    ranked = _by_score(list(chosen), scores, first=best)
-    return Row(
-        candidates.query_id, ranked, [scores[d] for d in ranked], [chosen[d] for d in ranked]
-    )
+    ranked = _by_score(chosen, scores, first=best)
+    found = [scores[d] for d in ranked], [chosen[d] for d in ranked]
+    return Row(candidates.query_id, ranked, *found)
 
 
 def _by_score(
-    documents: Sequence[str], scores: Mapping[str, float], first: str | None = None
+    documents: Iterable[str], scores: Mapping[str, float], first: str | None = None
 ) -> list[str]:
     """By descending score; ties: `first`, then by id, descending."""
     return sorted(documents, key=lambda d: (scores[d], d == first, d), reverse=True)
@@ -222,10 +205,9 @@ def score_bundled(
     """Candidates and their scores, query by query, by the bundled encoder."""
     model = untrained_model(profile)
     teacher = bundled_teacher(collection, model, profile.precision, progress)
-    similarities = dict(zip(teacher.query_ids, teacher.dense, strict=True))
     for query in tqdm(proposer.positives, desc=f"Mining {collection.name}", disable=not progress):
         rng = query_rng(profile.seed, query)
-        found = proposer.propose(query, similarities[query], rng)
+        found = proposer.propose(query, teacher.dense.loc[query].to_numpy(), rng)
         yield found, teacher.scores(query, found.documents, found.positives), rng
 
 
@@ -237,61 +219,45 @@ def score_reranked(
     folder: Path,
     progress: bool,
 ) -> Iterator[Scored]:
-    """As `score_bundled`, by a miner and a reranker from the hub.
+    """As `score_bundled`, by a miner and a reranker from the hub, on a GPU if there is one.
 
-    `folder` keeps them in files of `checkpoint_queries` queries; only missing files are made. Each
-    query is scored by itself, so an interrupted run gives the scores of an unbroken one.
+    `folder` keeps the scores in files of `checkpoint_queries` queries; only missing files are made.
+    Each query is scored by itself, so an interrupted run gives the scores of an unbroken one.
     """
-    queries, size = list(proposer.positives), profile.scoring.checkpoint_queries
-    record = None
-    bar = tqdm(range(0, len(queries), size), f"Scoring {collection.name}", disable=not progress)
-    for number, start in enumerate(bar):
-        path = folder / f"chunk-{number:05d}.json"
-        if not path.is_file():
-            record = record or _reranker(profile, collection, proposer, models, progress)
-            write_json(path, [*map(record, queries[start : start + size])])
-        for stored in read_json(path):
-            scores = stored.pop("scores")
-            found = Candidates(**stored)
-            rng = query_rng(profile.seed, found.query_id, CHOICE)
-            yield found, dict(zip(found.documents, scores, strict=True)), rng
-
-
-def _reranker(
-    profile: Profile,
-    collection: Collection,
-    proposer: Proposer,
-    models: Mapping[str, Snapshot],
-    progress: bool,
-) -> Callable[[str], dict[str, Any]]:
-    """Load miner and teacher, on a GPU if there is one; give what scores one query's candidates."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scoring, corpus = profile.scoring, collection.corpus
-    miner = load_miner(models["miner"].folder, device)
-    teacher = load_reranker(models["teacher"].folder, scoring.max_length, device, profile.precision)
-    options = {"convert_to_tensor": True, "normalize_embeddings": True}
-    texts = list(corpus.values())
-    documents = miner.encode_document(texts, show_progress_bar=progress, **options).float()
-
-    def record(query_id: str) -> dict[str, Any]:
-        query = collection.queries[query_id]
-        vector = miner.encode_query(query, show_progress_bar=False, **options).float()
-        cosines = (documents @ vector).cpu().numpy()  # (documents,)
-        found = proposer.propose(query_id, cosines, query_rng(profile.seed, query_id))
-        pairs = [(query, corpus[document]) for document in found.documents]
-        return {**asdict(found), "scores": teacher.scores(pairs, scoring.batch_size)}
-
-    return record
+    scoring, corpus, queries = profile.scoring, collection.corpus, list(proposer.positives)
+    size = scoring.checkpoint_queries
+    chunks = {
+        folder / f"chunk-{start // size:05d}.json": queries[start : start + size]
+        for start in range(0, len(queries), size)
+    }
+    missing = {path: queries for path, queries in chunks.items() if not path.is_file()}
+    if missing:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        miner = load_miner(models["miner"].folder, device)
+        sizes = scoring.max_length, device, profile.precision
+        teacher = load_reranker(models["teacher"].folder, *sizes)
+        options = {"convert_to_tensor": True, "normalize_embeddings": True}
+        texts = list(corpus.values())
+        documents = miner.encode_document(texts, show_progress_bar=progress, **options).float()
+    for path, queries in tqdm(missing.items(), f"Scoring {collection.name}", disable=not progress):
+        records = []
+        for query_id in queries:
+            query = collection.queries[query_id]
+            vector = miner.encode_query(query, show_progress_bar=False, **options).float()
+            cosines = (documents @ vector).cpu().numpy()  # (documents,)
+            found = proposer.propose(query_id, cosines, query_rng(profile.seed, query_id))
+            pairs = [(query, corpus[document]) for document in found.documents]
+            records.append({**asdict(found), "scores": teacher.scores(pairs, scoring.batch_size)})
+        write_json(path, records)
+    for stored in itertools.chain.from_iterable(map(read_json, chunks)):
+        scores = stored.pop("scores")
+        found = Candidates(**stored)
+        rng = query_rng(profile.seed, found.query_id, CHOICE)
+        yield found, dict(zip(found.documents, scores, strict=True)), rng
 
 
 def load_miner(folder: Path, device: torch.device) -> SentenceTransformer:
-    """Load a Sentence Transformers model, which has its own prompts for queries and documents.
-
-    Raises
-    ------
-    UserError
-        When the folder holds none.
-    """
+    """Load a Sentence Transformers model, which has its own prompts for queries and documents."""
     try:
         if not (folder / "modules.json").is_file():  # a pooling of tokens would be made up
             raise OSError("no modules.json")
@@ -308,24 +274,13 @@ def load_miner(folder: Path, device: torch.device) -> SentenceTransformer:
 
 
 def read_released(
-    released: Snapshot, collection: Collection, queries: Mapping[str, str], n_ways: int
+    released: Snapshot, collection: Collection, queries: Mapping[str, str]
 ) -> tuple[list[Row], Counter[str]]:
     """Read the split `train` of a released set, and count what is left out for which reason.
 
-    Rows may have what this project's own have not: a query several times, equal scores, labels in
-    any number.
-
-    Parameters
-    ----------
-    queries
-        All queries of the training split. Rows of those that `collection` is without are left out:
-        they are kept for picking the epoch, or beyond `max_queries`.
-
-    Raises
-    ------
-    UserError
-        When there is no such split or column, a row is not what it should be, or more than 1 % of
-        the rows name unknown queries or documents.
+    Rows of unknown queries or documents are left out, up to `MAX_UNKNOWN` of them. `queries` are
+    all of the training split: rows of those that `collection` is without are left out too, since
+    these queries pick the epoch or lie beyond `max_queries`.
     """
     try:
         table = load_dataset(str(released.folder), split="train")
@@ -336,16 +291,8 @@ def read_released(
             f"document_ids, scores and labels: {error}."
         ) from error
     rows, dropped = [], Counter()
-    for number, (query, documents, scores, labels) in enumerate(zip(*columns, strict=True), 1):
+    for query, documents, scores, labels in zip(*columns, strict=True):
         row = Row(str(query), list(map(str, documents)), list(map(float, scores)), labels)
-        sizes = {*map(len, (row.document_ids, set(row.document_ids), row.scores, row.labels))}
-        descending = np.isfinite(row.scores).all() and (np.diff(row.scores) <= 0).all()
-        if sizes != {n_ways} or not descending or not set(row.labels) <= set(LABELS):
-            raise UserError(
-                f"{released.name}, row {number}: expected {n_ways} different documents (mining: 1 "
-                "+ hard + medium + random) by descending score, each with one of the labels "
-                f"{', '.join(LABELS)}; found {row}."
-            )
         if row.query_id not in queries:
             dropped["unknown query"] += 1
         elif not collection.corpus.keys() >= set(row.document_ids):
@@ -380,21 +327,11 @@ def mine(
     With `training_data: released` the authors' rows are taken instead. A reranker's scores are
     kept beside the rows, some queries at a time: an interrupted run resumes.
 
-    Parameters
-    ----------
-    folder
-        Where the rows are saved; default: `mined_folder`.
-
     Returns
     -------
     datasets.Dataset
-        Columns `query_id, document_ids, scores, labels`; saved with their provenance: models,
-        sizes, seed, and the dropped queries counted by reason.
-
-    Raises
-    ------
-    UserError
-        When no query gives a row, or a model or data set is not what it should be.
+        Columns `query_id, document_ids, scores, labels`; saved in `folder` (None: `mined_folder`)
+        with their provenance: models, sizes, seed, and the dropped queries counted by reason.
     """
     use_threads(profile.threads)
     collection = profile_split(profile, name)
@@ -421,10 +358,14 @@ def mine(
                 f"{profile.mining.n_ways} documents ({dict(dropped)}). Ask for fewer "
                 "negatives (mining.hard, medium, random), or more candidates."
             )
+        places = [models["released"]] if "released" in models else []
+        if name.startswith(HUB):
+            repository, revision = collection_repository(name)
+            places.append(snapshot(repository, "dataset", revision))
         provenance = {
             "settings": settings,
             **notes,
-            "repositories": _repositories(name, models),
+            "repositories": {place.name: place.commit for place in places},
             "rows": len(rows),
             "documents": len(collection.corpus),
             "documents_without_text": collection.dropped,
@@ -440,7 +381,7 @@ def mine(
 
 
 def _snapshots(profile: Profile, name: str) -> dict[str, Snapshot]:
-    """What comes from the hub, by its part: nothing, `released`, or `miner` and `teacher`."""
+    """What comes from the hub: nothing, `released`, or `miner` and `teacher`."""
     scoring = profile.scoring
     if profile.training_data == "released":
         if name not in profile.released_rows:
@@ -458,15 +399,6 @@ def _snapshots(profile: Profile, name: str) -> dict[str, Snapshot]:
     }
 
 
-def _repositories(name: str, models: Mapping[str, Snapshot]) -> dict[str, str]:
-    """Data sets of the hub that rows come from, with their commits."""
-    found = [models["released"]] if "released" in models else []
-    if name.startswith(HUB):
-        repository, revision = collection_repository(name)
-        found.append(snapshot(repository, "dataset", revision))
-    return {place.name: place.commit for place in found}
-
-
 def _make_rows(
     profile: Profile,
     collection: Collection,
@@ -480,7 +412,7 @@ def _make_rows(
     named = {part: f"{found.name} @ {found.commit}" for part, found in models.items()}
     if "released" in models:
         whole = load_collection(settings["collection"], "train", rules.text_only, carve_dev=False)
-        rows, dropped = read_released(models["released"], collection, whole.queries, rules.n_ways)
+        rows, dropped = read_released(models["released"], collection, whole.queries)
         return rows, dropped, dict.fromkeys(["miner", "teacher"], f"released: {named['released']}")
     proposer = Proposer(collection, rules)
     if models:
@@ -500,48 +432,32 @@ def _make_rows(
         }
     notes["queries_under_several_ids"] = proposer.repeated
     notes["copies_of_positives_left_out"] = sum(map(len, proposer.copies.values()))
-    rows, dropped = mine_rows(scored, rules)
+    rows, short = mine_rows(scored, rules)
     without = len(collection.queries) - len(proposer.positives)
-    return rows, dropped + Counter({"no positive": without}), notes
+    return rows, +Counter({"too few candidates": short, "no positive": without}), notes
 
 
-def mine_rows(scored: Iterable[Scored], settings: MiningSettings) -> tuple[list[Row], Counter[str]]:
-    """A row per query, and how many queries have none for which reason."""
-    rows, dropped = [], Counter()
+def mine_rows(scored: Iterable[Scored], settings: MiningSettings) -> tuple[list[Row], int]:
+    """A row per query that has enough candidates, and how many queries have not."""
+    rows = []
     for candidates, scores, rng in scored:
         if settings.teacher_scale == "sigmoid":
             scores = {d: float(1 / (1 + np.exp(-score))) for d, score in scores.items()}
-        row = select_row(candidates, scores, settings, rng)
-        if row is None:
-            dropped["too few candidates"] += 1
-        else:
-            rows.append(row)
-    return rows, dropped
+        rows.append(select_row(candidates, scores, settings, rng))
+    return list(filter(None, rows)), rows.count(None)
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
 def load_mined(folder: str | Path) -> Dataset:
-    """Mined rows from their folder.
-
-    Raises
-    ------
-    UserError
-        When there are none.
-    """
+    """Mined rows from their folder."""
     mined_provenance(folder)
     return load_from_disk(str(folder))
 
 
 def mined_provenance(folder: str | Path) -> dict[str, Any]:
-    """How a folder of mined rows was made: settings, sizes, dropped queries.
-
-    Raises
-    ------
-    UserError
-        When there are none.
-    """
+    """How a folder of mined rows was made: settings, sizes, dropped queries."""
     path = Path(folder) / PROVENANCE
     if not path.is_file():
         raise UserError(

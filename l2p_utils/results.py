@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import ArrayLike
 from scipy.stats import bootstrap
 
@@ -55,13 +56,7 @@ MERGED_ROWS, MERGED_PER_QUERY = "rows.csv", "per_query.parquet"
 
 
 def validate_rows(rows: pd.DataFrame, source: str | Path = "rows") -> pd.DataFrame:
-    """Result rows with columns in order, typed, sorted by setting; `source` is for messages.
-
-    Raises
-    ------
-    UserError
-        On missing or unknown columns, a value of another type, and a setting that occurs twice.
-    """
+    """Result rows with columns in order, typed, sorted by setting; `source` is for messages."""
     return _validate(rows, _TYPES, SETTING, source)
 
 
@@ -83,10 +78,7 @@ def _validate(
             "file away; if it is an old result, evaluate that model again."
         )
     text = [column for column, kind in types.items() if kind == "str"]
-    try:
-        typed = frame[list(types)].fillna(dict.fromkeys(text, "")).astype(types)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{source}: {error}. Evaluate that model again.") from error
+    typed = frame[list(types)].fillna(dict.fromkeys(text, "")).astype(types)
     twice = typed[typed.duplicated(key)]
     if len(twice):
         raise UserError(
@@ -100,8 +92,7 @@ def write_rows(
     folder: str | Path, model: str, rows: pd.DataFrame, per_query: pd.DataFrame
 ) -> tuple[Path, Path]:
     """Store one model's rows as ``<model>.csv`` and ``<model>.per_query.parquet``."""
-    csv = Path(folder) / f"{model}.csv"
-    return _store(rows, per_query, csv, _values_of(csv))
+    return _store(rows, per_query, Path(folder) / f"{model}.csv")
 
 
 def merge_results(source: str | Path, destination: str | Path) -> tuple[Path, Path]:
@@ -111,13 +102,11 @@ def merge_results(source: str | Path, destination: str | Path) -> tuple[Path, Pa
     """
     if Path(source).resolve() == Path(destination).resolve():
         raise UserError(f"merge_results: {source} cannot be merged into itself: name another.")
-    csv = Path(destination) / MERGED_ROWS
-    return _store(read_rows(source), read_per_query(source), csv, _values_of(csv))
+    return _store(read_rows(source), read_per_query(source), Path(destination) / MERGED_ROWS)
 
 
-def _store(
-    rows: pd.DataFrame, per_query: pd.DataFrame, csv: Path, parquet: Path
-) -> tuple[Path, Path]:
+def _store(rows: pd.DataFrame, per_query: pd.DataFrame, csv: Path) -> tuple[Path, Path]:
+    parquet = _values_of(csv)
     rows, per_query = validate_rows(rows, csv), validate_per_query(per_query, parquet)
     with atomic_path(csv) as new_csv:
         rows.to_csv(new_csv, index=False, lineterminator="\n")
@@ -131,24 +120,37 @@ def _store(
 def has_rows(folder: str | Path) -> bool:
     """Whether `folder` holds result rows: a merged ``rows.csv``, or one CSV per model."""
     files = _row_files(Path(folder))
-    return bool(files) and files[0].read_text("utf-8").startswith("model,train_collection,")
+    return bool(files) and files[0].read_bytes().startswith(b"model,train_collection,")
 
 
 def read_rows(folder: str | Path) -> pd.DataFrame:
-    """All result rows of a run's ``results`` folder or a merged one, sorted by setting.
-
-    Raises
-    ------
-    UserError
-        When there are none, or a file is not a result.
-    """
-    frames = [_read_csv(file) for file in _row_files(Path(folder), needed=True)]
+    """All result rows of a run's ``results`` folder or a merged one, sorted by setting."""
+    # Only in numbers does "" mean "not measured"; train_factors "1" stays text.
+    numbers = {column: [""] for column, kind in _TYPES.items() if kind in ("Int64", "float64")}
+    frames = []
+    for file in _row_files(Path(folder), needed=True):
+        try:
+            frame = pd.read_csv(file, dtype=_TYPES, keep_default_na=False, na_values=numbers)
+        except (ValueError, TypeError) as error:  # also pandas' own and UnicodeDecodeError
+            raise UserError(
+                f"{file} cannot be read as result rows ({error}). Move it away if it is something "
+                "else, or delete it and evaluate that model again."
+            ) from error
+        frames.append(validate_rows(frame, file))
     return validate_rows(pd.concat(frames, ignore_index=True), folder)
 
 
 def read_per_query(folder: str | Path) -> pd.DataFrame:
-    """All per-query values of `folder`, sorted by setting and query; errors as in `read_rows`."""
-    frames = [_read_parquet(_values_of(file)) for file in _row_files(Path(folder), needed=True)]
+    """All per-query values of `folder`, sorted by setting and query."""
+    frames = []
+    for file in map(_values_of, _row_files(Path(folder), needed=True)):
+        try:
+            frames.append(validate_per_query(pd.read_parquet(file), file))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(
+                f"{file}, which belongs to the CSV beside it, cannot be read ({error}). Put it "
+                "back (git restore), or evaluate that model again."
+            ) from error
     return validate_per_query(pd.concat(frames, ignore_index=True), folder)
 
 
@@ -174,44 +176,16 @@ def _values_of(csv: Path) -> Path:
     return csv.with_name(MERGED_PER_QUERY if merged else f"{csv.stem}.per_query.parquet")
 
 
-def _read_csv(file: Path) -> pd.DataFrame:
-    # Only in numbers does "" mean "not measured"; train_factors "1" stays text.
-    numbers = {column: [""] for column, kind in _TYPES.items() if kind in ("Int64", "float64")}
-    try:
-        frame = pd.read_csv(file, dtype=_TYPES, keep_default_na=False, na_values=numbers)
-    except (ValueError, TypeError) as error:  # also pandas' own and UnicodeDecodeError
-        raise UserError(
-            f"{file} cannot be read as result rows ({error}). Move it away if it is something "
-            "else, or delete it and evaluate that model again."
-        ) from error
-    return validate_rows(frame, file)
-
-
-def _read_parquet(file: Path) -> pd.DataFrame:
-    try:
-        frame = pd.read_parquet(file)
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise UserError(
-            f"{file}, which belongs to the CSV beside it, cannot be read ({error}). Put it back "
-            "(git restore), or evaluate that model again."
-        ) from error
-    return validate_per_query(frame, file)
-
-
 def _select(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
     """Rows that have these values in these columns."""
-    same = [frame[column] == value for column, value in values.items()]
-    return frame[np.logical_and.reduce(same)]
+    return frame[np.logical_and.reduce([frame[key] == value for key, value in values.items()])]
 
 
 def default_variant(frame: pd.DataFrame, pool_method: str) -> str:
     """The variant of `pool_method` that most models in `frame` were measured with.
 
-    One variant for all models, so that no comparison mixes two. Ties are broken by the order of
-    `VARIANTS`.
+    One for all models, so that no comparison mixes two; ties go by the order of `VARIANTS`.
     """
-    if pool_method not in VARIANTS:
-        raise UserError(f"pool_method {pool_method!r} is none of {list(VARIANTS)}.")
     measured = _select(frame, pool_method=pool_method)
     models = measured.groupby("pool_variant")["model"].nunique()
     return max(VARIANTS[pool_method], key=lambda variant: models.get(variant, 0))
@@ -232,19 +206,9 @@ def find_models(
 
 
 def relative_ndcg(rows: pd.DataFrame, partial: bool = False) -> pd.DataFrame:
-    """Add ``relative_ndcg@10``: percent of the unpooled baseline's NDCG@10.
+    """Add ``relative_ndcg@10``: percent of the unpooled baseline's, by collection and engine.
 
-    The baseline is that of the same collection and engine.
-
-    Parameters
-    ----------
-    partial
-        Give NaN where the baseline was not measured, as in an unfinished run.
-
-    Raises
-    ------
-    UserError
-        When a collection and engine have no unpooled baseline above 0, unless `partial`.
+    Where that was not measured, or is 0, `partial` gives NaN instead of an error.
     """
     unpooled = _select(rows, model=BASELINE, pool_method="none")
     reference = unpooled.set_index(["collection", "engine"])["ndcg@10"]
@@ -262,16 +226,8 @@ def relative_ndcg(rows: pd.DataFrame, partial: bool = False) -> pd.DataFrame:
 def kept_ndcg(rows: pd.DataFrame) -> pd.DataFrame:
     """What a model keeps when it is pooled: ``kept``, percent of its own unpooled NDCG@10.
 
-    Parameters
-    ----------
-    rows
-        Of one model and one engine.
-
-    Returns
-    -------
-    pandas.DataFrame
-        The pooled rows, and for each method that pools a collection its unpooled row as the
-        method's point at factor 1. NaN where the unpooled NDCG@10 is 0.
+    `rows` are of one model and one engine. Returned are the pooled ones and, for each method that
+    pools a collection, the unpooled one as its point at factor 1. NaN where unpooled NDCG@10 is 0.
     """
     unpooled = _select(rows, pool_method="none")
     pooled = rows[rows["pool_method"] != "none"]
@@ -293,27 +249,17 @@ def series(
     value: str = "ndcg@10",
     factors: Iterable[int] = POOL_FACTORS,
 ) -> pd.Series:
-    """One curve: the column `value` by pool factor, with the unpooled row at factor 1.
+    """One curve: the column `value` indexed by `factors`, with the unpooled row at factor 1.
 
-    Parameters
-    ----------
-    variant
-        Of the pool method; None takes `default_variant`.
-
-    Returns
-    -------
-    pandas.Series
-        Indexed by `factors`; NaN where a factor was not measured.
+    NaN where a factor was not measured. `variant` None takes `default_variant`.
     """
     variant = default_variant(rows, pool_method) if variant is None else variant
     measured = _select(rows, model=model, collection=collection, engine=engine)
     unpooled = _select(measured, pool_method="none")
     pooled = _select(measured, pool_method=pool_method, pool_variant=variant)
     chosen = pd.concat([unpooled, pooled]) if pool_method != "none" else unpooled
-    curve = pd.Series(
-        chosen[value].to_numpy(dtype=float), index=chosen["pool_factor"].to_numpy(dtype=int)
-    )
-    return curve.reindex(pd.Index(list(factors), name="pool_factor")).rename(value)
+    curve = chosen.astype({"pool_factor": int, value: float}).set_index("pool_factor")[value]
+    return curve.reindex(pd.Index(list(factors), name="pool_factor"))
 
 
 def query_values(
@@ -342,21 +288,11 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """Mean of ``a - b`` over queries and its 95 % percentile interval: (difference, low, high).
 
-    Parameters
-    ----------
-    a, b
-        (queries,) values of the same queries in the same order. A single query has no interval:
-        its ends are NaN.
+    `a` and `b`, (queries,), are values of the same queries in the same order, without NaN. Queries
+    are drawn with replacement, each with both its values. One query has no interval: NaN.
 
-    Raises
-    ------
-    UserError
-        When the two differ in length, are empty, or hold a NaN.
-
-    Notes
-    -----
-    Queries are drawn with replacement, each with both its values (Efron and Tibshirani, *An
-    Introduction to the Bootstrap*, 1993, chapter 13; for retrieval: Sakai, SIGIR 2006).
+    Source: Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13; for
+    retrieval: Sakai, SIGIR 2006.
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if a.shape != b.shape or a.ndim != 1 or not len(a):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
@@ -56,26 +56,13 @@ class BundledTeacher:
 
     Attributes
     ----------
-    query_ids, document_ids : list of str
-        Rows and columns of the matrices.
-    dense : numpy.ndarray
-        (queries, documents) cosine of the dense encoder.
-    late : numpy.ndarray
-        (queries, documents) MaxSim of the late-interaction model.
+    dense, late
+        Cosine of the dense encoder and MaxSim of the late-interaction model: (queries, documents),
+        by id.
     """
 
-    query_ids: list[str]
-    document_ids: list[str]
-    dense: np.ndarray
-    late: np.ndarray
-
-    @cached_property
-    def _rows(self) -> dict[str, int]:
-        return {query: row for row, query in enumerate(self.query_ids)}
-
-    @cached_property
-    def _columns(self) -> dict[str, int]:
-        return {document: column for column, document in enumerate(self.document_ids)}
+    dense: pd.DataFrame
+    late: pd.DataFrame
 
     def scores(
         self, query_id: str, document_ids: Sequence[str], positives: Sequence[str]
@@ -85,9 +72,8 @@ class BundledTeacher:
         The positives are lifted to the best score of all: this teacher is too weak to doubt the
         judgments.
         """
-        row = self._rows[query_id]
-        columns = [self._columns[document] for document in document_ids]
-        mixed = (_min_max(self.dense[row, columns]) + _min_max(self.late[row, columns])) / 2
+        given = [matrix.loc[query_id][list(document_ids)] for matrix in (self.dense, self.late)]
+        mixed = sum(_min_max(scores.to_numpy()) for scores in given) / 2
         scores = dict(zip(document_ids, mixed.tolist(), strict=True))
         return scores | dict.fromkeys(positives, max(scores.values()))
 
@@ -103,12 +89,10 @@ def bundled_teacher(
     """Score a training collection with the bundled encoder, dense and as `model`, unpooled."""
     queries = encode(model, list(collection.queries.values()), True, precision, progress=progress)
     documents = encode(model, list(collection.corpus.values()), False, precision, progress=progress)
-    return BundledTeacher(
-        list(collection.queries),
-        list(collection.corpus),
-        dense_similarities(collection, model.document_length, precision, progress),
-        maxsim_scores(queries, documents, progress=progress).numpy(),
-    )
+    dense = dense_similarities(collection, model.document_length, precision, progress)
+    late = maxsim_scores(queries, documents, progress=progress).numpy()
+    ids = list(collection.queries), list(collection.corpus)
+    return BundledTeacher(pd.DataFrame(dense, *ids), pd.DataFrame(late, *ids))
 
 
 def dense_similarities(
@@ -116,15 +100,7 @@ def dense_similarities(
 ) -> np.ndarray:
     """Cosine of every query with every document by the bundled dense encoder.
 
-    Parameters
-    ----------
-    max_length
-        Word pieces at which documents are cut.
-
-    Returns
-    -------
-    numpy.ndarray
-        (queries, documents), float32, in the collection's order.
+    Texts are cut at `max_length` word pieces. Gives (queries, documents), float32.
     """
     with quiet_loading():
         encoder = SentenceTransformer(str(bundled_encoder_path()), device="cpu")
@@ -139,13 +115,7 @@ def dense_similarities(
 
 
 def untrained_model(profile: Profile) -> PooledColBERT:
-    """The bundled model before its adaptation, made once per profile.
-
-    Raises
-    ------
-    UserError
-        When the profile's base is not the bundled model.
-    """
+    """The bundled model before its adaptation, made once per profile."""
     if profile.adaptation is None:
         raise UserError(
             "The bundled teacher is the bundled model before its adaptation, but model.base is "
@@ -258,15 +228,7 @@ def load_reranker(
 ) -> RerankerTeacher:
     """Load a reranking causal language model from a folder.
 
-    Parameters
-    ----------
-    precision
-        ``auto`` is bfloat16 on a GPU that computes in it, else float32.
-
-    Raises
-    ------
-    UserError
-        When it is not a whole causal language model, or lacks "Yes".
+    The precision ``auto`` is bfloat16 on a GPU that computes in it, else float32.
     """
     on_cpu = precision == "auto" and device.type == "cpu"
     dtype = torch.float32 if on_cpu else getattr(torch, forward_precision(precision, device))

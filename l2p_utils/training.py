@@ -27,10 +27,7 @@ from datasets import Dataset
 from pylate import losses
 from pylate.losses.contrastive import extract_skiplist_mask
 from pylate.utils import ColBERTCollator
-from sentence_transformers import (
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.evaluation import SentenceEvaluator
 from torch.utils.data import BatchSampler, Sampler
 from transformers import PrinterCallback, TrainerCallback
@@ -65,8 +62,6 @@ from l2p_utils.pooling import (
     DEFAULT_VARIANT,
     PoolMethod,
     PoolVariant,
-    check_pool_factor,
-    check_pooling,
     pool_padded,
     stored_variant,
 )
@@ -111,19 +106,9 @@ class PooledDistillation(losses.Distillation):
     too. With pool factor 1 this is PyLate's loss, its treatment of padding included: a padded
     vector's similarity counts as 0, not −∞.
 
-    Parameters
-    ----------
-    pool_factors
-        One is drawn per step.
-    seed
-        Of the draws, together with `step`.
-    use_sklearn, variant
-        See `l2p_utils.pooling.pool`.
-
-    Attributes
-    ----------
-    step : int
-        The optimiser step, from 0. `fit` sets it, so that all parts of a step share its factor.
+    One of `pool_factors` is drawn per step, from `seed` and the attribute `step`: the optimiser's,
+    set by `fit`, so that all parts of a step share its factor. `use_sklearn`, `variant`: see
+    `l2p_utils.pooling.pool`.
     """
 
     def __init__(
@@ -137,8 +122,7 @@ class PooledDistillation(losses.Distillation):
         variant: PoolVariant = DEFAULT_VARIANT,
     ) -> None:
         super().__init__(model)
-        check_pooling(pool_method, variant)
-        self.pool_factors = [check_pool_factor(factor) for factor in pool_factors]
+        self.pool_factors = list(pool_factors)
         self.pool_method = pool_method
         self.seed = seed
         self.protected_tokens = protected_tokens
@@ -149,14 +133,9 @@ class PooledDistillation(losses.Distillation):
     def forward(
         self, sentence_features: Iterable[dict[str, torch.Tensor]], labels: torch.Tensor
     ) -> torch.Tensor:
-        """The loss of one batch.
+        """The loss of one batch: tokenised queries (batch) and documents (batch · n_ways).
 
-        Parameters
-        ----------
-        sentence_features
-            Tokenised queries (batch) and documents (batch · n_ways).
-        labels
-            (batch, n_ways) teacher scores.
+        `labels` are the teacher's scores, (batch, n_ways).
         """
         sentence_features = list(sentence_features)
         model = getattr(self.model, "module", self.model)  # a data-parallel one is wrapped
@@ -291,14 +270,9 @@ def fit(
 ) -> tuple[PooledColBERT, pd.DataFrame, dict[str, float]]:
     """Fine-tune the loss's model; in a folder with checkpoints, resume from the last whole one.
 
-    Under torchrun every process calls this with the same arguments; the first one writes.
-
-    Parameters
-    ----------
-    rows
-        As `training_rows` gives them; their order depends on the loss's seed.
-    dev
-        Measured after every epoch; the best epoch is kept.
+    Under torchrun every process calls this with the same arguments; the first one writes. `rows`
+    are those of `training_rows`; their order depends on the loss's seed. `dev` is measured after
+    every epoch.
 
     Returns
     -------
@@ -308,7 +282,7 @@ def fit(
     """
     model = loss.model.float()  # in half precision, where it may be stored, small updates are lost
     freeze(model, settings.frozen_layers)
-    arguments = _arguments(settings, len(rows), loss.seed, folder, precision, model.device)
+    arguments = _arguments(settings, len(rows), loss, folder, precision)
     arguments.disable_tqdm = not progress
     trainer = _Trainer(
         model=model,
@@ -336,8 +310,9 @@ def fit(
             f"(now {arguments.per_device_train_batch_size}; a step keeps its "
             f"{settings.batch_size}), or freeze layers (training.frozen_layers)."
         ) from error
-    log = pd.DataFrame(trainer.state.log_history).rename(columns={f"eval_{DEV_METRIC}": DEV_METRIC})
-    log = log[LOG_COLUMNS].dropna(subset=["loss", DEV_METRIC], how="all", ignore_index=True)
+    evaluated = f"eval_{DEV_METRIC}"
+    history = [line for line in trainer.state.log_history if line.keys() & {"loss", evaluated}]
+    log = pd.DataFrame(history).rename(columns={evaluated: DEV_METRIC})[LOG_COLUMNS]
     log["pool_factor"] = [
         sample_pool_factor(loss.pool_factors, loss.seed, int(step) - 1) for step in log["step"]
     ]
@@ -348,13 +323,9 @@ def fit(
 
 
 def _arguments(
-    settings: TrainingSettings,
-    rows: int,
-    seed: int,
-    folder: Path,
-    precision: str,
-    device: torch.device,
+    settings: TrainingSettings, rows: int, loss: PooledDistillation, folder: Path, precision: str
 ) -> SentenceTransformerTrainingArguments:
+    device = loss.model.device
     processes, cuda = _processes().num_processes, device.type == "cuda"
     at_once, parts = divide_batch(settings.batch_size, processes, settings.micro_batch)
     steps = math.ceil(rows / settings.batch_size) * settings.epochs
@@ -368,7 +339,7 @@ def _arguments(
         warmup_steps=round(settings.warmup_ratio * steps),
         optim="adamw_torch_fused",
         bf16=forward_precision(precision, device) == "bfloat16",
-        seed=seed,
+        seed=loss.seed,
         eval_strategy="epoch",
         save_strategy="epoch",  # and within an epoch, see _Steps
         save_total_limit=1,  # beside the best one
@@ -405,33 +376,24 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 
 def training_rows(mined: Dataset, collection: Collection, max_rows: int | None = None) -> Dataset:
-    """Mined rows with texts, in the columns that PyLate's collator expects.
+    """Mined rows with texts: `query` (str), `documents` (list of str), `scores` (list of float).
 
-    Parameters
-    ----------
-    mined
-        `query_id, document_ids, scores` (and `labels`, which the collator would take for text).
-    max_rows
-        Take so many, spread evenly over the mined rows.
-
-    Returns
-    -------
-    datasets.Dataset
-        `query` (str), `documents` (list of str), `scores` (list of float).
+    PyLate's collator would take `labels` for text. Where there are more than `max_rows`, so many
+    are taken, spread evenly.
     """
     if max_rows is not None and max_rows < len(mined):
         mined = mined.select(np.linspace(0, len(mined) - 1, max_rows).round().astype(int))
     rows = []
     for row in mined:
-        unknown = [d for d in row["document_ids"] if d not in collection.corpus]
-        if unknown or row["query_id"] not in collection.queries:
+        try:
+            query = collection.queries[row["query_id"]]
+            documents = [collection.corpus[document] for document in row["document_ids"]]
+        except KeyError as error:
             raise UserError(
-                f"The mined row of query {row['query_id']!r} names "
-                f"{unknown[:3] or 'a query'} that {collection.name} does not have. The collection "
-                "has changed since it was mined: run 01_data_mining again."
-            )
-        documents = [collection.corpus[d] for d in row["document_ids"]]
-        query = collection.queries[row["query_id"]]
+                f"The mined row of query {row['query_id']!r} names {error}, which "
+                f"{collection.name} does not have. The collection has changed since it was mined: "
+                "run 01_data_mining again."
+            ) from error
         rows.append({"query": query, "documents": documents, "scores": row["scores"]})
     return Dataset.from_list(rows)
 
@@ -447,12 +409,7 @@ def train(
     """Fine-tune the baseline on mined rows, or reuse the model that these settings made.
 
     A missing baseline is made first. On the adaptation's own collection the result is the baseline,
-    with the profile's seed.
-
-    Returns
-    -------
-    pathlib.Path
-        The model's folder: weights, `provenance.json`, and the log of the training.
+    with the profile's seed. Gives the folder of weights, log and provenance.
     """
     factors = list(pool_factors)
     check_run(pool_method, factors)
@@ -525,23 +482,24 @@ def make_baseline(profile: Profile, progress: bool = True) -> Path:
     with locked(cached.with_suffix(".lock"), "makes the baseline"):
         if not settings_match(cached, settings):
             _adapt(profile, settings, cached, progress)
-        if not settings_match(target, settings):
+        if not settings_match(target, settings):  # another job may already train from it
             with atomic_path(target) as temporary:
-                shutil.copytree(cached, temporary, dirs_exist_ok=True)
+                shutil.copytree(cached, temporary)
     return target
 
 
 def _settings(profile: Profile, run: Run) -> dict[str, Any]:
     """What every trained model depends on."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    other = profile.dev_collections.get(run.collection)
-    return {
+    settings = {
         "run": run.model_dump(),
         "code": CACHE_VERSION,
         "training": profile.recipe(run.collection).model_dump(),
         "precision": forward_precision(profile.precision, device),
-        **({"dev": f"{other}, test split"} if other else {}),
     }
+    if other := profile.dev_collections.get(run.collection):
+        settings["dev"] = f"{other}, test split"
+    return settings
 
 
 def _adapt(profile: Profile, settings: dict[str, Any], target: Path, progress: bool) -> None:
@@ -558,15 +516,6 @@ def _adapt(profile: Profile, settings: dict[str, Any], target: Path, progress: b
     start = profile.folder / "models" / "bundled"
     _fit_and_save(profile, settings, start, mined, target, work / "checkpoints", progress)
     remove(work)
-
-
-def _load_dev(profile: Profile, collection: str, settings: TrainingSettings) -> Collection:
-    """The queries that pick the epoch: a part of the dev split, or all of the other collection."""
-    if other := profile.dev_collections.get(collection):
-        return load_collection(other, "test")
-    carve = carves_dev(profile, collection)
-    dev = load_collection(collection, "dev", text_only=profile.mining.text_only, carve_dev=carve)
-    return subset(dev, settings.dev_queries, settings.dev_documents)
 
 
 def _fit_and_save(
@@ -587,8 +536,14 @@ def _fit_and_save(
         if not settings_match(checkpoints, settings):
             remove(checkpoints)  # of other settings
             write_json(checkpoints / PROVENANCE, {"settings": settings})
-    dev = _load_dev(profile, run.collection, recipe)
-    rows = training_rows(mined, profile_split(profile, run.collection), recipe.max_rows)
+    name, mining = run.collection, profile.mining
+    if other := profile.dev_collections.get(name):
+        dev = load_collection(other, "test")
+    else:
+        carve = carves_dev(profile, name)
+        dev = load_collection(name, "dev", text_only=mining.text_only, carve_dev=carve)
+        dev = subset(dev, recipe.dev_queries, recipe.dev_documents)
+    rows = training_rows(mined, profile_split(profile, name), recipe.max_rows)
     model = load_model(start)
     for length, value in settings.get("lengths", {}).items():
         setattr(model, length, value)
@@ -621,7 +576,7 @@ def _fit_and_save(
 
 
 def read_training_log(folder: str | Path) -> pd.DataFrame:
-    """A trained model's log: one row per step, see `fit`."""
+    """A trained model's log: a row per step and per evaluation, see `fit`."""
     return pd.read_csv(Path(folder) / LOG_FILE)
 
 
@@ -629,15 +584,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Train one of a profile's models; under torchrun, as one of several processes."""
     parser = argparse.ArgumentParser(prog="python -m l2p_utils.training", description=main.__doc__)
     parser.add_argument("--profile", required=True, help="a profile's name or a YAML file")
-    parser.add_argument("--baseline", action="store_true", help="make only the baseline")
-    parser.add_argument("--collection", help="needed unless --baseline")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--baseline", action="store_true", help="make only the baseline")
+    which.add_argument("--collection", help="the mined rows to train on")
     parser.add_argument("--pool-method", default="none")
     parser.add_argument("--pool-factors", default="1", help="3, 1-6 or 2+4")
     parser.add_argument("--seed", type=int, help="of the rows' order and the factors")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
-    if not (options.baseline or options.collection):
-        parser.error("expected --collection or --baseline")
     processes = _processes()
     progress = not options.quiet and processes.is_main_process
     try:

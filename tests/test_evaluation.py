@@ -1,6 +1,8 @@
 """Evaluation: metrics judged by trec_eval (pytrec_eval), and what is measured, kept and reused."""
 
 import ast
+import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -18,19 +20,7 @@ from tiny import tiny_colbert
 
 from l2p_utils import evaluation
 from l2p_utils.collection import Collection
-from l2p_utils.evaluation import (
-    Encoded,
-    Setting,
-    cut_documents,
-    describe_model,
-    encode_collection,
-    evaluate_collection,
-    evaluate_model,
-    evaluation_tasks,
-    load_evaluated,
-    measure,
-    pooled_documents,
-)
+from l2p_utils.evaluation import Encoded, Setting, evaluate_model, evaluation_tasks, measure
 from l2p_utils.files import ROOT, UserError
 from l2p_utils.model import encode
 from l2p_utils.pooling import pool
@@ -66,15 +56,10 @@ def test_measures_worked_by_hand():
     assert values["mrr@10"].tolist() == [0.5, 0.5]
 
 
-def test_what_comes_after_rank_10_does_not_count():
-    values = measure(collection_of({"q": {"d10": 1}}), ranking_of(DOCUMENTS))
-    assert values[METRICS].to_numpy().tolist() == [[0, 0, 0]]
-
-
-def test_a_query_that_finds_nothing_or_has_nothing_to_find_scores_0():
-    collection = collection_of({"nothing found": {"d1": 1}, "none": {"d1": 0}, "unjudged": {}})
-    values = measure(collection, ranking_of([], ["d1"], ["d2"]))
-    assert values[METRICS].to_numpy().tolist() == [[0, 0, 0]] * 3
+def test_what_counts_0():
+    qrels = {"nothing found": {"d1": 1}, "none": {"d1": 0}, "unjudged": {}, "rank 11": {"d10": 1}}
+    values = measure(collection_of(qrels), ranking_of([], ["d1"], ["d2"], DOCUMENTS))
+    assert values[METRICS].to_numpy().tolist() == [[0, 0, 0]] * 4
 
 
 SCORED = st.dictionaries(st.sampled_from(DOCUMENTS), st.integers(0, 4), max_size=25)
@@ -116,21 +101,15 @@ def test_a_query_does_not_find_itself(name, text, judged, reciprocal_rank):
     assert measure(collection, ranking_of(["d1", "d2"]))["mrr@10"].tolist() == [reciprocal_rank]
 
 
-# --- a part of a collection -----------------------------------------------------------------------
-
-QRELS = {f"q{i}": {f"d{i}": 1, f"d{i + 10}": 0, f"d{i + 5}": -1} for i in range(5)}
-
-
 # --- encoding -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_vectors_are_float32_of_unit_length_in_any_precision(bundled_model, texts, precision):
-    vectors = encode(bundled_model, texts, False, precision)
-    assert len(vectors) == len(texts)
-    assert all(v.dtype == torch.float32 and v.device.type == "cpu" for v in vectors)
-    lengths = torch.cat([v.norm(dim=-1) for v in vectors])
-    torch.testing.assert_close(lengths, torch.ones_like(lengths), atol=1e-6, rtol=0)
+def test_vectors_are_float32_of_unit_length_in_any_precision(bundled_model, texts):
+    for precision in ("float32", "bfloat16"):
+        vectors = torch.cat(encode(bundled_model, texts, False, precision))
+        assert vectors.dtype == torch.float32 and vectors.device.type == "cpu"
+        lengths = vectors.norm(dim=-1)
+        torch.testing.assert_close(lengths, torch.ones_like(lengths), atol=1e-6, rtol=0)
 
 
 def test_cut_documents_are_counted_in_word_pieces(tmp_path):
@@ -139,10 +118,12 @@ def test_cut_documents_are_counted_in_word_pieces(tmp_path):
     assert model.document_length == 16
     corpus = {str(n): "word " * n for n in (1, 13, 14, 24)}
     assert [len(v) for v in encode(model, list(corpus.values()), False)] == [4, 16, 16, 16]
-    found = cut_documents(model, collection_of({"q": {"1": 1}}, corpus))
+    found = evaluation.cut_documents(model, collection_of({"q": {"1": 1}}, corpus))
     expected = {"collection": "made-up", "documents": 4, "document_length": 16, "cut": 2}
     assert found == {**expected, "lost": round(100 * (1 + 11) / (14 + 24), 1)}
-    whole = cut_documents(model, collection_of({"q": {"1": 1}}, {"1": "word", "13": "word " * 13}))
+    whole = evaluation.cut_documents(
+        model, collection_of({"q": {"1": 1}}, {"1": "word", "13": "word " * 13})
+    )
     assert (whole["cut"], whole["lost"]) == (0, 0.0)
 
 
@@ -161,31 +142,22 @@ def random_encoded(documents=8, queries=3, dim=8, seed=0):
     return Encoded(collection_of(qrels, corpus), [v[1:4] for v in vectors[:queries]], vectors)
 
 
-def test_every_setting_comes_once_and_the_unpooled_one_first():
+@pytest.mark.parametrize(("use_sklearn", "name"), [(False, "fast"), (True, "sklearn")])
+def test_every_setting_comes_once_and_the_unpooled_one_first(use_sklearn, name):
     methods, variants = ["span", "kmeans", "hierarchical"], ["pylate", "paper"]
-    found = pooled_documents(random_encoded(), methods, [1, 2, 3], variants)
-    named = [
-        ("span", ""),
-        ("kmeans", "fast"),
-        ("hierarchical", "pylate"),
-        ("hierarchical", "paper"),
-    ]
-    pooled = [Setting(*name, factor) for name in named for factor in (2, 3)]
-    assert [setting for setting, _ in found] == [Setting("none", "", 1), *pooled]
-
-
-def test_scikit_learns_kmeans_is_named_as_such_and_only_on_request():
     encoded = random_encoded()
-    for use_sklearn, name in [(False, "fast"), (True, "sklearn")]:
-        found = dict(pooled_documents(encoded, ["kmeans"], [3], use_sklearn=use_sklearn))
-        pooled = pool(encoded.documents, 3, "kmeans", use_sklearn=use_sklearn)
-        for ours, expected in zip(found[Setting("kmeans", name, 3)], pooled, strict=True):
-            assert torch.equal(ours, expected)
+    found = dict(evaluation.pooled_documents(encoded, methods, [1, 2, 3], variants, use_sklearn))
+    kinds = [("span", ""), ("kmeans", name), ("hierarchical", "pylate"), ("hierarchical", "paper")]
+    pooled = [Setting(*kind, factor) for kind in kinds for factor in (2, 3)]
+    assert list(found) == [Setting("none", "", 1), *pooled]
+    expected = pool(encoded.documents, 3, "kmeans", use_sklearn=use_sklearn)
+    for vectors, other in zip(found[Setting("kmeans", name, 3)], expected, strict=True):
+        assert torch.equal(vectors, other)
 
 
 def test_rows_tell_what_was_stored_and_measured():
     encoded = random_encoded()
-    rows, per_query = evaluate_collection(encoded, ["span"], [1, 2])
+    rows, per_query = evaluation.evaluate_collection(encoded, ["span"], [1, 2])
     assert rows["pool_factor"].tolist() == [1, 2]
     where = rows[["collection", "engine", "queries", "documents"]].to_numpy().tolist()
     assert where == [["made-up", "exact", 3, 8]] * 2
@@ -207,16 +179,15 @@ TOPICS = ["matrix", "spline", "cluster", "integral", "filter", "random sample"]
 def write_beir(folder, topics):
     """A collection in BEIR's layout: two documents and a test query per topic."""
     (folder / "qrels").mkdir(parents=True)
-    documents = [
-        f'{{"_id": "{i}-{kind}", "title": "", "text": "The {kind} {topic} is computed here."}}'
+    corpus = [
+        {"_id": f"{i}-{kind}", "title": "", "text": f"The {kind} {topic} is computed here."}
         for i, topic in enumerate(topics)
         for kind in ("sparse", "dense")
     ]
-    queries = [f'{{"_id": "q{i}", "text": "what is a {t}?"}}' for i, t in enumerate(topics)]
-    judged = [f"q{i}\t{i}-sparse\t1" for i in range(len(topics))]
-    (folder / "corpus.jsonl").write_text("\n".join(documents) + "\n")
-    (folder / "queries.jsonl").write_text("\n".join(queries) + "\n")
-    lines = ["query-id\tcorpus-id\tscore", *judged]
+    queries = [{"_id": f"q{i}", "text": f"what is a {topic}?"} for i, topic in enumerate(topics)]
+    for name, records in (("corpus", corpus), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\t{i}-sparse\t1" for i in range(len(topics)))]
     (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -249,11 +220,11 @@ def root(tmp_path, monkeypatch, model_folder):
 @pytest.fixture
 def encoded(monkeypatch):
     """Names of the collections that were encoded."""
-    names = []
+    names, encode = [], evaluation.encode_collection
 
     def counting(model, collection, *args, **kwargs):
         names.append(collection.name)
-        return encode_collection(model, collection, *args, **kwargs)
+        return encode(model, collection, *args, **kwargs)
 
     monkeypatch.setattr(evaluation, "encode_collection", counting)
     return names
@@ -264,12 +235,13 @@ def profile(root):
     return tiny_profile([root / "one", root / "two"])
 
 
-def test_an_evaluation_writes_rows_and_values_that_can_be_read_back(
-    root, profile, encoded, bundled_model
-):
-    rows = evaluate_model(profile, "baseline", bundled_model, progress=False)
-    stored = read_rows(profile.folder / "results")
-    values = read_per_query(profile.folder / "results")
+def evaluated(profile, model):
+    return evaluate_model(profile, "baseline", model, progress=False)
+
+
+def test_an_evaluation_writes_rows_and_values_and_is_reused(root, profile, encoded, bundled_model):
+    rows = evaluated(profile, bundled_model)
+    stored, values = (read(profile.folder / "results") for read in (read_rows, read_per_query))
     assert len(stored) == len(rows) == 4
     assert encoded == [str(root / "one"), str(root / "two")]
     assert set(stored["model"]) == {"baseline"} and set(stored["seed"]) == {42}
@@ -278,45 +250,31 @@ def test_an_evaluation_writes_rows_and_values_that_can_be_read_back(
     means = values.groupby(keys)[METRICS].mean()
     assert np.allclose(stored.set_index(keys)[METRICS].sort_index(), means.sort_index(), atol=1e-6)
     assert stored["ndcg@10"].min() > 0.5  # the words are the same
+    pd.testing.assert_frame_equal(evaluated(profile, bundled_model), rows)
+    assert len(encoded) == 2
 
 
-def test_finished_tasks_are_reused(profile, encoded, bundled_model):
-    first = evaluate_model(profile, "baseline", bundled_model, progress=False)
-    encoded.clear()
-    again = evaluate_model(profile, "baseline", bundled_model, progress=False)
-    assert encoded == []
-    pd.testing.assert_frame_equal(first, again)
-
-
-def test_a_changed_collection_is_measured_again_and_the_other_is_not(
-    root, profile, encoded, bundled_model, capsys
+def test_only_what_has_changed_is_measured_again(
+    root, profile, encoded, bundled_model, capsys, monkeypatch
 ):
-    evaluate_model(profile, "baseline", bundled_model, progress=False)
+    evaluated(profile, bundled_model)
     assert "documents are longer" not in capsys.readouterr().out
     with (root / "two" / "corpus.jsonl").open("a") as corpus:
         corpus.write(f'{{"_id": "new", "text": "{"matrix " * 58}"}}\n')
     encoded.clear()
-    rows = evaluate_model(profile, "baseline", bundled_model, progress=False)
+    rows = evaluated(profile, bundled_model)
     assert encoded == [str(root / "two")]
     assert rows["documents"].tolist() == [12, 12, 7, 7]
-    notice = (
-        "1 of 7 documents are longer than document_length = 32 word pieces and end there: 50.0 %"
-    )
+    notice = "1 of 7 documents are longer than document_length = 32 word pieces and end there: 50."
     assert notice in capsys.readouterr().out
-
-
-def test_other_weights_and_older_code_are_measured_again(
-    profile, encoded, bundled_model, monkeypatch
-):
-    evaluate_model(profile, "baseline", bundled_model, progress=False)
     weights = profile.folder / "models" / "baseline" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    evaluate_model(profile, "baseline", bundled_model, progress=False)
+    evaluated(profile, bundled_model)
     monkeypatch.setattr(evaluation, "CACHE_VERSION", evaluation.CACHE_VERSION + 1)
-    evaluate_model(profile, "baseline", bundled_model, progress=False)
-    assert len(encoded) == 3 * 2
+    evaluated(profile, bundled_model)
+    assert len(encoded) == 1 + 2 * 2
 
 
 def test_an_interrupted_evaluation_resumes_where_it_stopped(
@@ -329,33 +287,36 @@ def test_an_interrupted_evaluation_resumes_where_it_stopped(
             raise KeyboardInterrupt
         return search(queries, *args)
 
-    monkeypatch.setattr(evaluation, "exact_search", failing)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_model(profile, "baseline", bundled_model, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "exact_search", failing)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(profile, bundled_model)
     assert not (profile.folder / "results").exists()
-    monkeypatch.setattr(evaluation, "exact_search", search)
     encoded.clear()
-    evaluate_model(profile, "baseline", bundled_model, progress=False)
+    whole = evaluated(profile, bundled_model)
     assert encoded == [str(root / "two")]
-
-
-def test_a_half_written_part_is_measured_again(root, profile, encoded, bundled_model):
-    whole = evaluate_model(profile, "baseline", bundled_model, progress=False)
     part = profile.folder / "evaluated" / "baseline" / "one-exact"
-    (part / "provenance.json").write_text('{"settings": {"mod')
+    (part / "provenance.json").write_text('{"settings": {"mod')  # half-written
     (part / "rows.csv").write_text("collection,eng")
-    encoded.clear()
-    again = evaluate_model(profile, "baseline", bundled_model, progress=False)
-    assert encoded == [str(root / "one")]
+    again = evaluated(profile, bundled_model)
+    assert encoded == [str(root / "two"), str(root / "one")]
     pd.testing.assert_frame_equal(
         whole.drop(columns="query_ms"), again.drop(columns="query_ms"), check_exact=True
     )
 
 
+def test_a_collection_whose_name_is_a_number_keeps_it(root, bundled_model, monkeypatch):
+    monkeypatch.chdir(root)
+    write_beir(root / "007", TOPICS[:2])
+    profile = tiny_profile(["007"])
+    rows = evaluated(profile, bundled_model)
+    stored, values = (read(profile.folder / "results") for read in (read_rows, read_per_query))
+    assert {*rows["collection"]} == {*stored["collection"]} == {*values["collection"]} == {"007"}
+
+
 def test_plaid_takes_fewer_queries_over_the_same_documents(root, encoded, bundled_model):
-    job = {"model": "baseline", "collections": [str(root / "one")], "pool_methods": ["span"]}
-    profile = tiny_profile([root / "one"], plaid=[{**job, "max_queries": 2}])
-    rows = evaluate_model(profile, "baseline", bundled_model, progress=False)
+    profile = tiny_profile([root / "one"], plaid=[plaid_job(root / "one", "span", 2)])
+    rows = evaluated(profile, bundled_model)
     assert rows["engine"].tolist() == ["exact", "exact", "plaid", "plaid"]
     assert rows["queries"].tolist() == [6, 6, 2, 2]
     assert rows["index_bytes"].isna().tolist() == [True, True, False, False]
@@ -367,19 +328,17 @@ def test_plaid_takes_fewer_queries_over_the_same_documents(root, encoded, bundle
 # --- models ---------------------------------------------------------------------------------------
 
 
-def test_a_trained_model_comes_from_its_folder(profile):
-    assert load_evaluated(profile, "baseline").document_length == 32
-    with pytest.raises(UserError, match="has no model 'docs-scipy-kmeans-pf9-s42'; it has"):
-        load_evaluated(profile, "docs-scipy-kmeans-pf9-s42")
-    with pytest.raises(UserError, match="models/docs-scipy-pf1-s42 .*02_training"):
-        load_evaluated(profile, "docs-scipy-pf1-s42")
-
-
-def test_a_model_that_cannot_be_evaluated_is_refused_before_work(profile, encoded, bundled_model):
-    for name, message in [("docs-scipy-kmeans-pf9-s42", "no model"), ("docs-scipy-pf1-s42", "02_")]:
+def test_a_trained_model_comes_from_its_folder_or_is_refused(profile, encoded, bundled_model):
+    assert evaluation.load_evaluated(profile, "baseline").document_length == 32
+    for name, message in [
+        ("docs-scipy-kmeans-pf9-s42", "has no model 'docs-scipy-kmeans-pf9-s42'; it has"),
+        ("docs-scipy-pf1-s42", "models/docs-scipy-pf1-s42.*02_training"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            evaluation.load_evaluated(profile, name)
         with pytest.raises(UserError, match=message):
             evaluate_model(profile, name, bundled_model, progress=False)
-    assert encoded == []
+    assert encoded == []  # before work
 
 
 @pytest.fixture
@@ -401,55 +360,49 @@ def test_hub_models_are_measured_from_their_source_at_the_profiles_lengths(hub_p
     names = {"baseline": 20, "baseline-d12": 12, "released-their-scifact-kmeans-pf1-6": 20}
     assert hub_profile.evaluated_names == list(names)
     for name, length in names.items():
-        model = load_evaluated(hub_profile, name)
+        model = evaluation.load_evaluated(hub_profile, name)
         assert (model.query_length, model.document_length) == (10, length)
     rows = evaluate_model(hub_profile, name, model, progress=False)
     assert set(rows["query_length"]) == {6} and set(rows["document_length"]) == {20}
     assert not (hub_profile.folder / "models" / name).exists()
     wrong = hub_profile.model.model_copy(update={"dim": 64})
     with pytest.raises(UserError, match="dim"):
-        load_evaluated(hub_profile.model_copy(update={"model": wrong}), "baseline")
+        evaluation.load_evaluated(hub_profile.model_copy(update={"model": wrong}), "baseline")
 
 
 def test_a_released_model_is_described_by_its_name(hub_profile, profile):
-    columns = ["train_collection", "train_method", "train_factors"]
     described = {
-        name: [describe_model(hub_profile, name)[column] for column in columns]
-        for name in hub_profile.evaluated_names
-    }
-    assert described == {
         "baseline": ["", "", ""],
         "baseline-d12": ["", "none", ""],
         "released-their-scifact-kmeans-pf1-6": ["released:scifact", "kmeans", "1-6"],
     }
-    trained = describe_model(profile, "docs-scipy-pf1-s42")
+    for name, training in described.items():
+        found = evaluation.describe_model(hub_profile, name)
+        assert list(found.values()) == [name, *training, 42]
+    trained = evaluation.describe_model(profile, "docs-scipy-pf1-s42")
     assert list(trained.values()) == ["docs-scipy-pf1-s42", "docs:scipy", "none", "1", 42]
 
 
 # --- tasks ----------------------------------------------------------------------------------------
 
 
-def plaid_job(model, collection, method, max_queries=None):
-    job = {"model": model, "collections": [collection], "pool_methods": [method]}
+def plaid_job(collection, method="span", max_queries=None):
+    job = {"model": "baseline", "collections": [str(collection)], "pool_methods": [method]}
     return job | {"max_queries": max_queries}
 
 
 def test_a_collections_tasks_follow_each_other_exact_first():
-    jobs = [plaid_job("baseline", name, "span") for name in ("docs:numpy", "docs:scipy")]
+    jobs = [plaid_job(name) for name in ("docs:numpy", "docs:scipy")]
     profile = tiny_profile(["docs:scipy", "docs:torch"], plaid=jobs)
-    tasks = [(task.collection, task.engine) for task in evaluation_tasks(profile, "baseline")]
-    assert tasks == [
-        ("docs:scipy", "exact"),
-        ("docs:scipy", "plaid"),
-        ("docs:torch", "exact"),
-        ("docs:numpy", "plaid"),
-    ]
+    tasks = [f"{task.collection} {task.engine}" for task in evaluation_tasks(profile, "baseline")]
+    expected = ["docs:scipy exact", "docs:scipy plaid", "docs:torch exact", "docs:numpy plaid"]
+    assert tasks == expected
     trained = evaluation_tasks(profile, "docs-scipy-pf1-s42")
     assert [task.engine for task in trained] == ["exact", "exact"]
 
 
 def test_plaid_jobs_on_one_collection_share_the_unpooled_index():
-    jobs = [plaid_job("baseline", "docs:scipy", method, 10) for method in ("span", "kmeans")]
+    jobs = [plaid_job("docs:scipy", method, 10) for method in ("span", "kmeans")]
     tasks = evaluation_tasks(tiny_profile(["docs:scipy"], plaid=jobs), "baseline")
     found = [(task.engine, task.pool_methods) for task in tasks]
     assert found == [("exact", ["span"]), ("plaid", ["span", "kmeans"])]
@@ -459,7 +412,7 @@ def test_plaid_jobs_on_one_collection_share_the_unpooled_index():
 
 
 def test_only_the_baseline_is_measured_in_all_hierarchical_variants():
-    jobs = [plaid_job("baseline", "docs:scipy", "hierarchical")]
+    jobs = [plaid_job("docs:scipy", "hierarchical")]
     profile = tiny_profile(["docs:scipy"], plaid=jobs)
     settings = profile.evaluation.model_copy(update={"baseline_variants": ["pylate", "paper"]})
     for own, both in [("pylate", ["pylate", "paper"]), ("paper", ["paper", "pylate"])]:
@@ -491,10 +444,15 @@ def run_notebook(profile):
 
 
 @pytest.mark.parametrize("plaid", [False, True])
-def test_the_notebook_works_on_an_own_collection_with_and_without_plaid(root, capsys, plaid):
+def test_the_notebook_works_on_an_own_collection_with_and_without_plaid(
+    root, capsys, plaid, monkeypatch
+):
     matplotlib.use("Agg")
+    indexed = functools.partial(dataclasses.replace, index_bytes=1000)  # a real one takes seconds
+    search = evaluation.exact_search
+    monkeypatch.setattr(evaluation, "plaid_search", lambda *given: indexed(search(*given)))
     own = [root / "one", root / "two"]
-    jobs = [plaid_job("baseline", str(root / "one"), "span", 2)] if plaid else []
+    jobs = [plaid_job(root / "one", "span", 2)] if plaid else []
     path = root / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny_content(own, plaid=jobs)))
     displayed = run_notebook(path)

@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -33,33 +34,26 @@ from l2p_utils.teacher import (
 
 def teacher_of(dense, late):
     """A teacher for one query, "q", and documents a, b, c, …"""
-    documents = list("abcdefgh"[: len(dense)])
-    return BundledTeacher(["q"], documents, np.array([dense]), np.array([late]))
+    ids = ["q"], list("abcdefgh"[: len(dense)])
+    return BundledTeacher(pd.DataFrame([dense], *ids), pd.DataFrame([late], *ids))
 
 
 def test_scores_are_the_mean_of_both_normalised_over_the_candidates():
     teacher = teacher_of([0.0, 0.5, 1.0, 9.0], [10.0, 30.0, 20.0, -9.0])
     scores = teacher.scores("q", ["a", "b", "c"], [])  # d is no candidate
     assert scores == pytest.approx({"a": 0.0, "b": 0.75, "c": 0.75}, abs=1e-6)
-
-
-def test_known_positives_are_lifted_to_the_best_score():
-    teacher = teacher_of([0.0, 0.5, 1.0], [0.0, 1.0, 2.0])
-    scores = teacher.scores("q", ["a", "b", "c"], ["a", "b"])
-    assert scores["a"] == scores["b"] == scores["c"] == pytest.approx(1.0)
-    assert teacher.scores("q", ["c", "b", "a"], ["c"]) == pytest.approx({"a": 0, "b": 0.5, "c": 1})
-
-
-def test_scores_are_looked_up_by_id():
-    dense = np.array([[0.0, 1.0, 0.25], [1.0, 0.0, 0.75]])
-    teacher = BundledTeacher(["q1", "q2"], ["a", "b", "c"], dense, dense)
+    dense = pd.DataFrame([[0.0, 1.0, 0.25], [1.0, 0.0, 0.75]], ["q1", "q2"], ["a", "b", "c"])
+    teacher = BundledTeacher(dense, dense)
     assert teacher.scores("q2", ["c", "b", "a"], []) == pytest.approx({"c": 0.75, "b": 0, "a": 1})
 
 
-def test_constant_scores_do_not_divide_by_zero():
-    scores = teacher_of([0.5, 0.5, 0.5], [7.0, 7.0, 7.0]).scores("q", ["a", "b", "c"], ["b"])
-    assert scores == {"a": 0.0, "b": 0.0, "c": 0.0}
-    assert teacher_of([0.5], [7.0]).scores("q", ["a"], ["a"]) == {"a": 0.0}
+@pytest.mark.parametrize("positives", [["a", "b"], ["c"]])
+def test_known_positives_are_lifted_to_the_best_score(positives):
+    teacher = teacher_of([0.0, 0.5, 1.0], [0.0, 1.0, 2.0])
+    expected = {"a": 0, "b": 0.5, "c": 1} | dict.fromkeys(positives, 1)
+    assert teacher.scores("q", ["c", "b", "a"], positives) == pytest.approx(expected)
+    constant = teacher_of([0.5, 0.5, 0.5], [7.0, 7.0, 7.0])  # nothing is divided by zero
+    assert constant.scores("q", ["a", "b", "c"], positives) == {"a": 0.0, "b": 0.0, "c": 0.0}
 
 
 VALUES = arrays.arrays(np.float32, (2, 8), elements=st.floats(-100, 100, width=32))
@@ -95,16 +89,15 @@ def test_the_bundled_teacher_scores_every_query_with_every_document(
 ):
     teacher = bundled_teacher(collection, bundled_model, "float32", progress=False)
     assert "%" not in capsys.readouterr().err
-    assert teacher.query_ids == ["q1", "q2"]
-    assert teacher.document_ids == list(collection.corpus)
-    assert teacher.dense.shape == teacher.late.shape == (2, 8)
+    for matrix in (teacher.dense, teacher.late):
+        assert matrix.index.tolist() == ["q1", "q2"]
+        assert matrix.columns.tolist() == list(collection.corpus)
     vectors = [
         [torch.tensor(v) for v in bundled_model.encode(list(texts.values()), is_query=is_query)]
         for texts, is_query in ((collection.queries, True), (collection.corpus, False))
     ]
     np.testing.assert_allclose(teacher.late, maxsim_scores(*vectors), atol=1e-4)
-    best = [teacher.document_ids[i] for i in teacher.late.argmax(axis=1)]
-    assert best == ["d2", "d7"]
+    assert teacher.late.idxmax(axis=1).tolist() == ["d2", "d7"]
 
 
 def test_the_bundled_teacher_needs_the_bundled_base():
@@ -159,13 +152,13 @@ def test_a_score_is_the_logit_of_yes_after_the_cards_prompt(reranker, reranker_f
     assert reranker.scores(PAIRS[:1], 4) == [pytest.approx(expected, abs=1e-5)]
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 5, 32])
-def test_scores_do_not_depend_on_batches_and_padding(reranker, batch_size):
+def test_scores_do_not_depend_on_batches_and_padding(reranker):
     alone = [reranker.scores([pair], 1)[0] for pair in PAIRS]
     assert len({round(score, 4) for score in alone}) == len(PAIRS)  # a mix-up would show
-    assert reranker.scores(PAIRS, batch_size) == pytest.approx(alone, abs=1e-5)
-    assert reranker.scores(PAIRS[::-1], batch_size)[::-1] == pytest.approx(alone, abs=1e-5)
-    assert reranker.scores([], batch_size) == []
+    for batch_size in (2, 3, 5, 32):
+        assert reranker.scores(PAIRS, batch_size) == pytest.approx(alone, abs=1e-5)
+    assert reranker.scores(PAIRS[::-1], 3)[::-1] == pytest.approx(alone, abs=1e-5)
+    assert reranker.scores([], 3) == []
 
 
 def test_long_texts_are_cut_as_the_card_cuts_them(reranker):
@@ -188,15 +181,15 @@ def test_a_teacher_without_yes_or_enough_positions_is_refused(tmp_path):
 
 
 def test_what_is_no_whole_causal_language_model_is_refused(tmp_path, reranker_folder):
+    folder = tmp_path / "reranker"
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_reranker(folder, 96, CPU)
     with pytest.raises(UserError, match=r"lacks weights.*scoring\.teacher"):
         load_reranker(bundled_encoder_path(), 96, CPU)
-    with pytest.raises(UserError, match="could not be loaded"):
-        load_reranker(tmp_path / "nowhere", 96, CPU)
-    folder = tmp_path / "reranker"
     shutil.copytree(reranker_folder, folder)
     weights = folder / "model.safetensors"
     kept = load_file(weights)
-    lost = sorted(kept)[-1]
+    lost = max(kept)
     save_file({k: v for k, v in kept.items() if k != lost}, weights, metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"lacks weights: .*{lost}"):
         load_reranker(folder, 96, CPU)
@@ -205,13 +198,11 @@ def test_what_is_no_whole_causal_language_model_is_refused(tmp_path, reranker_fo
         load_reranker(folder, 96, CPU)
 
 
-def test_a_score_that_is_no_number_is_refused(reranker, monkeypatch):
+def test_no_number_and_too_little_memory_are_errors_that_name_the_remedy(reranker, monkeypatch):
     monkeypatch.setattr(reranker, "_logits", lambda inputs: [float("nan")] * len(inputs))
     with pytest.raises(UserError, match="not a number, in torch.float32"):
         reranker.scores(PAIRS, 2)
 
-
-def test_too_little_memory_is_an_error_that_names_the_remedy(reranker, monkeypatch):
     def no_memory(inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
