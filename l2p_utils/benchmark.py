@@ -11,11 +11,11 @@ import ctypes
 import functools
 import platform
 import re
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import fastcluster
@@ -47,7 +47,6 @@ METHODS = ("span", "kmeans", "hierarchical")
 FACTORS = [2, 3, 4, 5, 6]
 REFERENCE = {"span": "loop over groups", "kmeans": "scikit-learn", "hierarchical": "PyLate"}
 COLLECTIONS = ["docs:scipy", "docs:torch", "docs:numpy", "docs:pandas", "docs:sklearn"]
-PARTS = ["pooling", "scaling", "search", "sweep", "training", "ndcg", "quality"]
 STORED = ROOT / "data" / "bench"
 PAPER_BATCH = 16 * 16  # documents in one of the paper's training batches
 
@@ -69,8 +68,8 @@ def poolers() -> list[Pooler]:
     bind = functools.partial
     return [
         *(
-            Pooler(name, "ours", bind(pool, pool_method=name), bind(pool_sweep, pool_method=name))
-            for name in METHODS
+            Pooler(m, "ours", bind(pool, pool_method=m), bind(pool_sweep, pool_method=m))
+            for m in METHODS
         ),
         Pooler("span", "loop over groups", span_loop),
         Pooler("kmeans", "scikit-learn", bind(pool, pool_method="kmeans", use_sklearn=True)),
@@ -136,16 +135,11 @@ def in_turns(
     contestants: Mapping[Any, Callable[[], Any]], repetitions: int, warm: bool = True
 ) -> dict[Any, float]:
     """Median seconds of each, measured in turns: what disturbs the machine disturbs all alike."""
-    seconds: dict[Any, list[float]] = {name: [] for name in contestants}
-    if warm:
-        for run in contestants.values():
-            run()
-    for _ in range(repetitions):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    runs = contestants.values()
+    for run in runs if warm else ():
+        run()
+    seconds = [[timeit(run, number=1) for run in runs] for _ in range(repetitions)]
+    return dict(zip(contestants, np.median(seconds, axis=0).tolist(), strict=True))
 
 
 def inertia(documents: Vectors, pooled: Vectors) -> float:
@@ -264,7 +258,7 @@ def bench_sweep(model: PooledColBERT, encoded: Encoded) -> pd.DataFrame:
         "all settings": lambda: evaluate_collection(encoded, METHODS, [1, *FACTORS]),
     }
     seconds = in_turns(runs, repetitions=2, warm=False)
-    return pd.DataFrame(list(seconds.items()), columns=["stage", "seconds"])
+    return pd.DataFrame(seconds.items(), columns=["stage", "seconds"])
 
 
 def bench_training(
@@ -297,14 +291,12 @@ def bench_training(
         vectors = model(dict(documents))["token_embeddings"].float()
         vectors = torch.nn.functional.normalize(vectors, dim=-1)
     mask = documents["attention_mask"].bool()
-    pooling = in_turns(
-        {
-            (method, factor): functools.partial(pool_padded, vectors, mask, factor, method)
-            for method in METHODS
-            for factor in FACTORS
-        },
-        repetitions,
-    )
+    runs = {
+        (method, factor): functools.partial(pool_padded, vectors, mask, factor, method)
+        for method in METHODS
+        for factor in FACTORS
+    }
+    pooling = in_turns(runs, repetitions)
     table = pd.DataFrame(seconds.items(), columns=["method", "seconds"])
     table.insert(0, "document_length", model.document_length)
     parts = [np.mean([pooling.get((m, f), 0.0) for f in FACTORS]) for m in seconds]
@@ -334,9 +326,8 @@ def bench_quality(model: PooledColBERT, collections: Sequence[str]) -> pd.DataFr
         columns = {}
         for engine, use_sklearn in {"ours": False, "scikit-learn": True}.items():
             _, values = evaluate_collection(encoded, ["kmeans"], FACTORS, use_sklearn=use_sklearn)
-            values = values[values["pool_method"] == "kmeans"].set_index(
-                ["pool_factor", "query_id"]
-            )
+            values = values[values["pool_method"] == "kmeans"]
+            values = values.set_index(["pool_factor", "query_id"])
             pooled = pool_sweep(encoded.documents, FACTORS, "kmeans", use_sklearn=use_sklearn)
             tightness = {f: inertia(encoded.documents, part) for f, part in pooled.items()}
             factors = values.index.get_level_values("pool_factor")
@@ -354,41 +345,40 @@ def measure(folder: str | Path, threads: int = 1, collections: Sequence[str] = (
     bundled collections and on `collections`.
     """
     profile = load_profile("quick").model_copy(update={"name": "bench"})
-    folder, start, before = Path(folder), time.perf_counter(), torch.get_num_threads()
-    parts: dict[str, pd.DataFrame] = {}
-
-    def note(what: str) -> None:
-        print(f"{time.perf_counter() - start:5.0f} s  {what}", flush=True)
-
+    folder, before = Path(folder), torch.get_num_threads()
     torch.set_num_threads(threads)
     with threadpool_limits(threads):
         model = untrained_model(profile)
         collection = subset(load_collection("docs:scipy"), None, 1000)
-        texts = list(collection.corpus.values())
-        encoded = encode_collection(model, collection, progress=False)
+        encoded, half, few = (
+            encode_collection(model, part, progress=False)
+            for part in (collection, subset(collection, None, 500), subset(collection, 100, 300))
+        )
+        texts, queries = (list(part.values()) for part in (collection.corpus, collection.queries))
+        longest = sorted(texts, key=len, reverse=True)  # all of the first fill the length
         model.document_length = 300
         longer = encode(model, texts[:128], False)
-        note("pooling, contestants in turns")
-        parts["pooling"] = bench_pooling({96: encoded.documents[:256], 300: longer})
-        note("how time grows")
-        parts["scaling"] = bench_scaling(longer)
-        note("exact search")
-        parts["search"] = bench_search(encoded)
-        note("training steps")
-        longest = sorted(texts, key=len, reverse=True)  # all of the first fill the length
-        queries, steps = list(collection.queries.values()), []
-        for model.document_length, repetitions in ((128, 6), (300, 4)):
-            steps.append(bench_training(model, longest, queries, repetitions))
-        parts["training"] = pd.concat(steps, ignore_index=True)
-        model.document_length = profile.model.document_length
-        note("all settings of an evaluation")
-        half = encode_collection(model, subset(collection, None, 500), progress=False)
-        parts["sweep"] = bench_sweep(model, half)
-        note("NDCG@10 with every contestant's vectors")
-        few = encode_collection(model, subset(collection, 100, 300), progress=False)
-        parts["ndcg"] = bench_ndcg(few)
-        note("NDCG@10 of k-means, ours and scikit-learn's")
-        parts["quality"] = bench_quality(model, [*COLLECTIONS, *collections])
+
+        def training() -> pd.DataFrame:
+            tables = []
+            for model.document_length, repetitions in ((128, 6), (300, 4)):
+                tables.append(bench_training(model, longest, queries, repetitions))
+            model.document_length = profile.model.document_length
+            return pd.concat(tables)
+
+        measurements = {
+            "pooling": lambda: bench_pooling({96: encoded.documents[:256], 300: longer}),
+            "scaling": lambda: bench_scaling(longer),
+            "search": lambda: bench_search(encoded),
+            "training": training,
+            "sweep": lambda: bench_sweep(model, half),
+            "ndcg": lambda: bench_ndcg(few),
+            "quality": lambda: bench_quality(model, [*COLLECTIONS, *collections]),
+        }
+        start, parts = time.perf_counter(), {}
+        for name, run in measurements.items():
+            print(f"{time.perf_counter() - start:5.0f} s  {name}", flush=True)
+            parts[name] = run()
     torch.set_num_threads(before)
     for name, part in parts.items():
         with atomic_path(folder / f"{name}.csv") as temporary:
@@ -404,7 +394,7 @@ def measure(folder: str | Path, threads: int = 1, collections: Sequence[str] = (
 def read(folder: str | Path = STORED) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     """The measurements that `measure` left in `folder`, by name, and the machine."""
     folder = Path(folder)
-    parts = {name: pd.read_csv(folder / f"{name}.csv") for name in PARTS}
+    parts = {file.stem: pd.read_csv(file) for file in sorted(folder.glob("*.csv"))}
     parts["pooling"] = parts["pooling"].astype({"pool_factor": str})  # 2 … 6, and 2-6
     return parts, read_json(folder / "machine.json")
 
@@ -452,11 +442,9 @@ def draw(parts: Mapping[str, pd.DataFrame], machine: Mapping[str, Any]) -> Noteb
             _draw_growth(axes, part, axis)
         lines, labels = panels[1][0].get_legend_handles_labels()
         figure.legend(lines, labels, loc="outside lower center", ncols=len(lines), fontsize=9)
-        figure.suptitle(
-            f"Token pooling beside other libraries: {threads}, {machine['processor']}; medians\n"
-            "above: full mark PF4, hollow mark all of PF 2–6; below: PF4",
-            fontsize=12,
-        )
+        title = f"Token pooling beside other libraries: {threads}, {machine['processor']}; medians"
+        marks = "above: full mark PF4, hollow mark all of PF 2–6; below: PF4"
+        figure.suptitle(f"{title}\n{marks}", fontsize=12)
     figure.alt = (
         "Documents pooled per second by method and library, and milliseconds per document as "
         "documents get longer and more. The table of speeds has the numbers."
@@ -465,9 +453,8 @@ def draw(parts: Mapping[str, pd.DataFrame], machine: Mapping[str, Any]) -> Noteb
 
 
 def _draw_speeds(axes, part: pd.DataFrame) -> None:
-    speeds = part.pivot_table(
-        "documents_per_second", ["method", "engine"], "pool_factor", sort=False
-    ).iloc[::-1]
+    keys = ["method", "engine"]
+    speeds = part.pivot_table("documents_per_second", keys, "pool_factor", sort=False).iloc[::-1]
     for place, ((method, engine), row) in enumerate(speeds.iterrows()):
         look, marker = {"color": COLOURS[method]}, "s" if engine == "ours" else "o"
         axes.plot([row["2-6"], row["4"]], [place] * 2, **look, alpha=0.4, zorder=1)
@@ -476,9 +463,8 @@ def _draw_speeds(axes, part: pd.DataFrame) -> None:
         offset = {"xytext": (8, -4), "textcoords": "offset points"}
         axes.annotate(f"{row['4']:,.0f}", (row["4"], place), **offset, fontsize=9)
     axes.set_yticks(range(len(speeds)), [f"{method} · {engine}" for method, engine in speeds.index])
-    axes.set_xscale("log")
-    axes.set_xlim(right=speeds["4"].max() * 4)
-    axes.set_xlabel("documents per second (log scale)")
+    label = "documents per second (log scale)"
+    axes.set(xscale="log", xlim=(None, speeds["4"].max() * 4), xlabel=label)
 
 
 def _draw_growth(axes, growth: pd.DataFrame, axis: str) -> None:
