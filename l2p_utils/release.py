@@ -169,7 +169,6 @@ def release_model(
         collection's terms leave no choice (FiQA, SciFact).
     dataset
         Hub id of the training rows where they are released too (`release_dataset`).
-
     """
     repository = repository_id(repository)
     run = profile.find_run(name)
@@ -276,8 +275,8 @@ def _shown(collection: str) -> str:
 def _target(folder: str | Path) -> Path:
     """The folder to write, unless it holds anything but an earlier release."""
     folder = Path(folder).expanduser().resolve()
-    card = folder / CARD
     if folder.is_dir() and any(folder.iterdir()):
+        card = folder / CARD
         ours = card.is_file() and MARK in card.read_text("utf-8", errors="replace")
         if not ours or (folder / ".git").exists():
             raise UserError(

@@ -8,26 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from l2p_utils import explain
 from l2p_utils.explain import (
     FACTORS,
     METHODS,
     EncodedText,
-    cluster_table,
-    document_scores,
     draw_clusters,
-    draw_maxsim,
-    draw_sweep,
-    group_name,
     load_example,
-    maxsim,
-    maxsim_table,
     pool_document,
     pooling_panels,
-    read_example,
-    step_through,
-    sweep,
-    variant_table,
-    write_example,
 )
 from l2p_utils.figures import render
 from l2p_utils.files import UserError, from_root
@@ -78,8 +67,8 @@ def test_only_punctuation_of_documents_has_no_vector(example):
 
 
 def test_what_is_written_is_read_back(tmp_path, example):
-    write_example(example, tmp_path)
-    again = read_example(tmp_path)
+    explain.write_example(example, tmp_path)
+    again = explain.read_example(tmp_path)
     assert again.encoder == example.encoder
     texts = zip([example.query, *example.documents], [again.query, *again.documents], strict=True)
     for text, copy in texts:
@@ -100,10 +89,10 @@ def test_what_is_written_is_read_back(tmp_path, example):
     ],
 )
 def test_a_damaged_example_is_refused(tmp_path, example, damage):
-    write_example(example, tmp_path)
+    explain.write_example(example, tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match="no readable example|not valid JSON"):
-        read_example(tmp_path)
+        explain.read_example(tmp_path)
 
 
 def test_text_without_model_and_folders_that_are_none_are_refused(tmp_path):
@@ -164,8 +153,8 @@ def test_the_maxsim_table_adds_up_to_the_score_of_search(example, method):
     pooled = pool_document(example.documents[0], 3, method)
     query = torch.from_numpy(example.query.vectors)
     score = maxsim_scores([query], [torch.from_numpy(pooled.vectors)]).item()
-    assert maxsim(example.query, pooled) == pytest.approx(score, abs=1e-4)
-    table = maxsim_table(example.query, pooled)
+    assert explain.maxsim(example.query, pooled) == pytest.approx(score, abs=1e-4)
+    table = explain.maxsim_table(example.query, pooled)
     assert table["similarity"].sum() == pytest.approx(score, abs=0.0005 * len(table))
 
 
@@ -173,19 +162,19 @@ def test_maxsim_by_hand():
     query = EncodedText("q", ("a", "b"), np.ones(2, bool), unit([1, 0], [0, 1]))
     document = EncodedText("d", ("x", "y"), np.ones(2, bool), unit([3, 4], [1, 0]))
     pooled = pool_document(document)
-    assert maxsim(query, pooled) == pytest.approx(1 + 0.8)
-    assert maxsim_table(query, pooled)["best match"].tolist() == ["y", "x"]
+    assert explain.maxsim(query, pooled) == pytest.approx(1 + 0.8)
+    assert explain.maxsim_table(query, pooled)["best match"].tolist() == ["y", "x"]
 
 
 def test_document_scores_are_those_of_search(example):
     documents = pool([torch.from_numpy(d.vectors) for d in example.documents], 2, "kmeans")
     (expected,) = maxsim_scores([torch.from_numpy(example.query.vectors)], documents).numpy()
-    scores = document_scores(example, "kmeans", [1, 2])
+    scores = explain.document_scores(example, "kmeans", [1, 2])
     np.testing.assert_allclose(scores["factor 2"], expected, atol=0.0051)
 
 
 def test_the_length_of_a_mean_follows_from_the_cosines(example):
-    table = cluster_table(pool_document(example.documents[0], 4, "kmeans"))
+    table = explain.cluster_table(pool_document(example.documents[0], 4, "kmeans"))
     formula = np.sqrt((1 + (table["size"] - 1) * table["cosine"]) / table["size"])
     np.testing.assert_allclose(table["norm"], formula, atol=0.002)
     assert table["size"].is_monotonic_decreasing
@@ -194,22 +183,22 @@ def test_the_length_of_a_mean_follows_from_the_cosines(example):
 def test_the_cluster_table_names_repeated_tokens():
     pooled = pool_document(small(), 2, "hierarchical")
     assert pooled.labels.tolist() == [0, 1, 2, 1, 2]
-    table = cluster_table(pooled)
+    table = explain.cluster_table(pooled)
     assert table["tokens"].tolist() == ["spl ×2", "##ine ×2"]
     assert table["norm"].tolist() == [1, 1]
-    assert cluster_table(pool_document(small())).empty
-    assert group_name(["a", "b", "a", "c"], most=2) == "a ×2, b, …"
+    assert explain.cluster_table(pool_document(small())).empty
+    assert explain.group_name(["a", "b", "a", "c"], most=2) == "a ×2, b, …"
 
 
 def test_sweep_begins_unpooled_and_covers_every_setting(example):
-    table = sweep(example)
+    table = explain.sweep(example)
     unpooled = table[table["pool_factor"] == 1]
     assert (unpooled["norm"] == 1).all() and unpooled["score"].nunique() == 1
     assert len(table) == len(METHODS) * 6
 
 
 def test_the_variant_table_counts_the_pairs_that_two_variants_group_differently(example):
-    table = variant_table(example.documents[0], [2, 4])
+    table = explain.variant_table(example.documents[0], [2, 4])
     assert table.columns.tolist() == list(itertools.combinations(HIERARCHICAL_VARIANTS, 2))
     one, other = (
         pool_document(example.documents[0], 4, "hierarchical", variant).labels
@@ -278,24 +267,31 @@ def test_a_document_without_vectors_and_dollar_signs_can_be_drawn():
 
 def test_the_heat_map_frames_the_best_match_of_each_row(example):
     pooled = pool_document(example.documents[0], 4, "kmeans")
-    figure = draw_maxsim(example.query, pooled)
+    figure = explain.draw_maxsim(example.query, pooled)
     framed = [round(patch.get_x() + 0.5) for patch in figure.axes[0].patches]
     table = example.query.vectors @ pooled.vectors.T
     assert framed == table.argmax(axis=1).tolist()
-    assert f"{maxsim(example.query, pooled):.2f}" in figure.axes[0].get_title(loc="left")
+    assert f"{explain.maxsim(example.query, pooled):.2f}" in figure.axes[0].get_title(loc="left")
 
 
-def test_figures_are_the_same_every_time_and_have_alternative_texts(example):
-    for draw, words in {
-        lambda: draw_maxsim(example.query, pool_document(example.documents[0])): "derivative 0.91",
-        lambda: draw_sweep(sweep(example, factors=[1, 2])): "Three line charts by pool factor",
-        lambda: draw_clusters(pooling_panels(example, "hierarchical", [4], HIERARCHICAL_VARIANTS)):
-            "variant euclidean, pool factor 4",
-        lambda: draw_clusters({"title": pool_document(small(), 2, "hierarchical")}):
+@pytest.mark.parametrize(
+    ("draw", "words"),
+    [
+        (lambda x: explain.draw_maxsim(x.query, pool_document(x.documents[0])), "derivative 0.91"),
+        (lambda x: explain.draw_sweep(explain.sweep(x, factors=[1, 2])), "Three line charts by"),
+        (
+            lambda x: draw_clusters(pooling_panels(x, "hierarchical", [4], HIERARCHICAL_VARIANTS)),
+            "hierarchical, variant euclidean, pool factor 4",
+        ),
+        (
+            lambda _: draw_clusters({"title": pool_document(small(), 2, "hierarchical")}),
             "largest clusters: spl ×2; ##ine ×2",
-    }.items():  # fmt: skip
-        first = draw()
-        assert words in first.alt and png(first) == png(draw())
+        ),
+    ],
+)
+def test_figures_are_the_same_every_time_and_have_alternative_texts(example, draw, words):
+    figure = draw(example)
+    assert words in figure.alt and png(figure) == png(draw(example))
 
 
 # ---------------------------------------------------------------- the slider
@@ -303,7 +299,7 @@ def test_figures_are_the_same_every_time_and_have_alternative_texts(example):
 
 def test_jupyterlab_gets_a_slider_that_redraws(example, monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/00_token_pooling.ipynb")
-    box = step_through(example)
+    box = explain.step_through(example)
     box.update()
     slider, buttons = box.children[:2]
     before = png(box.result)
@@ -312,4 +308,4 @@ def test_jupyterlab_gets_a_slider_that_redraws(example, monkeypatch):
     slider.value, buttons.value = 4, "span"
     assert "span, pool factor 4" in box.result.alt
     monkeypatch.delenv("JPY_SESSION_NAME")
-    assert png(step_through(example)) == before  # a figure where no slider can run
+    assert png(explain.step_through(example)) == before  # a figure where no slider can run

@@ -258,8 +258,6 @@ def test_fiqa_is_for_non_commercial_use(root, model_folder):
     assert "BAAI/bge-small-en-v1.5: MIT" in notices and "gemma: Apache-2.0" in notices
     assert f"BeIR/fiqa) at `{COMMIT}`" in card and f"revision {COMMIT}" in card
     assert "best on the test queries of nano:fiqa (so its results there are not held out)" in card
-    with pytest.raises(UserError, match="contradicts.*fiqa-2018-non-commercial"):
-        release_model(profile, name, "me/fiqa", licence="mit")
 
 
 def test_the_base_models_commit_is_the_fetched_one(root, model_folder):
@@ -272,48 +270,54 @@ def test_the_base_models_commit_is_the_fetched_one(root, model_folder):
     assert f"revision {'f00d' * 10}" in card and COMMIT not in card
 
 
-def test_a_base_of_ones_own_needs_a_licence_and_has_no_hub_id(root, model_folder):
+def licensed(root, model_folder, collection, own_base):
+    """A profile with a collection or a base of one's own, and its model, ready for release."""
+    if collection == "own":
+        collection = str(root / "private" / "My Notes")
     model = {"base": str(model_folder), "query_length": 16, "document_length": 32}
-    profile = hub_profile("docs:scipy", model=model)
-    name = prepare(profile, model_folder)
-    with pytest.raises(UserError, match="needs a licence.*base model"):
-        release(profile, name)
-    card = release(profile, name, licence="mit")
-    assert "base_model" not in front(card) and str(model_folder.parent) not in card
-    assert "| base model | bundled (a checkpoint of its own)" in card
+    profile = hub_profile(collection, **({"model": model} if own_base else {}))
+    return profile, prepare(profile, model_folder)
 
 
-def test_scifact_stays_cc_by_nc_also_at_a_revision(root, model_folder):
-    profile = hub_profile(f"beir:scifact@{COMMIT}")
-    card = release(profile, prepare(profile, model_folder))
-    assert front(card)["license"] == "cc-by-nc-2.0" and "annotations" in card
-    assert "| repositories | not recorded |" in card
+@pytest.mark.parametrize(
+    ("collection", "own_base", "given", "licence", "text"),
+    [
+        (f"beir:scifact@{COMMIT}", False, None, "cc-by-nc-2.0", "| repositories | not recorded |"),
+        ("docs:scipy", False, None, "apache-2.0", f"Base model {BASE}: Apache-2.0."),
+        ("docs:scipy", False, "cc-by-4.0", "cc-by-4.0", "scipy: BSD-3-Clause"),
+        ("docs:scipy", True, "mit", "mit", "| base model | bundled (a checkpoint of its own)"),
+        ("own", False, "cc-by-4.0", "cc-by-4.0", "`cc-by-4.0`, chosen by the publisher"),
+        ("own", False, "other:mine", "other", "adds its text as `LICENSE`"),
+    ],
+)
+def test_a_licence_is_the_known_or_the_chosen_one(
+    root, model_folder, collection, own_base, given, licence, text
+):
+    profile, name = licensed(root, model_folder, collection, own_base)
+    card = release(profile, name, licence=given)
+    head = front(card)
+    assert head["license"] == licence and text in card
+    assert head.get("license_name") == ("mine" if licence == "other" else None)
+    assert ("base_model" in head) != own_base
+    assert "private" not in card and str(model_folder.parent) not in card
 
 
-def test_permissive_terms_leave_the_choice_to_the_publisher(root, model_folder):
-    profile = make_profile()
-    card = release(profile, prepare(profile, model_folder), licence="cc-by-4.0")
-    assert front(card)["license"] == "cc-by-4.0" and "scipy: BSD-3-Clause" in card
-    with pytest.raises(UserError, match="'bsd3' is none of "):
-        release_dataset(profile, "docs:scipy", "me/x", licence="bsd3")
-
-
-def test_a_collection_of_ones_own_needs_a_licence(root, model_folder):
-    collection = str(root / "private" / "My Notes")
-    runs = [{"collection": collection, "pool_method": "kmeans", "pool_factors": "1-6"}]
-    profile = make_profile(runs=runs)
-    name = prepare(profile, model_folder)
-    for licence, message in {
-        None: "trained on my-notes needs a licence",
-        "cc-by-9.0": "'cc-by-9.0' is none of ",
-        "other": "'other' is none",
-    }.items():
-        with pytest.raises(UserError, match=message):
-            release(profile, name, licence=licence)
-    card = release(profile, name, licence="cc-by-4.0")
-    assert front(card)["license"] == "cc-by-4.0" and "private" not in card
-    card = release(profile, name, licence="other:mine")
-    assert front(card)["license_name"] == "mine" and "adds its text as `LICENSE`" in card
+@pytest.mark.parametrize(
+    ("collection", "own_base", "given", "message"),
+    [
+        ("own", False, None, "trained on my-notes needs a licence"),
+        ("own", False, "cc-by-9.0", "'cc-by-9.0' is none of "),
+        ("own", False, "other", "'other' is none"),
+        ("docs:scipy", True, None, "needs a licence.*base model"),
+        ("beir:fiqa", False, "mit", "contradicts.*fiqa-2018-non-commercial"),
+    ],
+)
+def test_a_licence_that_is_unknown_or_too_wide_is_refused(
+    root, model_folder, collection, own_base, given, message
+):
+    profile, name = licensed(root, model_folder, collection, own_base)
+    with pytest.raises(UserError, match=message):
+        release(profile, name, licence=given)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -324,18 +328,6 @@ def test_a_repository_that_the_hub_would_refuse_is_refused(root, repository):
     with pytest.raises(UserError, match="Expected owner/name"):
         release_model(make_profile(), NAME, repository)
     assert repository_id("me/x") == "me/x"
-
-
-def without_model(folder):
-    shutil.rmtree(folder / "models" / NAME)
-
-
-def without_rows_of_the_model(folder):
-    (folder / "results" / f"{NAME}.csv").unlink()
-
-
-def without_any_results(folder):
-    shutil.rmtree(folder / "results")
 
 
 def measured_of_other_weights(folder):
@@ -351,9 +343,9 @@ def mined_anew(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without_model, "train the model .notebook 02"),
-        (without_rows_of_the_model, "no result rows of.*03_evaluation"),
-        (without_any_results, "no result rows"),
+        (lambda folder: shutil.rmtree(folder / "models" / NAME), "train the model .notebook 02"),
+        (lambda folder: (folder / "results" / f"{NAME}.csv").unlink(), "no result.*03_evaluation"),
+        (lambda folder: shutil.rmtree(folder / "results"), "no result rows"),
         (measured_of_other_weights, "measured of other weights"),
         (mined_anew, "not those that the model was trained on"),
     ],
@@ -378,44 +370,34 @@ def test_only_a_release_is_replaced(root, model_folder):
     other.mkdir()
     (other / "README.md").write_text("chapter one")
     with pytest.raises(UserError, match="something else than a release"):
-        release_model(profile, NAME, "me/x", other)
+        release(profile, NAME, folder=other)
     assert (other / "README.md").read_text() == "chapter one"
     folder = release_model(profile, NAME, "me/x")
     (folder / "stale.txt").write_text("")
     before = (folder / "README.md").read_text()
-    assert release_model(profile, NAME, "me/x") == folder
-    assert not (folder / "stale.txt").exists() and (folder / "README.md").read_text() == before
+    assert release(profile, NAME) == before and not (folder / "stale.txt").exists()
     (folder / ".git").mkdir()
     with pytest.raises(UserError, match="something else"):
-        release_model(profile, NAME, "me/x")
+        release(profile, NAME)
 
 
 # ---------------------------------------------------------------- the data set
 
 
-@pytest.fixture
-def rows_released(root):
+def test_the_released_rows_are_the_mined_ones_and_their_card_runs(root, monkeypatch, capsys):
     profile = make_profile()
     rows = write_mined(profile, "docs:scipy")
     folder = release_dataset(profile, "docs:scipy", "me/rows", root / "me" / "rows")
-    return folder, rows, (folder / "README.md").read_text("utf-8")
-
-
-def test_the_released_rows_are_the_mined_ones(rows_released, tmp_path):
-    folder, rows, card = rows_released
-    again = load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
+    again = load_dataset(str(folder), split="train")
     assert again.column_names == COLUMNS and again.to_list() == rows.to_list()
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
     assert files == ["README.md", "data/train-00000-of-00001.parquet"]
+    card = (folder / "README.md").read_text("utf-8")
     head = front(card)
     assert head["license"] == "bsd-3-clause" and head["task_categories"] == ["text-retrieval"]
     assert head["size_categories"] == "n<1K" and "| dropped queries | 3 (no positive) |" in card
-
-
-def test_the_code_of_the_data_sets_card_runs(rows_released, root, monkeypatch, capsys):
-    _, rows, card = rows_released
     monkeypatch.chdir(root)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
     (code,) = code_of(card)
     exec(compile(code, "card", "exec"), {})
     said = capsys.readouterr().out.splitlines()
@@ -428,9 +410,9 @@ def test_rows_on_fiqa_carry_its_notice_and_sources(root):
     write_mined(profile, "beir:fiqa", repositories={"BeIR/fiqa": COMMIT})
     folder = release_dataset(profile, "beir:fiqa", "me/rows")
     assert folder == root / "runs" / "tiny" / "release_data" / "rows"
-    card = (folder / "README.md").read_text("utf-8")
-    assert front(card)["license_name"] == "fiqa-2018-non-commercial"
-    assert front(card)["source_datasets"] == ["BeIR/fiqa"] and (folder / "LICENSE").is_file()
+    head = front((folder / "README.md").read_text("utf-8"))
+    assert head["license_name"] == "fiqa-2018-non-commercial" and (folder / "LICENSE").is_file()
+    assert head["source_datasets"] == ["BeIR/fiqa"]
 
 
 def test_rows_of_others_and_rows_that_are_not_there_are_refused(root):
