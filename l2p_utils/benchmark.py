@@ -218,9 +218,9 @@ def bench_scaling(vectors: Vectors, repetitions: int = 3) -> pd.DataFrame:
     for (axis, size), documents in cases.items():
         runs = {p: functools.partial(p.pool, documents, 4) for p in chosen}
         for pooler, value in in_turns(runs, repetitions).items():
-            row = {"axis": axis, "size": size, "method": pooler.method, "engine": pooler.engine}
-            rows.append(row | {"seconds_per_document": value / len(documents)})
-    return pd.DataFrame(rows)
+            rows.append((axis, size, pooler.method, pooler.engine, value / len(documents)))
+    columns = ["axis", "size", "method", "engine", "seconds_per_document"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def bench_search(encoded: Encoded, queries: int = 60, repetitions: int = 9) -> pd.DataFrame:
@@ -243,10 +243,10 @@ def bench_search(encoded: Encoded, queries: int = 60, repetitions: int = 9) -> p
     seconds, expected, rows = in_turns(runs, repetitions), runs["ours"](), []
     for engine, run in runs.items():
         same = [list(a) == list(b) for a, b in zip(run(), expected, strict=True)]
-        row = {"engine": engine, "queries": len(asked), "documents": len(documents)}
-        row |= {"seconds": seconds[engine], "same_top_10": float(np.mean(same))}
-        rows.append(row | {"peak_mib": peak_memory(run)})
-    return pd.DataFrame(rows)
+        sizes = (len(asked), len(documents))
+        rows.append((engine, *sizes, seconds[engine], float(np.mean(same)), peak_memory(run)))
+    columns = ["engine", "queries", "documents", "seconds", "same_top_10", "peak_mib"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def bench_sweep(model: PooledColBERT, encoded: Encoded) -> pd.DataFrame:
@@ -475,9 +475,8 @@ def _draw_growth(axes, growth: pd.DataFrame, axis: str) -> None:
         axes.plot(part["size"], milliseconds, **look, label=f"{method} · {engine}")
     sizes = sorted(growth["size"].unique())
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xticks(sizes, sizes)
-    axes.set_ylabel("milliseconds per document (log scale)")
+    axes.set(yscale="log", ylabel="milliseconds per document (log scale)")
     by_length = axis == "tokens"
     axes.set_xlabel("tokens in each of 16 documents" if by_length else "documents of 96 tokens")
     axes.set_title("Growth with " + ("document length" if by_length else "number of documents"))
