@@ -65,19 +65,22 @@ class Pooler:
 
 def poolers() -> list[Pooler]:
     """Ours, then the libraries', with their own defaults; each method's reference comes first."""
-    bind = functools.partial
-    return [
-        *(
-            Pooler(m, "ours", bind(pool, pool_method=m), bind(pool_sweep, pool_method=m))
-            for m in METHODS
-        ),
+    bind, pylate = functools.partial, models.ColBERT.pool_embeddings_hierarchical
+    found = [
+        Pooler(m, "ours", bind(pool, pool_method=m), bind(pool_sweep, pool_method=m))
+        for m in METHODS
+    ]
+    found += [
         Pooler("span", "loop over groups", span_loop),
         Pooler("kmeans", "scikit-learn", bind(pool, pool_method="kmeans", use_sklearn=True)),
         Pooler("kmeans", "fastkmeans", fastkmeans_pool),
-        Pooler("hierarchical", "PyLate", pylate_pool),
-        _linkage_pooler("SciPy", hierarchy.linkage),
-        _linkage_pooler("fastcluster", fastcluster.linkage),
+        Pooler("hierarchical", "PyLate", lambda docs, f: pylate(None, docs, pool_factor=f)),
     ]
+    for engine, library in {"SciPy": hierarchy, "fastcluster": fastcluster}.items():
+        sweep = bind(linkage_sweep, linkage=library.linkage)
+        single = bind(lambda sweep, docs, f: sweep(docs, [f])[f], sweep)
+        found.append(Pooler("hierarchical", engine, single, sweep))
+    return found
 
 
 def span_loop(documents: Vectors, factor: int) -> Vectors:
@@ -99,11 +102,6 @@ def fastkmeans_pool(documents: Vectors, factor: int) -> Vectors:
     return pooled
 
 
-def pylate_pool(documents: Vectors, factor: int) -> Vectors:
-    """PyLate's own step of `ColBERT.encode`."""
-    return models.ColBERT.pool_embeddings_hierarchical(None, documents, pool_factor=factor)
-
-
 def linkage_sweep(documents: Vectors, factors: list[int], linkage: Callable) -> dict[int, Vectors]:
     """Ward's linkage of the condensed 1 - cosine matrix, a document at a time; SciPy's cuts."""
     pooled: dict[int, Vectors] = {factor: [] for factor in factors}
@@ -115,11 +113,6 @@ def linkage_sweep(documents: Vectors, factors: list[int], linkage: Callable) -> 
             labels = hierarchy.fcluster(tree, max(len(tokens) // factor, 1), criterion="maxclust")
             pooled[factor].append(_means(document, labels))
     return pooled
-
-
-def _linkage_pooler(engine: str, linkage: Callable) -> Pooler:
-    sweep = functools.partial(linkage_sweep, linkage=linkage)
-    return Pooler("hierarchical", engine, lambda docs, f: sweep(docs, [f])[f], sweep)
 
 
 def _means(document: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
