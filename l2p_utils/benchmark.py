@@ -10,12 +10,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
-import random
-import statistics
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import fastcluster
@@ -33,7 +33,7 @@ from l2p_utils.collection import load_collection, subset
 from l2p_utils.evaluation import Encoded, encode_collection, evaluate_collection
 from l2p_utils.evaluation import measure as measure_ranking
 from l2p_utils.figures import COLOURS, STYLE, NotebookFigure, render
-from l2p_utils.files import ROOT, UserError, atomic_path, read_json, versions, write_json
+from l2p_utils.files import ROOT, atomic_path, read_json, versions, write_json
 from l2p_utils.model import PooledColBERT, autocast, encode
 from l2p_utils.pooling import pool, pool_padded, pool_sweep
 from l2p_utils.profile import load_profile, slug
@@ -47,7 +47,6 @@ METHODS = ("span", "kmeans", "hierarchical")
 FACTORS = [2, 3, 4, 5, 6]
 REFERENCE = {"span": "loop over groups", "kmeans": "scikit-learn", "hierarchical": "PyLate"}
 COLLECTIONS = ["docs:scipy", "docs:torch", "docs:numpy", "docs:pandas", "docs:sklearn"]
-PARTS = ["pooling", "scaling", "search", "sweep", "training", "ndcg", "quality"]
 STORED = ROOT / "data" / "bench"
 PAPER_BATCH = 16 * 16  # documents in one of the paper's training batches
 
@@ -66,20 +65,22 @@ class Pooler:
 
 def poolers() -> list[Pooler]:
     """Ours, then the libraries', with their own defaults; each method's reference comes first."""
-    bind = functools.partial
-    ours = [
-        Pooler(method, "ours", bind(pool, pool_method=method), bind(pool_sweep, pool_method=method))
-        for method in METHODS
+    bind, pylate = functools.partial, models.ColBERT.pool_embeddings_hierarchical
+    found = [
+        Pooler(m, "ours", bind(pool, pool_method=m), bind(pool_sweep, pool_method=m))
+        for m in METHODS
     ]
-    return [
-        *ours,
+    found += [
         Pooler("span", "loop over groups", span_loop),
         Pooler("kmeans", "scikit-learn", bind(pool, pool_method="kmeans", use_sklearn=True)),
         Pooler("kmeans", "fastkmeans", fastkmeans_pool),
-        Pooler("hierarchical", "PyLate", pylate_pool),
-        _linkage_pooler("SciPy", hierarchy.linkage),
-        _linkage_pooler("fastcluster", fastcluster.linkage),
+        Pooler("hierarchical", "PyLate", lambda docs, f: pylate(None, docs, pool_factor=f)),
     ]
+    for engine, library in {"SciPy": hierarchy, "fastcluster": fastcluster}.items():
+        sweep = bind(linkage_sweep, linkage=library.linkage)
+        single = bind(lambda sweep, docs, f: sweep(docs, [f])[f], sweep)
+        found.append(Pooler("hierarchical", engine, single, sweep))
+    return found
 
 
 def span_loop(documents: Vectors, factor: int) -> Vectors:
@@ -92,22 +93,13 @@ def span_loop(documents: Vectors, factor: int) -> Vectors:
 
 def fastkmeans_pool(documents: Vectors, factor: int) -> Vectors:
     """fastkmeans on the CPU, one document at a time."""
-    states, pooled = (np.random.get_state(), random.getstate()), []
-    with torch.random.fork_rng(devices=[]):  # its train() seeds all three generators
-        for document in documents:
-            tokens = document[1:].numpy()
-            count = max(len(tokens) // factor, 1)
-            kmeans = FastKMeans(tokens.shape[1], count, gpu=False, seed=42)
-            kmeans.train(tokens)
-            pooled.append(_means(document, np.asarray(kmeans.predict(tokens))))
-    np.random.set_state(states[0])
-    random.setstate(states[1])
+    pooled = []
+    for document in documents:
+        tokens = document[1:].numpy()
+        kmeans = FastKMeans(tokens.shape[1], max(len(tokens) // factor, 1), gpu=False, seed=42)
+        kmeans.train(tokens)
+        pooled.append(_means(document, np.asarray(kmeans.predict(tokens))))
     return pooled
-
-
-def pylate_pool(documents: Vectors, factor: int) -> Vectors:
-    """PyLate's own step of `ColBERT.encode`."""
-    return models.ColBERT.pool_embeddings_hierarchical(None, documents, pool_factor=factor)
 
 
 def linkage_sweep(documents: Vectors, factors: list[int], linkage: Callable) -> dict[int, Vectors]:
@@ -118,18 +110,9 @@ def linkage_sweep(documents: Vectors, factors: list[int], linkage: Callable) -> 
         distances = np.maximum(1 - tokens @ tokens.T, 0)[np.triu_indices(len(tokens), k=1)]
         tree = linkage(distances, method="ward")
         for factor in factors:
-            count = max(len(tokens) // factor, 1)
-            labels = hierarchy.fcluster(tree, count, criterion="maxclust")
+            labels = hierarchy.fcluster(tree, max(len(tokens) // factor, 1), criterion="maxclust")
             pooled[factor].append(_means(document, labels))
     return pooled
-
-
-def _linkage_pooler(engine: str, linkage: Callable) -> Pooler:
-    def pool_one(documents: Vectors, factor: int) -> Vectors:
-        return linkage_sweep(documents, [factor], linkage)[factor]
-
-    sweep = functools.partial(linkage_sweep, linkage=linkage)
-    return Pooler("hierarchical", engine, pool_one, sweep)
 
 
 def _means(document: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
@@ -145,16 +128,11 @@ def in_turns(
     contestants: Mapping[Any, Callable[[], Any]], repetitions: int, warm: bool = True
 ) -> dict[Any, float]:
     """Median seconds of each, measured in turns: what disturbs the machine disturbs all alike."""
-    seconds: dict[Any, list[float]] = {name: [] for name in contestants}
-    if warm:
-        for run in contestants.values():
-            run()
-    for _ in range(repetitions):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    runs = contestants.values()
+    for run in runs if warm else ():
+        run()
+    seconds = [[timeit(run, number=1) for run in runs] for _ in range(repetitions)]
+    return dict(zip(contestants, np.median(seconds, axis=0).tolist(), strict=True))
 
 
 def inertia(documents: Vectors, pooled: Vectors) -> float:
@@ -162,19 +140,18 @@ def inertia(documents: Vectors, pooled: Vectors) -> float:
 
     The first token is protected and left out.
     """
-    total = 0.0
-    for document, vectors in zip(documents, pooled, strict=True):
-        squared = torch.cdist(document[1:].double(), vectors[1:].double()).square()
-        total += float(squared.min(dim=1).values.sum()) if squared.numel() else 0.0
-    return total / len(documents)
+    distances = [
+        torch.cdist(document[1:].double(), vectors[1:].double()).min(dim=1).values
+        for document, vectors in zip(documents, pooled, strict=True)
+    ]
+    return float(torch.cat(distances).square().sum()) / len(documents)
 
 
 def peak_memory(run: Callable[[], Any]) -> float:
     """MiB that a call needs beyond what is in use before it; NaN where Linux does not tell."""
 
     def status(key: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
+        return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
     try:
         ctypes.CDLL(None).malloc_trim(0)  # memory that earlier calls freed goes back first
@@ -188,48 +165,35 @@ def peak_memory(run: Callable[[], Any]) -> float:
 
 def processor() -> str:
     """The processor's name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = cpuinfo.is_file() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 # ---------------------------------------------------------------- measurements
 
 
 def bench_pooling(vectors: Mapping[int, Vectors], repetitions: int = 3) -> pd.DataFrame:
-    """Every contestant at every factor, and over all factors (`2-6`).
+    """Speed, inertia and memory of every contestant, by document length in word pieces.
 
-    Parameters
-    ----------
-    vectors
-        Document length in word pieces → token vectors.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per length, method, engine and factor: seconds, documents_per_second, inertia,
-        peak_mib. `2-6` is one call where a contestant can share work, else the sum of five.
+    Besides a row per factor there is one of all factors, `2-6`: a single call where a contestant
+    can share work, else the sum of five.
     """
-    rows = []
+    bind, rows = functools.partial, []
     for length, documents in vectors.items():
         runs: dict[tuple, Callable] = {}
-        for pooler in poolers():
-            name = (pooler.method, pooler.engine)
-            for factor in FACTORS:
-                runs[*name, str(factor)] = functools.partial(pooler.pool, documents, factor)
-            if pooler.sweep:
-                runs[*name, "2-6"] = functools.partial(pooler.sweep, documents, FACTORS)
+        for p in poolers():
+            runs |= {(p.method, p.engine, str(f)): bind(p.pool, documents, f) for f in FACTORS}
+            if p.sweep:
+                runs[p.method, p.engine, "2-6"] = bind(p.sweep, documents, FACTORS)
         seconds = in_turns(runs, repetitions)
-        for pooler in poolers():
-            name = (pooler.method, pooler.engine)
-            total = sum(seconds[*name, str(factor)] for factor in FACTORS)
-            seconds.setdefault((*name, "2-6"), total)
+        for p in poolers():
+            total = sum(seconds[p.method, p.engine, str(factor)] for factor in FACTORS)
+            seconds.setdefault((p.method, p.engine, "2-6"), total)
         for (method, engine, factor), value in seconds.items():
             row = {"document_length": length, "method": method, "engine": engine}
             row |= {"pool_factor": factor, "documents": len(documents), "seconds": value}
-            row |= {"documents_per_second": len(documents) / value}
+            row["documents_per_second"] = len(documents) / value
             if factor != "2-6":
                 run = runs[method, engine, factor]
                 row |= {"inertia": inertia(documents, run()), "peak_mib": peak_memory(run)}
@@ -247,9 +211,9 @@ def bench_scaling(vectors: Vectors, repetitions: int = 3) -> pd.DataFrame:
     for (axis, size), documents in cases.items():
         runs = {p: functools.partial(p.pool, documents, 4) for p in chosen}
         for pooler, value in in_turns(runs, repetitions).items():
-            row = {"axis": axis, "size": size, "method": pooler.method, "engine": pooler.engine}
-            rows.append(row | {"seconds_per_document": value / len(documents)})
-    return pd.DataFrame(rows)
+            rows.append((axis, size, pooler.method, pooler.engine, value / len(documents)))
+    columns = ["axis", "size", "method", "engine", "seconds_per_document"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def bench_search(encoded: Encoded, queries: int = 60, repetitions: int = 9) -> pd.DataFrame:
@@ -272,10 +236,10 @@ def bench_search(encoded: Encoded, queries: int = 60, repetitions: int = 9) -> p
     seconds, expected, rows = in_turns(runs, repetitions), runs["ours"](), []
     for engine, run in runs.items():
         same = [list(a) == list(b) for a, b in zip(run(), expected, strict=True)]
-        row = {"engine": engine, "queries": len(asked), "documents": len(documents)}
-        row |= {"seconds": seconds[engine], "same_top_10": float(np.mean(same))}
-        rows.append(row | {"peak_mib": peak_memory(run)})
-    return pd.DataFrame(rows)
+        sizes = (len(asked), len(documents))
+        rows.append((engine, *sizes, seconds[engine], float(np.mean(same)), peak_memory(run)))
+    columns = ["engine", "queries", "documents", "seconds", "same_top_10", "peak_mib"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def bench_sweep(model: PooledColBERT, encoded: Encoded) -> pd.DataFrame:
@@ -287,7 +251,7 @@ def bench_sweep(model: PooledColBERT, encoded: Encoded) -> pd.DataFrame:
         "all settings": lambda: evaluate_collection(encoded, METHODS, [1, *FACTORS]),
     }
     seconds = in_turns(runs, repetitions=2, warm=False)
-    return pd.DataFrame(list(seconds.items()), columns=["stage", "seconds"])
+    return pd.DataFrame(seconds.items(), columns=["stage", "seconds"])
 
 
 def bench_training(
@@ -304,16 +268,14 @@ def bench_training(
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # changes nothing
     losses = {"none": PooledDistillation(model)}
     losses |= {method: PooledDistillation(model, method, FACTORS) for method in METHODS}
-    count = dict.fromkeys(losses, 0)
 
     def step(method: str) -> None:
-        losses[method].step = count[method]
-        count[method] += 1
         with autocast("auto", model.device):
             value = losses[method](batch, labels)
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
+        losses[method].step += 1  # which the factor is drawn by
 
     model.train()
     seconds = in_turns({m: functools.partial(step, m) for m in losses}, repetitions)
@@ -322,21 +284,18 @@ def bench_training(
         vectors = model(dict(documents))["token_embeddings"].float()
         vectors = torch.nn.functional.normalize(vectors, dim=-1)
     mask = documents["attention_mask"].bool()
-    pooling = in_turns(
-        {
-            (method, factor): functools.partial(pool_padded, vectors, mask, factor, method)
-            for method in METHODS
-            for factor in FACTORS
-        },
-        repetitions,
-    )
-    rows = []
-    for method, value in seconds.items():
-        row = {"document_length": model.document_length, "method": method, "seconds": value}
-        part = np.mean([pooling.get((method, factor), 0.0) for factor in FACTORS])
-        row |= {"ratio": value / seconds["none"], "pooling_share": part / value}
-        rows.append(row | {"pooling_ms_per_document": 1e3 * part / len(vectors)})
-    return pd.DataFrame(rows)
+    runs = {
+        (method, factor): functools.partial(pool_padded, vectors, mask, factor, method)
+        for method in METHODS
+        for factor in FACTORS
+    }
+    pooling = in_turns(runs, repetitions)
+    table = pd.DataFrame(seconds.items(), columns=["method", "seconds"])
+    table.insert(0, "document_length", model.document_length)
+    parts = [np.mean([pooling.get((m, f), 0.0) for f in FACTORS]) for m in seconds]
+    table["ratio"] = table["seconds"] / seconds["none"]
+    table["pooling_share"] = parts / table["seconds"]
+    return table.assign(pooling_ms_per_document=1e3 * np.array(parts) / len(vectors))
 
 
 def bench_ndcg(encoded: Encoded) -> pd.DataFrame:
@@ -357,17 +316,16 @@ def bench_quality(model: PooledColBERT, collections: Sequence[str]) -> pd.DataFr
     for name in collections:
         collection = subset(load_collection(name), 100, 300)
         encoded = encode_collection(model, collection, progress=False)
-        table = None
+        columns = {}
         for engine, use_sklearn in {"ours": False, "scikit-learn": True}.items():
             _, values = evaluate_collection(encoded, ["kmeans"], FACTORS, use_sklearn=use_sklearn)
             values = values[values["pool_method"] == "kmeans"]
-            values = values[["pool_factor", "query_id", "ndcg@10"]].rename(
-                columns={"ndcg@10": engine}
-            )
+            values = values.set_index(["pool_factor", "query_id"])
             pooled = pool_sweep(encoded.documents, FACTORS, "kmeans", use_sklearn=use_sklearn)
             tightness = {f: inertia(encoded.documents, part) for f, part in pooled.items()}
-            values[f"inertia_{engine}"] = values["pool_factor"].map(tightness)
-            table = values if table is None else table.merge(values, on=["pool_factor", "query_id"])
+            factors = values.index.get_level_values("pool_factor")
+            columns |= {engine: values["ndcg@10"], f"inertia_{engine}": factors.map(tightness)}
+        table = pd.DataFrame(columns).reset_index()
         table.insert(0, "collection", name if name.startswith("docs:") else slug(name))
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
@@ -376,57 +334,50 @@ def bench_quality(model: PooledColBERT, collections: Sequence[str]) -> pd.DataFr
 def measure(folder: str | Path, threads: int = 1, collections: Sequence[str] = ()) -> Path:
     """Measure everything (about 8 minutes) and write it to `folder` as CSV files.
 
-    Parameters
-    ----------
-    threads
-        Of every contestant: torch, BLAS and OpenMP.
-    collections
-        Further collections for the comparison of quality, besides the bundled five.
+    `threads` is that of every contestant: torch, BLAS and OpenMP. K-means is compared on the five
+    bundled collections and on `collections`.
     """
     profile = load_profile("quick").model_copy(update={"name": "bench"})
-    folder, start, before = Path(folder), time.perf_counter(), torch.get_num_threads()
-    parts: dict[str, pd.DataFrame] = {}
-
-    def note(what: str) -> None:
-        print(f"{time.perf_counter() - start:5.0f} s  {what}", flush=True)
-
+    folder, before = Path(folder), torch.get_num_threads()
     torch.set_num_threads(threads)
     with threadpool_limits(threads):
         model = untrained_model(profile)
         collection = subset(load_collection("docs:scipy"), None, 1000)
-        texts = list(collection.corpus.values())
-        encoded = encode_collection(model, collection, progress=False)
+        encoded, half, few = (
+            encode_collection(model, part, progress=False)
+            for part in (collection, subset(collection, None, 500), subset(collection, 100, 300))
+        )
+        texts, queries = (list(part.values()) for part in (collection.corpus, collection.queries))
+        longest = sorted(texts, key=len, reverse=True)  # all of the first fill the length
         model.document_length = 300
         longer = encode(model, texts[:128], False)
-        note("pooling, contestants in turns")
-        parts["pooling"] = bench_pooling({96: encoded.documents[:256], 300: longer})
-        note("how time grows")
-        parts["scaling"] = bench_scaling(longer)
-        note("exact search")
-        parts["search"] = bench_search(encoded)
-        note("training steps")
-        steps, longest = [], sorted(texts, key=len, reverse=True)  # all of them fill the length
-        for model.document_length, repetitions in ((128, 6), (300, 4)):
-            queries = list(collection.queries.values())
-            steps.append(bench_training(model, longest, queries, repetitions))
-        parts["training"] = pd.concat(steps, ignore_index=True)
-        model.document_length = profile.model.document_length
-        note("all settings of an evaluation")
-        half = encode_collection(model, subset(collection, None, 500), progress=False)
-        parts["sweep"] = bench_sweep(model, half)
-        note("NDCG@10 with every contestant's vectors")
-        few = encode_collection(model, subset(collection, 100, 300), progress=False)
-        parts["ndcg"] = bench_ndcg(few)
-        note("NDCG@10 of k-means, ours and scikit-learn's")
-        parts["quality"] = bench_quality(model, [*COLLECTIONS, *collections])
+
+        def training() -> pd.DataFrame:
+            tables = []
+            for model.document_length, repetitions in ((128, 6), (300, 4)):
+                tables.append(bench_training(model, longest, queries, repetitions))
+            model.document_length = profile.model.document_length
+            return pd.concat(tables)
+
+        measurements = {
+            "pooling": lambda: bench_pooling({96: encoded.documents[:256], 300: longer}),
+            "scaling": lambda: bench_scaling(longer),
+            "search": lambda: bench_search(encoded),
+            "training": training,
+            "sweep": lambda: bench_sweep(model, half),
+            "ndcg": lambda: bench_ndcg(few),
+            "quality": lambda: bench_quality(model, [*COLLECTIONS, *collections]),
+        }
+        start, parts = time.perf_counter(), {}
+        for name, run in measurements.items():
+            print(f"{time.perf_counter() - start:5.0f} s  {name}", flush=True)
+            parts[name] = run()
     torch.set_num_threads(before)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         with atomic_path(folder / f"{name}.csv") as temporary:
             part.to_csv(temporary, index=False)
     machine = {"processor": processor(), "threads": threads, "versions": versions()}
     write_json(folder / "machine.json", machine)
-    note(f"done: {folder}")
     return folder
 
 
@@ -436,24 +387,9 @@ def measure(folder: str | Path, threads: int = 1, collections: Sequence[str] = (
 def read(folder: str | Path = STORED) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     """The measurements that `measure` left in `folder`, by name, and the machine."""
     folder = Path(folder)
-    if lacking := [f"{name}.csv" for name in PARTS if not (folder / f"{name}.csv").is_file()]:
-        raise UserError(
-            f"{folder} lacks {', '.join(lacking)}: expected a folder of the bench's measurements. "
-            "`make bench` writes one, runs/bench/."
-        )
-    parts = {name: pd.read_csv(folder / f"{name}.csv") for name in PARTS}
+    parts = {file.stem: pd.read_csv(file) for file in sorted(folder.glob("*.csv"))}
     parts["pooling"] = parts["pooling"].astype({"pool_factor": str})  # 2 … 6, and 2-6
     return parts, read_json(folder / "machine.json")
-
-
-def quality_difference(quality: pd.DataFrame) -> tuple[float, float, float]:
-    """Mean difference in NDCG@10 points, ours minus scikit-learn's, and its 95 % interval.
-
-    A query's values at all factors are averaged first: they are not independent.
-    """
-    means = quality.groupby(["collection", "query_id"])[["ours", "scikit-learn"]].mean()
-    found = paired_bootstrap(means["ours"].to_numpy(), means["scikit-learn"].to_numpy())
-    return tuple(100 * value for value in found)
 
 
 def times_faster(pooling: pd.DataFrame) -> pd.DataFrame:
@@ -465,11 +401,16 @@ def times_faster(pooling: pd.DataFrame) -> pd.DataFrame:
 
 
 def quality_table(quality: pd.DataFrame) -> pd.DataFrame:
-    """NDCG@10 points of our k-means above scikit-learn's, and the ratio of the inertias."""
+    """NDCG@10 points of our k-means above scikit-learn's, and the ratio of the inertias.
+
+    The 95 % interval is of queries, with their values at all factors averaged first: those are
+    not independent.
+    """
     rows = {}
     for name, part in [*quality.groupby("collection", sort=False), ("all", quality)]:
         points = 100 * (part["ours"] - part["scikit-learn"]).groupby(part["pool_factor"]).mean()
-        mean, low, high = quality_difference(part)
+        means = part.groupby(["collection", "query_id"])[["ours", "scikit-learn"]].mean()
+        mean, low, high = (100 * value for value in paired_bootstrap(*means.to_numpy().T))
         each = part.drop_duplicates(["collection", "pool_factor"])
         ratio = (each["inertia_ours"] / each["inertia_scikit-learn"]).mean()
         rows[name] = {f"PF{factor}": f"{value:+.1f}" for factor, value in points.items()}
@@ -481,24 +422,22 @@ def quality_table(quality: pd.DataFrame) -> pd.DataFrame:
 def draw(parts: Mapping[str, pd.DataFrame], machine: Mapping[str, Any]) -> NotebookFigure:
     """Above: documents per second, a panel per document length. Below: how time grows at PF4."""
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
-    pooling, scaling = parts["pooling"], parts["scaling"]
     with matplotlib.rc_context(STYLE):
         figure = NotebookFigure(figsize=(13, 9.4), layout="constrained")
         panels = figure.subplots(2, 2)
-        lengths = pooling.groupby("document_length")
+        lengths = parts["pooling"].groupby("document_length")
         for axes, (length, part) in zip(panels[0], lengths, strict=False):
             _draw_speeds(axes, part)
             count = part["documents"].iloc[0]
             axes.set_title(f"Speed: {count} documents of up to {length} word pieces")
-        for axes, (axis, part) in zip(panels[1], scaling.groupby("axis", sort=False), strict=False):
+        growth = parts["scaling"].groupby("axis", sort=False)
+        for axes, (axis, part) in zip(panels[1], growth, strict=False):
             _draw_growth(axes, part, axis)
         lines, labels = panels[1][0].get_legend_handles_labels()
         figure.legend(lines, labels, loc="outside lower center", ncols=len(lines), fontsize=9)
-        figure.suptitle(
-            f"Token pooling beside other libraries: {threads}, {machine['processor']}; medians\n"
-            "above: full mark PF4, hollow mark all of PF 2–6; below: PF4",
-            fontsize=12,
-        )
+        title = f"Token pooling beside other libraries: {threads}, {machine['processor']}; medians"
+        marks = "above: full mark PF4, hollow mark all of PF 2–6; below: PF4"
+        figure.suptitle(f"{title}\n{marks}", fontsize=12)
     figure.alt = (
         "Documents pooled per second by method and library, and milliseconds per document as "
         "documents get longer and more. The table of speeds has the numbers."
@@ -507,21 +446,18 @@ def draw(parts: Mapping[str, pd.DataFrame], machine: Mapping[str, Any]) -> Noteb
 
 
 def _draw_speeds(axes, part: pd.DataFrame) -> None:
-    speeds = part.pivot_table(
-        "documents_per_second", ["method", "engine"], "pool_factor", sort=False
-    ).iloc[::-1]
+    keys = ["method", "engine"]
+    speeds = part.pivot_table("documents_per_second", keys, "pool_factor", sort=False).iloc[::-1]
     for place, ((method, engine), row) in enumerate(speeds.iterrows()):
-        look = {"color": COLOURS[method], "markersize": 8}
-        marker = "s" if engine == "ours" else "o"
-        axes.plot([row["2-6"], row["4"]], [place] * 2, color=COLOURS[method], alpha=0.4, zorder=1)
-        axes.plot(row["4"], place, marker, **look)
-        axes.plot(row["2-6"], place, marker, **look, markerfacecolor="white")
-        label, offset = f"{row['4']:,.0f}", {"xytext": (8, -4), "textcoords": "offset points"}
-        axes.annotate(label, (row["4"], place), **offset, fontsize=9)
+        look, marker = {"color": COLOURS[method]}, "s" if engine == "ours" else "o"
+        axes.plot([row["2-6"], row["4"]], [place] * 2, **look, alpha=0.4, zorder=1)
+        axes.plot(row["4"], place, marker, **look, markersize=8)
+        axes.plot(row["2-6"], place, marker, **look, markersize=8, markerfacecolor="white")
+        offset = {"xytext": (8, -4), "textcoords": "offset points"}
+        axes.annotate(f"{row['4']:,.0f}", (row["4"], place), **offset, fontsize=9)
     axes.set_yticks(range(len(speeds)), [f"{method} · {engine}" for method, engine in speeds.index])
-    axes.set_xscale("log")
-    axes.set_xlim(right=speeds["4"].max() * 4)
-    axes.set_xlabel("documents per second (log scale)")
+    label = "documents per second (log scale)"
+    axes.set(xscale="log", xlim=(None, speeds["4"].max() * 4), xlabel=label)
 
 
 def _draw_growth(axes, growth: pd.DataFrame, axis: str) -> None:
@@ -532,9 +468,8 @@ def _draw_growth(axes, growth: pd.DataFrame, axis: str) -> None:
         axes.plot(part["size"], milliseconds, **look, label=f"{method} · {engine}")
     sizes = sorted(growth["size"].unique())
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xticks(sizes, sizes)
-    axes.set_ylabel("milliseconds per document (log scale)")
+    axes.set(yscale="log", ylabel="milliseconds per document (log scale)")
     by_length = axis == "tokens"
     axes.set_xlabel("tokens in each of 16 documents" if by_length else "documents of 96 tokens")
     axes.set_title("Growth with " + ("document length" if by_length else "number of documents"))

@@ -8,12 +8,13 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import ipywidgets
 import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from IPython import get_ipython
 from matplotlib.patches import Rectangle
 
 from l2p_utils.figures import COLOURS, MARKERS, STYLE, NotebookFigure
@@ -27,9 +28,6 @@ from l2p_utils.pooling import (
     pool,
 )
 
-if TYPE_CHECKING:
-    import ipywidgets
-
 METHODS: tuple[PoolMethod, ...] = ("span", "kmeans", "hierarchical")
 FACTORS = (1, 2, 3, 4, 6)
 
@@ -40,14 +38,8 @@ FACTORS = (1, 2, 3, 4, 6)
 class EncodedText:
     """A text as a late-interaction model stores it.
 
-    Attributes
-    ----------
-    tokens : tuple of str
-        All word pieces, special tokens included.
-    counted : numpy.ndarray
-        (tokens,) bool; False where no vector is stored: punctuation of documents.
-    vectors : numpy.ndarray
-        (counted tokens, dim) float32, unit length.
+    `tokens` are all word pieces; `counted` is False where no vector is stored: punctuation of
+    documents. `vectors` are (counted tokens, dim) float32, of unit length.
     """
 
     text: str
@@ -76,19 +68,19 @@ def load_example(source: str, text: str = "", model: str = "") -> Example:
     Parameters
     ----------
     source
-        Folder of the stored example, seen from the project's root.
+        Folder of the stored example; like `model`'s, seen from the project's root.
     text
         The reader's own text, which needs a model. With several lines, the first is the query and
         the rest the document; one line is a document for the stored query.
     model
-        Folder of a saved model, seen from the project's root, which encodes all texts anew.
+        Folder of a saved model, which encodes all texts anew.
     """
-    stored = read_example(from_root(source))
     if text.strip() and not model:
         raise UserError(
             "text was given and model was not: a text of your own has to be encoded. Set model "
             'to the folder of a saved model, such as "runs/quick/models/baseline".'
         )
+    stored = read_example(from_root(source))
     if not model:
         return stored
     query, documents = stored.query.text, [document.text for document in stored.documents]
@@ -104,23 +96,18 @@ def encode_example(model_folder: str | Path, query: str, documents: Sequence[str
     from l2p_utils.model import load_model  # needs seconds to import; reading and drawing do not
 
     model = load_model(model_folder, device="cpu")
-    return Example(
-        _encode(model, query, is_query=True),
-        [_encode(model, document, is_query=False) for document in documents],
-        Path(model_folder).name,
-    )
 
+    def encode(text: str, is_query: bool) -> EncodedText:
+        # output_value=None: PyLate gives every token's vector, with the mask of those that count
+        found = model.encode([text], is_query=is_query, output_value=None, show_progress_bar=False)
+        keys = ("input_ids", "token_embeddings", "masks")
+        ids, vectors, counted = (torch.as_tensor(found[key][0]).cpu() for key in keys)
+        tokens = tuple(map(str.strip, model.tokenizer.convert_ids_to_tokens(ids.tolist())))
+        vectors = torch.nn.functional.normalize(vectors.float(), dim=-1)[counted.bool()]
+        return EncodedText(text, tokens, counted.bool().numpy(), vectors.numpy())
 
-def _encode(model, text: str, is_query: bool) -> EncodedText:
-    # output_value=None: PyLate then gives every token's vector, with the mask of those that count
-    features = model.encode([text], is_query=is_query, output_value=None, show_progress_bar=False)
-    ids, vectors, counted = (
-        torch.as_tensor(features[name][0]).cpu()
-        for name in ("input_ids", "token_embeddings", "masks")
-    )
-    tokens = [token.strip() for token in model.tokenizer.convert_ids_to_tokens(ids.tolist())]
-    vectors = torch.nn.functional.normalize(vectors.float(), dim=-1)[counted.bool()]
-    return EncodedText(text, tuple(tokens), counted.bool().numpy(), vectors.numpy())
+    texts = [encode(document, is_query=False) for document in documents]
+    return Example(encode(query, is_query=True), texts, Path(model_folder).name)
 
 
 def write_example(example: Example, folder: str | Path) -> None:
@@ -144,12 +131,12 @@ def read_example(folder: str | Path) -> Example:
         masks = [np.array(text["counted"], dtype=bool) for text in texts]
         vectors = np.load(Path(folder) / "vectors.npy").astype(np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)  # (counted tokens of all, dim)
-        if len(vectors) != sum(mask.sum() for mask in masks):
+        *ends, total = np.cumsum([mask.sum() for mask in masks])
+        if len(vectors) != total:
             raise ValueError("example.json counts other tokens than vectors.npy has vectors")
-        parts = np.split(vectors, np.cumsum([mask.sum() for mask in masks])[:-1])
         query, *documents = (
             EncodedText(text["text"], tuple(text["tokens"]), mask, part)
-            for text, mask, part in zip(texts, masks, parts, strict=True)
+            for text, mask, part in zip(texts, masks, np.split(vectors, ends), strict=True)
         )
         return Example(query, documents, stored["encoder"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -222,15 +209,13 @@ def group_name(tokens: Sequence[str], most: int = 4) -> str:
 def cluster_table(pooled: Pooled) -> pd.DataFrame:
     """Clusters of two tokens and more, the largest first.
 
-    `cosine` is the mean over all pairs of tokens in the cluster, `norm` the length of their mean
-    vector.
+    `cosine` is the mean over pairs of a cluster's tokens, `norm` the length of their mean vector.
     """
     rows = []
     for label, number in pooled.numbers.items():
         members = pooled.document.vectors[pooled.labels == label]  # (size, dim)
         pairs = (members @ members.T)[np.triu_indices(len(members), k=1)]
-        norm = np.linalg.norm(pooled.vectors[label])
-        name = group_name(pooled.groups[label], 6)
+        name, norm = group_name(pooled.groups[label], 6), np.linalg.norm(pooled.vectors[label])
         rows.append((number, name, len(members), pairs.mean(), norm))
     table = pd.DataFrame(rows, columns=["cluster", "tokens", "size", "cosine", "norm"])
     table = table.set_index("cluster").sort_values("size", ascending=False, kind="stable")
@@ -268,10 +253,7 @@ def document_scores(
 
 
 def variant_table(document: EncodedText, factors: Sequence[int] = FACTORS[1:]) -> pd.DataFrame:
-    """Token pairs that are together in one hierarchical variant and apart in the other.
-
-    A row per pool factor, a column per pair of variants.
-    """
+    """Token pairs that one hierarchical variant puts together and the other apart, by factor."""
     together = {}
     for variant in HIERARCHICAL_VARIANTS:
         found = cluster_labels(document.vectors, list(factors), "hierarchical", variant=variant)
@@ -289,10 +271,12 @@ def variant_table(document: EncodedText, factors: Sequence[int] = FACTORS[1:]) -
 
 # Paul Tol's "light" colours: backgrounds for black text, distinct to colour-blind readers.
 FILLS = ("#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#99DDFF", "#44BB99", "#BBCC33", "#AAAA00")
-OUTLINES = (("white", 0.8, "-"), ("#222222", 1.2, "-"), ("#222222", 1.2, ":"))  # a round each
+PALE = {"edgecolor": "white", "linewidth": 0.8, "linestyle": "-"}
+DARK = {"edgecolor": "#222222", "linewidth": 1.2, "linestyle": "-"}
+OUTLINES = (PALE, DARK, DARK | {"linestyle": ":"})  # a round of colours each
 SMALL = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
-COLUMNS, FONT, WIDTH = 118, 9.5, 9.5  # characters per line; points; inches
-FONT_STYLE = {"family": "DejaVu Sans Mono", "fontsize": FONT, "parse_math": False}
+COLUMNS, WIDTH = 118, 9.5  # characters per line; inches
+FONT = {"family": "DejaVu Sans Mono", "fontsize": 9.5, "parse_math": False}
 
 
 def draw_clusters(panels: Mapping[str, Pooled]) -> NotebookFigure:
@@ -313,13 +297,12 @@ def draw_clusters(panels: Mapping[str, Pooled]) -> NotebookFigure:
         for (title, pooled), boxes, height in zip(panels.items(), words, lines, strict=True):
             axis.text(0, top + 0.9, title, fontsize=11, va="center")
             for left, line, width, text, label in boxes:
-                centre = (left + width / 2, top + 1.95 + line)
+                x, y = left + width / 2, top + 1.95 + line
                 colour = "#8A8A8A" if label is None else "#222222"
-                axis.text(*centre, text, ha="center", va="center", color=colour, **FONT_STYLE)
+                axis.text(x, y, text, ha="center", va="center", color=colour, **FONT)
                 if label is not None:
-                    corner = (left, centre[1] - 0.38)
-                    look = _look(pooled.numbers.get(label))
-                    axis.add_patch(Rectangle(corner, width, 0.76, gid=f"cluster:{label}", **look))
+                    look = _look(pooled.numbers.get(label)) | {"gid": f"cluster:{label}"}
+                    axis.add_patch(Rectangle((left, y - 0.38), width, 0.76, **look))
             top += height + 1.6
     figure.alt = "A document's word pieces, coloured by cluster. " + " ".join(
         f"{title}; largest clusters: {'; '.join(cluster_table(pooled)['tokens'][:3]) or 'none'}."
@@ -329,10 +312,7 @@ def draw_clusters(panels: Mapping[str, Pooled]) -> NotebookFigure:
 
 
 def _layout(pooled: Pooled) -> Iterator[tuple[float, int, float, str, int | None]]:
-    """Left edge, line, width (in characters), text and label of each token.
-
-    The pieces of a word touch and stay on one line.
-    """
+    """Left edge, line, width (in characters), text and label of each token, words kept whole."""
     labels = iter(pooled.labels.tolist())
     words: list[list[tuple[float, str, int | None]]] = []
     for token, counted in zip(pooled.document.tokens, pooled.document.counted, strict=True):
@@ -354,11 +334,10 @@ def _layout(pooled: Pooled) -> Iterator[tuple[float, int, float, str, int | None
 
 def _look(number: int | None) -> dict[str, object]:
     if number is None:
-        return {"facecolor": "#EFEFEF", "edgecolor": "white", "linewidth": 0.8}
+        return PALE | {"facecolor": "#EFEFEF"}
     turn, colour = divmod(number - 1, len(FILLS))
-    edge, width, dashes = OUTLINES[turn % len(OUTLINES)]
-    look = {"facecolor": FILLS[colour], "edgecolor": edge, "linewidth": width}
-    return look | {"linestyle": dashes, "zorder": 1 + 0.1 * turn}
+    outline = OUTLINES[turn % len(OUTLINES)]
+    return outline | {"facecolor": FILLS[colour], "zorder": 1 + 0.1 * turn}
 
 
 def draw_maxsim(query: EncodedText, pooled: Pooled) -> NotebookFigure:
@@ -369,8 +348,8 @@ def draw_maxsim(query: EncodedText, pooled: Pooled) -> NotebookFigure:
     unit = "tokens" if pooled.factor == 1 else f"{pooled.method} clusters, factor {pooled.factor}"
     what = f"the document's {len(pooled.vectors)} vectors ({unit})"
     with matplotlib.rc_context(STYLE):
-        size = (max(WIDTH, 2.2 + 0.16 * len(names)), height)
-        figure = NotebookFigure(figsize=size, layout="constrained")
+        width = max(WIDTH, 2.2 + 0.16 * len(names))
+        figure = NotebookFigure(figsize=(width, height), layout="constrained")
         axis = figure.subplots()
         axis.imshow(table, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axis.set_yticks(range(len(table)), query.counted_tokens, fontsize=9, parse_math=False)
@@ -378,16 +357,14 @@ def draw_maxsim(query: EncodedText, pooled: Pooled) -> NotebookFigure:
         axis.set_title(f"Dot products of query tokens and {what}, 0 pale to 1 dark\n"
                        f"MaxSim, the sum of the framed: {table.max(axis=1).sum():.2f}",
                        fontsize=11, loc="left")  # fmt: skip
-        values = axis.secondary_yaxis("right")
-        best = [f"{value:.2f}" for value in table.max(axis=1)]
+        values, best = axis.secondary_yaxis("right"), [f"{v:.2f}" for v in table.max(axis=1)]
         values.set_yticks(range(len(table)), best, fontsize=9, color="#B04A00")
         for side in (axis, values):
             side.tick_params(length=0)
             side.grid(False)
         for row, column in enumerate(table.argmax(axis=1)):
-            corner = (column - 0.5, row - 0.5)
             frame = {"fill": False, "edgecolor": "#D55E00", "linewidth": 1.8, "clip_on": False}
-            axis.add_patch(Rectangle(corner, 1, 1, **frame))
+            axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **frame))
     figure.alt = f"Heat map of query tokens against {what}. Best matches: " + "; ".join(
         f"{token} with {match} {value:.2f}"
         for token, match, value in maxsim_table(query, pooled).to_numpy()
@@ -405,9 +382,8 @@ def draw_sweep(table: pd.DataFrame) -> NotebookFigure:
                 style = {"color": COLOURS[method], "marker": MARKERS[method], "markersize": 5}
                 axis.plot(rows["pool_factor"], rows[column], label=method, linewidth=1.8, **style)
             axis.set_title(title, fontsize=11, loc="left")
-            axis.set_xlabel("pool factor")
-            axis.set_xticks(sorted(table["pool_factor"].unique()))
-            axis.set_ylim(0, 1.08 * table[column].max())
+            ticks, top = sorted(table["pool_factor"].unique()), 1.08 * table[column].max()
+            axis.set(xlabel="pool factor", xticks=ticks, ylim=(0, top))
         figure.axes[-1].legend(frameon=False, fontsize=9, loc="lower left")
     figure.alt = (
         "Three line charts by pool factor and method: vectors stored, mean length of a vector, "
@@ -440,18 +416,10 @@ def step_through(
     def show(factor: int, method: PoolMethod) -> NotebookFigure:
         return draw_clusters(pooling_panels(example, method, [factor]))
 
-    if not _is_live():
+    names = getattr(get_ipython(), "user_ns", {})
+    # VS Code sets the one and JupyterLab the other; papermill and nbconvert set neither
+    if "__vsc_ipynb_file__" not in names and "JPY_SESSION_NAME" not in os.environ:
         return show(pool_factor, pool_method)
-    import ipywidgets
-
     slider = ipywidgets.IntSlider(pool_factor, min=1, max=6, description="pool factor")
     buttons = ipywidgets.ToggleButtons(options=METHODS, value=pool_method)
     return ipywidgets.interactive(show, factor=slider, method=buttons)
-
-
-def _is_live() -> bool:
-    """Whether JupyterLab or VS Code started this kernel (papermill and nbconvert set neither)."""
-    from IPython import get_ipython
-
-    names = getattr(get_ipython(), "user_ns", {})
-    return "__vsc_ipynb_file__" in names or "JPY_SESSION_NAME" in os.environ

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,6 @@ PAPER = (
     "LIR workshop @ ECIR 2026"
 )
 ENGINES = {"exact": "Exact search (MaxSim in float32)", "plaid": "PLAID index (fast-plaid)"}
-COMMON = {"mark": MARK, "unknown": "not recorded", "paper": PAPER}
 LICENCES = """
 apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0
 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0
@@ -59,34 +59,35 @@ class Terms:
     notice: str
     restricts: bool = False
 
+    @property
+    def card_data(self) -> dict[str, str]:
+        """The licence in a card's front matter."""
+        kind, _, name = self.licence.partition(":")
+        link = {"license_link": LICENCE_FILE} if name and self.restricts else {}
+        return {"license": kind} | ({"license_name": name} if name else {}) | link
+
 
 NAMES = {"apache-2.0": "Apache-2.0", "bsd-3-clause": "BSD-3-Clause", "mit": "MIT"}
-FIQA = Terms(
+DOCS = {"transformers": "apache-2.0"}
+DOCS |= dict.fromkeys(["scipy", "numpy", "sklearn", "pandas", "torch"], "bsd-3-clause")
+DATA = {
+    f"docs:{name}": Terms(terms, f"Texts: the documentation of {name}: {NAMES[terms]}.")
+    for name, terms in DOCS.items()
+}
+DATA["beir:fiqa"] = Terms(
     "other:fiqa-2018-non-commercial",
     "**FiQA-2018: non-commercial use only.** The FiQA-2018 data may be used for non-commercial "
     "purposes only, and so may what is made from it: this repository must not be used "
     "commercially.",
     restricts=True,
 )
-# The licence of SciFact's annotations, which are what is learned from.
-SCIFACT = Terms(
+DATA["beir:scifact"] = Terms(  # of the annotations, which are what is learned from
     "cc-by-nc-2.0",
     "**SciFact: CC BY-NC 2.0.** SciFact's annotations, the relevance judgments among them, are "
     "licensed CC BY-NC 2.0: name their authors (Wadden et al., 2020), no commercial use. What is "
     "made from them is offered on the same terms here.",
     restricts=True,
 )
-DATA: dict[str, Terms] = {
-    "beir:fiqa": FIQA,
-    "beir:scifact": SCIFACT,
-    "docs:transformers": Terms(
-        "apache-2.0", "Texts: the documentation of transformers: Apache-2.0."
-    ),
-    **{
-        f"docs:{name}": Terms("bsd-3-clause", f"Texts: the documentation of {name}: BSD-3-Clause.")
-        for name in ("scipy", "numpy", "sklearn", "pandas", "torch")
-    },
-}
 BASES = {
     name: Terms("apache-2.0", f"Base model {name}: Apache-2.0.")
     for name in (BUNDLED_BASE, "mixedbread-ai/mxbai-edge-colbert-v0-32m")
@@ -100,15 +101,16 @@ TOOLS = {  # miners and teachers, by a name that provenance has
 
 def _terms(data: Terms | None, base: Terms | None, given: str | None, what: str) -> Terms:
     """Those of the data where they restrict, else those given, else the known ones."""
-    decided = data if data and data.restricts else base if data and base else None
-    if decided and decided.restricts and given not in (None, decided.licence):
-        raise UserError(
-            f"licence {given!r} contradicts what is known of a repository {what}: "
-            f"{decided.licence}. Leave the licence out."
-        )
-    if decided and (decided.restricts or not given):
-        return decided
+    if data and data.restricts:
+        if given not in (None, data.licence):
+            raise UserError(
+                f"licence {given!r} contradicts what is known of a repository {what}: "
+                f"{data.licence}. Leave the licence out."
+            )
+        return data
     if not given:
+        if data and base:
+            return base
         raise UserError(
             f"A repository {what} needs a licence: the terms of its texts or of its base model "
             "are not known here. Pass licence=, a hub identifier (apache-2.0, cc-by-4.0, unknown, "
@@ -124,19 +126,6 @@ def _terms(data: Terms | None, base: Terms | None, given: str | None, what: str)
     return Terms(given, f"Released as `{name or given}`, chosen by the publisher.{add}")
 
 
-def _licence_keys(terms: Terms) -> dict[str, str]:
-    kind, _, name = terms.licence.partition(":")
-    link = {"license_link": LICENCE_FILE} if name and terms.restricts else {}
-    return {"license": kind} | ({"license_name": name} if name else {}) | link
-
-
-def _notices(terms: Terms, parts: list[Terms | None], mined: dict[str, Any]) -> list[str]:
-    """The repository's own terms, then those of what it was made from."""
-    used = json.dumps([mined.get("miner"), mined.get("teacher"), mined["settings"]])
-    tools = [f"Miner or teacher {t}: {NAMES[its]}." for t, its in TOOLS.items() if t in used]
-    return list(dict.fromkeys([terms.notice, *(p.notice for p in parts if p), *tools]))
-
-
 # ---------------------------------------------------------------- releasing
 
 
@@ -144,12 +133,13 @@ def repository_id(value: str) -> str:
     """Return a hub id, ``owner/name``, or raise UserError."""
     try:
         validate_repo_id(value)
-        if value.count("/") == 1:
-            return value
-        reason = "it has no owner"
+        if value.count("/") != 1:
+            raise HFValidationError("it has no owner")
     except HFValidationError as error:
-        reason = str(error)
-    raise UserError(f"{value!r} is no hub id: {reason}. Expected owner/name, as my-name/my-model.")
+        raise UserError(
+            f"{value!r} is no hub id: {error}. Expected owner/name, as my-name/my-model."
+        ) from error
+    return value
 
 
 def release_model(
@@ -161,6 +151,8 @@ def release_model(
     dataset: str | None = None,
 ) -> Path:
     """Write a trained model of a run as a hub-ready folder: weights, tokenizer, config, card.
+
+    The folder, which is returned, loads with `pylate.models.ColBERT` and with `PooledColBERT`.
 
     Parameters
     ----------
@@ -177,56 +169,38 @@ def release_model(
         collection's terms leave no choice (FiQA, SciFact).
     dataset
         Hub id of the training rows where they are released too (`release_dataset`).
-
-    Returns
-    -------
-    pathlib.Path
-        The folder; it loads with `pylate.models.ColBERT` and with `PooledColBERT`.
     """
     repository = repository_id(repository)
-    if name not in profile.model_names[1:]:
-        raise UserError(
-            f"The profile {profile.name!r} trains no model {name!r}; expected one of "
-            f"{profile.model_names[1:]}."
-        )
-    run, source = profile.find_run(name), profile.folder / "models" / name
+    run = profile.find_run(name)
     target = _target(folder or profile.folder / "release" / repository.split("/")[1])
     base = BUNDLED_BASE if profile.model.bundled else profile.model.base
     if not profile.model.bundled and Path(base).expanduser().is_dir():
         base = slug(base)  # a folder of the publisher's is nobody else's business
     parts = [DATA.get(run.collection.split("@")[0]), BASES.get(base)]
     terms = _terms(*parts, licence, f"trained on {_shown(run.collection)}")
-    if not (source / PROVENANCE).is_file():
-        raise UserError(f"{source} has no {PROVENANCE}: train the model again (notebook 02).")
-    provenance = read_json(source / PROVENANCE)
-    mined = _training_rows(profile, run, provenance)
-    _check_measured(profile, name, fingerprint(source))
+    provenance, mined = _provenances(profile, name, run)
     rows_id = dataset and repository_id(dataset)
     if profile.training_data == "released":
         rows_id = rows_id or pinned(profile.released_rows[run.collection])[0]
     pooling = [] if run.pool_method == "none" else ["pooling", run.pool_method]
     front = ModelCardData(
         language="en",
-        **_licence_keys(terms),
+        **terms.card_data,
         library_name="PyLate",
         pipeline_tag="sentence-similarity",
         tags=["ColBERT", "PyLate", "sentence-transformers", "retrieval", *pooling, "distillation"],
         base_model=base if "/" in base else None,
-        datasets=list(dict.fromkeys(filter(None, [rows_id, *_repositories(mined)]))) or None,
+        datasets=list(dict.fromkeys([*filter(None, [rows_id]), *mined["repositories"]])) or None,
     )
-    model = load_model(source, device="cpu")
+    model = load_model(profile.folder / "models" / name, device="cpu")
     card = ModelCard.from_template(
         front,
         template_path=str(TEMPLATES / "model_card.md"),
-        **COMMON,
+        **_shared_values(repository, run.collection, mined, [terms, *parts]),
         **_model_facts(profile, name, run, provenance),
         model=model,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        title=repository.split("/")[1],
-        repository=repository,
         base=base,
-        rows_table=_rows_table(mined, run.collection),
-        notices=_notices(terms, parts, mined),
     )
     with atomic_path(target) as temporary:
         with quiet_loading():
@@ -244,19 +218,9 @@ def release_dataset(
 ) -> Path:
     """Write the mined rows of a collection as a hub-ready data set: ids and scores, no texts.
 
-    Parameters
-    ----------
-    collection
-        A training collection of the profile, mined (notebook 01).
-    folder
-        Default: ``runs/<profile>/release_data/<name of the repository>``.
-    repository, licence
-        See `release_model`.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder; ``datasets.load_dataset(folder)`` reads it.
+    `collection` is a training collection of the profile, mined (notebook 01); the folder is by
+    default ``runs/<profile>/release_data/<name of the repository>``. The rest is as in
+    `release_model`. ``datasets.load_dataset(folder)`` reads the folder that is returned.
     """
     repository = repository_id(repository)
     if profile.training_data == "released":
@@ -272,27 +236,21 @@ def release_dataset(
     terms = _terms(data, data, licence, f"mined from {_shown(collection)}")
     front = DatasetCardData(
         language="en",
-        **_licence_keys(terms),
+        **terms.card_data,
         pretty_name=f"{_shown(collection)}: mined training rows with teacher scores",
         size_categories=["n<1K", "1K<n<10K", "10K<n<100K"][max(len(str(len(rows))) - 3, 0)],
         task_categories=["text-retrieval"],
         tags=["distillation", "hard negatives", "late interaction", "ColBERT", "PyLate"],
         annotations_creators=["machine-generated"],
-        source_datasets=list(_repositories(provenance)) or None,
+        source_datasets=list(provenance["repositories"]) or None,
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": ROWS_FILE}]}],
     )
-    own_folder = not collection.startswith((BUNDLED, *HUB))
     card = DatasetCard.from_template(
         front,
         template_path=str(TEMPLATES / "dataset_card.md"),
-        **COMMON,
-        title=repository.split("/")[1],
-        repository=repository,
-        collection=_shown(collection),
-        load_name="path/to/collection" if own_folder else collection,
-        provenance=provenance | {"rows": len(rows)},
-        rows_table=_rows_table(provenance, collection),
-        notices=_notices(terms, [data], provenance),
+        **_shared_values(repository, collection, provenance, [terms, data]),
+        load_name=collection if collection == _shown(collection) else "path/to/collection",
+        provenance=provenance,
     )
     with atomic_path(target) as temporary:
         (temporary / ROWS_FILE).parent.mkdir(parents=True)
@@ -328,38 +286,36 @@ def _target(folder: str | Path) -> Path:
     return folder
 
 
-def _training_rows(profile: Profile, run: Run, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Provenance of the rows that the model was trained on."""
-    folder = mined_folder(profile, run.collection)
-    trained_on = provenance["settings"].get("rows")
-    if trained_on and trained_on != mined_fingerprint(load_mined(folder)):
+def _provenances(profile: Profile, name: str, run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's provenance and its rows'; UserError unless both and the results belong to it."""
+    source, results = profile.folder / "models" / name, profile.folder / "results"
+    if not (source / PROVENANCE).is_file():
+        raise UserError(f"{source} has no {PROVENANCE}: train the model (notebook 02).")
+    provenance, rows = read_json(source / PROVENANCE), mined_folder(profile, run.collection)
+    if provenance["settings"]["rows"] != mined_fingerprint(load_mined(rows)):
         raise UserError(
-            f"The rows in {folder} are not those that the model was trained on. Train it again "
+            f"The rows in {rows} are not those that the model was trained on. Train it again "
             "(notebook 02, or `make run`)."
         )
-    return mined_provenance(folder)
-
-
-def _check_measured(profile: Profile, name: str, weights: str) -> None:
-    """Result rows must exist, and be measured of these weights."""
-    results = profile.folder / "results"
     if name not in set(read_rows(results)["model"]):
         raise UserError(
             f"There are no result rows of {name!r} in {results}; a card without an evaluation is "
             "not written. Run notebook 03_evaluation (or `make run`) first."
         )
+    weights = fingerprint(source)
     for file in sorted((profile.folder / "evaluated" / name).glob(f"[!.]*/{PROVENANCE}")):
-        measured = read_json(file).get("settings", {}).get("model", weights)
+        measured = read_json(file)["settings"]["model"]
         if measured != weights:
             raise UserError(
                 f"{file.parent.name} was measured of other weights of {name!r} ({measured}) than "
                 f"those stored now ({weights}). Run notebook 03_evaluation again."
             )
+    return provenance, mined_provenance(rows)
 
 
 def _write_card(folder: Path, card: ModelCard | DatasetCard, terms: Terms) -> None:
     card.save(folder / CARD)
-    if "license_link" in _licence_keys(terms):
+    if "license_link" in terms.card_data:
         name, notice = terms.licence.partition(":")[2], terms.notice.replace("**", "")
         (folder / LICENCE_FILE).write_text(f"{name}\n\n{notice}\n", "utf-8")
 
@@ -367,8 +323,29 @@ def _write_card(folder: Path, card: ModelCard | DatasetCard, terms: Terms) -> No
 # ---------------------------------------------------------------- the templates' values
 
 
+def _shared_values(
+    repository: str, collection: str, mined: dict[str, Any], terms: Iterable[Terms | None]
+) -> dict[str, Any]:
+    """What both templates show; the repository's own terms come first."""
+    used = json.dumps([mined.get("miner"), mined.get("teacher"), mined["settings"]])
+    tools = [f"Miner or teacher {t}: {NAMES[its]}." for t, its in TOOLS.items() if t in used]
+    values = {
+        "mark": MARK,
+        "unknown": "not recorded",
+        "paper": PAPER,
+        "title": repository.split("/")[1],
+        "repository": repository,
+        "collection": _shown(collection),
+        "notices": list(dict.fromkeys([*(part.notice for part in terms if part), *tools])),
+    }
+    template = jinja2.Template((TEMPLATES / "provenance.md").read_text("utf-8"))
+    hub = {"from_hub": collection.startswith(HUB), "repositories": mined["repositories"]}
+    return values | {"rows_table": template.render(values, provenance=mined, **hub)}
+
+
 def _model_facts(profile: Profile, name: str, run: Run, provenance: dict) -> dict[str, Any]:
-    variant = provenance["settings"].get("pooling")
+    """What the model's template shows of its training and evaluation."""
+    variant = provenance["settings"]["pooling"]
     options = f', pool_factor={min(4, max(run.pool_factors))}, pool_method="{run.pool_method}"'
     options += ", use_sklearn=True" if variant == "sklearn" else ""
     options += f', pool_variant="{variant}"' if variant in ("paper", "euclidean") else ""
@@ -378,10 +355,9 @@ def _model_facts(profile: Profile, name: str, run: Run, provenance: dict) -> dic
     return {
         "profile": profile,
         "run": run,
-        "provenance": {"epoch": {}, "dev": {}} | provenance,
-        "training": provenance["settings"].get("training", {}),
+        "provenance": provenance,
+        "training": provenance["settings"]["training"],
         "base_revision": (origin or {}).get("commit") or profile.model.revision,
-        "collection": _shown(run.collection),
         "seed": profile.seed if run.seed is None else run.seed,
         "pooled": run.pool_method != "none",
         "variant": variant,
@@ -418,21 +394,3 @@ def _evaluation(profile: Profile, name: str, run: Run) -> dict[str, str]:
             title = f"{ENGINES[engine]}, {method}" + (f" ({variant})" if variant else "")
             tables[title] = table.to_markdown(index=False, disable_numparse=True)
     return tables
-
-
-def _repositories(provenance: dict[str, Any]) -> dict[str, str]:
-    """Hub id → commit of what rows come from, as their provenance has it."""
-    places = [provenance, *(part for part in provenance.values() if isinstance(part, dict))]
-    return next((dict(sorted(p["repositories"].items())) for p in places
-                 if p.get("repositories")), {})  # fmt: skip
-
-
-def _rows_table(provenance: dict[str, Any], collection: str) -> str:
-    """The table about the mined rows."""
-    return jinja2.Template((TEMPLATES / "provenance.md").read_text("utf-8")).render(
-        COMMON,
-        provenance=provenance,
-        collection=_shown(collection),
-        from_hub=collection.startswith(tuple(HUB)),
-        repositories=_repositories(provenance),
-    )

@@ -1,6 +1,5 @@
 """Notebook 00's helpers: what is drawn is what pooling does, and MaxSim adds up."""
 
-import dataclasses
 import itertools
 import subprocess
 import sys
@@ -9,28 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from l2p_utils import explain
 from l2p_utils.explain import (
     FACTORS,
     METHODS,
     EncodedText,
-    Example,
-    cluster_table,
-    document_scores,
     draw_clusters,
-    draw_maxsim,
-    draw_sweep,
-    encode_example,
-    group_name,
     load_example,
-    maxsim,
-    maxsim_table,
     pool_document,
     pooling_panels,
-    read_example,
-    step_through,
-    sweep,
-    variant_table,
-    write_example,
 )
 from l2p_utils.figures import render
 from l2p_utils.files import UserError, from_root
@@ -63,33 +49,23 @@ def small(tokens=("[CLS]", "spl", "##ine", ",", "spl", "##ine"), counted=(1, 1, 
 # ---------------------------------------------------------------- the example
 
 
-def test_the_stored_example_is_whole_and_its_vectors_have_length_one(example):
-    assert len(example.documents) >= 3
+def test_the_stored_example_is_whole(example):
+    assert len(example.documents) >= 3 and example.query.counted.all()
     for text in (example.query, *example.documents):
         assert len(text.tokens) == len(text.counted)
         assert text.vectors.shape == (text.counted.sum(), 128)
         assert text.vectors.dtype == np.float32
         np.testing.assert_allclose(np.linalg.norm(text.vectors, axis=1), 1, atol=1e-6)
-
-
-def test_the_stored_tokens_are_the_texts(example):
-    for text in (example.query, *example.documents):
         pieces = "".join(t.removeprefix("##") for t in text.tokens if not t.startswith("["))
         assert pieces == text.text.lower().replace(" ", "")
-
-
-def test_only_punctuation_of_documents_has_no_vector(example):
-    assert example.query.counted.all()
-    for document in example.documents:
+    for document in example.documents:  # only punctuation has no vector
         left_out = set(document.tokens) - set(document.counted_tokens)
-        assert left_out and not any(
-            character.isalnum() for token in left_out for character in token
-        )
+        assert left_out and not any(map(str.isalnum, "".join(left_out)))
 
 
 def test_what_is_written_is_read_back(tmp_path, example):
-    write_example(example, tmp_path)
-    again = read_example(tmp_path)
+    explain.write_example(example, tmp_path)
+    again = explain.read_example(tmp_path)
     assert again.encoder == example.encoder
     texts = zip([example.query, *example.documents], [again.query, *again.documents], strict=True)
     for text, copy in texts:
@@ -98,16 +74,10 @@ def test_what_is_written_is_read_back(tmp_path, example):
         np.testing.assert_allclose(copy.vectors, text.vectors, atol=1e-3)  # float16
 
 
-def test_a_folder_without_example_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no readable example.*example.json"):
-        read_example(tmp_path)
-    with pytest.raises(UserError, match="holds no readable example"):
-        load_example("data/no_such_folder")
-
-
 @pytest.mark.parametrize(
     "damage",
     [
+        lambda folder: (folder / "vectors.npy").unlink(),
         lambda folder: (folder / "example.json").write_text("{"),
         lambda folder: (folder / "example.json").write_text('{"query": {}}'),
         lambda folder: (folder / "vectors.npy").write_bytes(b"no array"),
@@ -116,45 +86,38 @@ def test_a_folder_without_example_is_refused(tmp_path):
     ],
 )
 def test_a_damaged_example_is_refused(tmp_path, example, damage):
-    write_example(example, tmp_path)
+    explain.write_example(example, tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match="no readable example|not valid JSON"):
-        read_example(tmp_path)
+        explain.read_example(tmp_path)
 
 
-def test_text_without_model_is_refused():
+def test_text_without_model_and_folders_that_are_none_are_refused(tmp_path):
     with pytest.raises(UserError, match="model was not"):
         load_example(SOURCE, text="My own words.")
-
-
-def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a saved model"):
         load_example(SOURCE, model=str(tmp_path))
+    with pytest.raises(UserError, match="holds no readable example.*example.json"):
+        load_example("data/no_such_folder")
 
 
-def test_own_text_and_model_are_encoded_instead(model_folder, bundled_model):
+def test_own_text_and_model_are_encoded_instead(model_folder, bundled_model, example):
     own = "Which spline?\nA cubic spline, twice continuously differentiable."
-    example = load_example(SOURCE, own, str(model_folder))
-    assert example.query.text == "Which spline?"
-    assert example.documents[0].text == "A cubic spline, twice continuously differentiable."
-    stored = load_example(SOURCE)
-    assert [d.text for d in example.documents[1:]] == [d.text for d in stored.documents]
-    (expected,) = bundled_model.encode([example.documents[0].text], is_query=False)
-    np.testing.assert_allclose(example.documents[0].vectors, expected, atol=1e-5)
-    (expected,) = bundled_model.encode([example.query.text], is_query=True)
-    np.testing.assert_allclose(example.query.vectors, expected, atol=1e-5)
+    found = load_example(SOURCE, own, str(model_folder))
+    assert found.query.text == "Which spline?" and found.encoder == "bundled"
+    assert found.documents[0].text == "A cubic spline, twice continuously differentiable."
+    assert [d.text for d in found.documents[1:]] == [d.text for d in example.documents]
+    for text, is_query in ((found.documents[0], False), (found.query, True)):
+        (expected,) = bundled_model.encode([text.text], is_query=is_query)
+        np.testing.assert_allclose(text.vectors, expected, atol=1e-5)
 
 
-def test_a_single_line_of_text_is_a_document_for_the_stored_query(model_folder, example):
-    own = load_example(SOURCE, "A cubic spline.", str(model_folder))
-    assert own.query.text == example.query.text
-    assert own.documents[0].text == "A cubic spline."
-
-
-def test_a_model_without_text_encodes_the_stored_texts(model_folder, example):
-    again = load_example(SOURCE, model=str(model_folder))
-    assert again.query.text == example.query.text
-    assert len(again.documents) == len(example.documents)
+@pytest.mark.parametrize("text", ["A cubic spline.", ""])
+def test_what_is_not_given_is_the_stored_text_encoded_anew(model_folder, example, text):
+    found = load_example(SOURCE, text, str(model_folder))
+    documents = [text] * bool(text) + [document.text for document in example.documents]
+    assert [document.text for document in found.documents] == documents
+    assert found.query.text == example.query.text and found.encoder == "bundled"
 
 
 def test_reading_and_drawing_load_no_model():
@@ -187,8 +150,8 @@ def test_the_maxsim_table_adds_up_to_the_score_of_search(example, method):
     pooled = pool_document(example.documents[0], 3, method)
     query = torch.from_numpy(example.query.vectors)
     score = maxsim_scores([query], [torch.from_numpy(pooled.vectors)]).item()
-    assert maxsim(example.query, pooled) == pytest.approx(score, abs=1e-4)
-    table = maxsim_table(example.query, pooled)
+    assert explain.maxsim(example.query, pooled) == pytest.approx(score, abs=1e-4)
+    table = explain.maxsim_table(example.query, pooled)
     assert table["similarity"].sum() == pytest.approx(score, abs=0.0005 * len(table))
 
 
@@ -196,21 +159,19 @@ def test_maxsim_by_hand():
     query = EncodedText("q", ("a", "b"), np.ones(2, bool), unit([1, 0], [0, 1]))
     document = EncodedText("d", ("x", "y"), np.ones(2, bool), unit([3, 4], [1, 0]))
     pooled = pool_document(document)
-    assert maxsim(query, pooled) == pytest.approx(1 + 0.8)
-    assert maxsim_table(query, pooled)["best match"].tolist() == ["y", "x"]
+    assert explain.maxsim(query, pooled) == pytest.approx(1 + 0.8)
+    assert explain.maxsim_table(query, pooled)["best match"].tolist() == ["y", "x"]
 
 
 def test_document_scores_are_those_of_search(example):
-    documents = [torch.from_numpy(document.vectors) for document in example.documents]
-    expected = maxsim_scores(
-        [torch.from_numpy(example.query.vectors)], pool(documents, 2, "kmeans")
-    ).numpy()[0]
-    scores = document_scores(example, "kmeans", [1, 2])
+    documents = pool([torch.from_numpy(d.vectors) for d in example.documents], 2, "kmeans")
+    (expected,) = maxsim_scores([torch.from_numpy(example.query.vectors)], documents).numpy()
+    scores = explain.document_scores(example, "kmeans", [1, 2])
     np.testing.assert_allclose(scores["factor 2"], expected, atol=0.0051)
 
 
 def test_the_length_of_a_mean_follows_from_the_cosines(example):
-    table = cluster_table(pool_document(example.documents[0], 4, "kmeans"))
+    table = explain.cluster_table(pool_document(example.documents[0], 4, "kmeans"))
     formula = np.sqrt((1 + (table["size"] - 1) * table["cosine"]) / table["size"])
     np.testing.assert_allclose(table["norm"], formula, atol=0.002)
     assert table["size"].is_monotonic_decreasing
@@ -219,36 +180,29 @@ def test_the_length_of_a_mean_follows_from_the_cosines(example):
 def test_the_cluster_table_names_repeated_tokens():
     pooled = pool_document(small(), 2, "hierarchical")
     assert pooled.labels.tolist() == [0, 1, 2, 1, 2]
-    table = cluster_table(pooled)
+    table = explain.cluster_table(pooled)
     assert table["tokens"].tolist() == ["spl ×2", "##ine ×2"]
     assert table["norm"].tolist() == [1, 1]
-    assert cluster_table(pool_document(small())).empty
-
-
-def test_a_long_group_is_named_by_its_first_tokens():
-    assert group_name(["a", "b", "a", "c"], most=2) == "a ×2, b, …"
+    assert explain.cluster_table(pool_document(small())).empty
+    assert explain.group_name(["a", "b", "a", "c"], most=2) == "a ×2, b, …"
 
 
 def test_sweep_begins_unpooled_and_covers_every_setting(example):
-    table = sweep(example)
+    table = explain.sweep(example)
     unpooled = table[table["pool_factor"] == 1]
-    assert (unpooled["norm"] == 1).all()
-    assert unpooled["score"].nunique() == 1
+    assert (unpooled["norm"] == 1).all() and unpooled["score"].nunique() == 1
     assert len(table) == len(METHODS) * 6
 
 
 def test_the_variant_table_counts_the_pairs_that_two_variants_group_differently(example):
-    document = example.documents[0]
-    table = variant_table(document, [2, 4])
+    table = explain.variant_table(example.documents[0], [2, 4])
     assert table.columns.tolist() == list(itertools.combinations(HIERARCHICAL_VARIANTS, 2))
     one, other = (
-        cluster_labels(document.vectors, [4], "hierarchical", variant=variant)[4]
+        pool_document(example.documents[0], 4, "hierarchical", variant).labels
         for variant in ("pylate", "paper")
     )
-    expected = sum(
-        (one[i] == one[j]) != (other[i] == other[j])
-        for i, j in itertools.combinations(range(len(one)), 2)
-    )
+    pairs = itertools.combinations(range(len(one)), 2)
+    expected = sum((one[i] == one[j]) != (other[i] == other[j]) for i, j in pairs)
     assert table.loc[4, ("pylate", "paper")] == expected > 0
 
 
@@ -262,30 +216,21 @@ def token_texts(figure):
     return [text for text in figure.axes[0].texts if "pool factor" not in text.get_text()]
 
 
-def clusters(figure):
-    return [int(patch.get_gid().removeprefix("cluster:")) for patch in figure.axes[0].patches]
-
-
 @pytest.mark.parametrize("method", METHODS)
-def test_every_token_is_drawn_in_every_panel(example, method):
-    figure = draw_clusters(pooling_panels(example, method))
-    drawn = [text.get_text().translate(SUBSCRIPTS) for text in token_texts(figure)]
+def test_every_token_and_the_clusters_of_pooling_are_drawn(example, method):
+    panels = draw_clusters(pooling_panels(example, method))
+    drawn = [text.get_text().translate(SUBSCRIPTS) for text in token_texts(panels)]
     tokens = [token.removeprefix("##") for token in example.documents[0].tokens]
     assert drawn == tokens * len(FACTORS)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_clusters_drawn_are_those_of_pooling(example, method):
     pooled = pool_document(example.documents[0], 2, method)
-    figure = draw_clusters({"pool factor 2": pooled})
-    assert clusters(figure) == pooled.labels.tolist()
+    boxes = draw_clusters({"pool factor 2": pooled}).axes[0].patches
+    assert [box.get_gid() for box in boxes] == [f"cluster:{label}" for label in pooled.labels]
     looks = {}
-    for patch, label in zip(figure.axes[0].patches, clusters(figure), strict=True):
-        look = (patch.get_facecolor(), patch.get_edgecolor(), patch.get_linestyle())
-        looks.setdefault(label, set()).add(look)
-    assert all(len(look) == 1 for look in looks.values())  # a cluster looks the same throughout
-    large = [looks[label].pop() for label in pooled.numbers]
-    assert len(large) > 8 and len(set(large)) == len(large)  # and unlike the others
+    for box, label in zip(boxes, pooled.labels, strict=True):
+        look = (box.get_facecolor(), box.get_edgecolor(), box.get_linestyle())
+        assert looks.setdefault(label, look) == look  # a cluster looks the same throughout
+    large = {looks[label] for label in pooled.numbers}
+    assert len(large) == len(pooled.numbers) > 8  # and unlike the others
 
 
 def test_boxes_of_a_word_touch_and_words_do_not():
@@ -319,29 +264,31 @@ def test_a_document_without_vectors_and_dollar_signs_can_be_drawn():
 
 def test_the_heat_map_frames_the_best_match_of_each_row(example):
     pooled = pool_document(example.documents[0], 4, "kmeans")
-    figure = draw_maxsim(example.query, pooled)
+    figure = explain.draw_maxsim(example.query, pooled)
     framed = [round(patch.get_x() + 0.5) for patch in figure.axes[0].patches]
     table = example.query.vectors @ pooled.vectors.T
     assert framed == table.argmax(axis=1).tolist()
-    assert f"{maxsim(example.query, pooled):.2f}" in figure.axes[0].get_title(loc="left")
+    assert f"{explain.maxsim(example.query, pooled):.2f}" in figure.axes[0].get_title(loc="left")
 
 
-def test_figures_are_the_same_every_time_and_have_alternative_texts(example):
-    for draw in (
-        lambda: draw_maxsim(example.query, pool_document(example.documents[0])),
-        lambda: draw_sweep(sweep(example, factors=[1, 2])),
-        lambda: draw_clusters(pooling_panels(example, "hierarchical", [4], HIERARCHICAL_VARIANTS)),
-    ):
-        first = draw()
-        assert len(first.alt) > 40
-        assert png(first) == png(draw())
-
-
-def test_the_alternative_text_names_clusters_and_matches(example):
-    pooled = pool_document(small(), 2, "hierarchical")
-    assert "largest clusters: spl ×2; ##ine ×2" in draw_clusters({"title": pooled}).alt
-    unpooled = pool_document(example.documents[0])
-    assert "derivative with derivative 0.91" in draw_maxsim(example.query, unpooled).alt
+@pytest.mark.parametrize(
+    ("draw", "words"),
+    [
+        (lambda x: explain.draw_maxsim(x.query, pool_document(x.documents[0])), "derivative 0.91"),
+        (lambda x: explain.draw_sweep(explain.sweep(x, factors=[1, 2])), "Three line charts by"),
+        (
+            lambda x: draw_clusters(pooling_panels(x, "hierarchical", [4], HIERARCHICAL_VARIANTS)),
+            "hierarchical, variant euclidean, pool factor 4",
+        ),
+        (
+            lambda _: draw_clusters({"title": pool_document(small(), 2, "hierarchical")}),
+            "largest clusters: spl ×2; ##ine ×2",
+        ),
+    ],
+)
+def test_figures_are_the_same_every_time_and_have_alternative_texts(example, draw, words):
+    figure = draw(example)
+    assert words in figure.alt and png(figure) == png(draw(example))
 
 
 # ---------------------------------------------------------------- the slider
@@ -349,7 +296,7 @@ def test_the_alternative_text_names_clusters_and_matches(example):
 
 def test_jupyterlab_gets_a_slider_that_redraws(example, monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/00_token_pooling.ipynb")
-    box = step_through(example)
+    box = explain.step_through(example)
     box.update()
     slider, buttons = box.children[:2]
     before = png(box.result)
@@ -358,17 +305,4 @@ def test_jupyterlab_gets_a_slider_that_redraws(example, monkeypatch):
     slider.value, buttons.value = 4, "span"
     assert "span, pool factor 4" in box.result.alt
     monkeypatch.delenv("JPY_SESSION_NAME")
-    assert png(step_through(example)) == before  # a figure where no slider can run
-
-
-def test_an_example_is_unchanged_by_pooling(example):
-    before = example.documents[0].vectors.copy()
-    pool_document(example.documents[0], 4, "kmeans").vectors[:] = 0
-    pool_document(example.documents[0]).vectors[:] = 0
-    assert (example.documents[0].vectors == before).all()
-
-
-def test_encoding_names_the_model(model_folder):
-    made = encode_example(model_folder, "a", ["b"])
-    assert made.encoder == "bundled"
-    assert isinstance(made, Example) and dataclasses.is_dataclass(made)
+    assert png(explain.step_through(example)) == before  # a figure where no slider can run

@@ -13,7 +13,7 @@ from synthetic import QUICK_MODELS, make_rows, write_synthetic
 
 from l2p_utils.collection import load_collection
 from l2p_utils.files import PROVENANCE, UserError, write_json
-from l2p_utils.mining import load_mined, mined_fingerprint
+from l2p_utils.mining import mined_fingerprint
 from l2p_utils.model import fingerprint
 from l2p_utils.profile import PROFILES, Profile, slug
 from l2p_utils.release import ENGINES, load_both, release_dataset, release_model, repository_id
@@ -44,39 +44,33 @@ def write_mined(profile, collection, **provenance):
     """Two mined rows of the collection, with their provenance."""
     source = load_collection("docs:scipy", "train")
     documents = sorted(source.corpus)[:2]
-    rows = Dataset.from_list(
-        [
-            {
-                "query_id": query,
-                "document_ids": documents,
-                "scores": [1.5, 0.25],
-                "labels": ["positive", "hard_negative"],
-            }
-            for query in sorted(source.queries)[:2]
-        ]
-    )
+    row = {
+        "document_ids": documents,
+        "scores": [1.5, 0.25],
+        "labels": ["positive", "hard_negative"],
+    }
+    rows = Dataset.from_list([{"query_id": query} | row for query in sorted(source.queries)[:2]])
     folder = profile.folder / "mined" / slug(collection)
     rows.save_to_disk(folder)
     settings = {"collection": collection, "fingerprint": "f" * 64, "seed": 42}
     made = {"settings": settings, "miner": "miner", "teacher": "teacher", "rows": 2, "queries": 5}
     made |= {"documents": 77, "queries_dropped": {"no positive": 3}, "versions": "a=1;b=2"}
-    write_json(folder / PROVENANCE, made | provenance)
+    write_json(folder / PROVENANCE, made | {"repositories": {}} | provenance)
     return rows
 
 
-def write_model(profile, name, model_folder, rows, **settings):
+def write_model(profile, name, model_folder, rows, pooling="sklearn"):
     folder = profile.folder / "models" / name
     shutil.copytree(model_folder, folder)
-    settings = {"rows": mined_fingerprint(rows), "pooling": "sklearn"} | settings
+    settings = {"rows": mined_fingerprint(rows), "pooling": pooling, "training": {"epochs": 2}}
+    dev = {"looks_at_test_queries": bool(profile.dev_collections)}
     epoch = {"epoch": 2.0, "dev_ndcg@10": 0.625}
-    write_json(folder / PROVENANCE, {"settings": settings, "rows": 2, "epoch": epoch})
-    return folder
+    write_json(folder / PROVENANCE, {"settings": settings, "rows": 2, "epoch": epoch, "dev": dev})
 
 
 def prepare(profile, model_folder, **provenance):
     """Everything that a release of the profile's pooled model reads."""
-    run = profile.runs[-1]
-    name = profile.run_name(run)
+    run, name = profile.runs[-1], profile.run_name(profile.runs[-1])
     rows = write_mined(profile, run.collection, **provenance)
     write_model(profile, name, model_folder, rows)
     for model, trained in (("baseline", QUICK_MODELS[0]), (name, QUICK_MODELS[2])):
@@ -110,6 +104,12 @@ def released(tmp_path_factory, model_folder):
     return target, (target / "README.md").read_text("utf-8"), profile, rows
 
 
+def release(profile, name, repository="me/x", **options):
+    """The card of a new release."""
+    folder = release_model(profile, name, repository, **options)
+    return (folder / "README.md").read_text("utf-8")
+
+
 def front(card):
     return yaml.safe_load(card.split("---\n")[1])
 
@@ -122,23 +122,20 @@ def table_rows(card, title):
     """The cells of the table below a line that holds `title`, by (collection, model)."""
     block = card[card.index(title) :].split("\n\n")[1].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in block]
-    header, body = cells[0], cells[2:]
-    return {(line[0], line[1]): dict(zip(header[4:], line[4:], strict=True)) for line in body}
+    return {(a, b): dict(zip(cells[0][4:], line, strict=True)) for a, b, _, _, *line in cells[2:]}
 
 
 # ---------------------------------------------------------------- the model's folder
 
 
 def test_plain_pylate_and_pooled_colbert_load_it_and_agree(released, model_folder, texts):
-    folder, *_ = released
-    plain, pooled = load_both(folder)
+    plain, pooled = load_both(released[0])
     assert type(plain).__name__ == "ColBERT" and type(pooled).__name__ == "PooledColBERT"
     _, trained = load_both(model_folder)
     for is_query in (True, False):
         vectors = [model.encode(texts, is_query=is_query) for model in (plain, pooled, trained)]
         for one, other, original in zip(*vectors, strict=True):
-            assert len(one) > 1
-            assert np.array_equal(one, other) and np.array_equal(one, original)
+            assert np.array_equal(one, other) and np.array_equal(one, original) and len(one) > 1
 
 
 def test_it_holds_what_the_hub_needs_and_nothing_of_this_machine(released):
@@ -148,7 +145,7 @@ def test_it_holds_what_the_hub_needs_and_nothing_of_this_machine(released):
         "modules.json", "tokenizer.json", "tokenizer_config.json", "1_Dense",
     }  # fmt: skip
     texts = [*folder.rglob("*.json"), folder / "README.md"]
-    assert [path.name for path in texts if str(folder.parents[1]) in path.read_text()] == []
+    assert not any(str(folder.parents[1]) in path.read_text() for path in texts)
     assert not (folder / PROVENANCE).exists()
 
 
@@ -202,7 +199,7 @@ def test_the_provenance_is_the_stored_one(released):
         "| pooling in training | kmeans (sklearn), pool factor 1-6, one drawn for each batch |",
         "| dropped queries | 3 (no positive) |",
         "| miner | miner |",
-        "| schedule | not recorded |",
+        "| schedule | epochs 2 |",
         "| repositories | none: not from the hub |",
     ):
         assert line in card
@@ -217,12 +214,11 @@ def test_what_was_not_measured_is_said_to_be(root, model_folder):
     profile = make_profile(evaluation=evaluation)
     prepare(profile, model_folder)
     results = profile.folder / "results"
-    (results / "baseline.csv").unlink()
-    (results / "baseline.per_query.parquet").unlink()
-    rows, per_query = make_rows([QUICK_MODELS[2]], queries=8, plaid=False)
-    kept = [frame[frame["collection"] != "docs:sklearn"] for frame in (rows, per_query)]
-    write_rows(results, NAME, *kept)
-    card = (release_model(profile, NAME, "a/b") / "README.md").read_text("utf-8")
+    for file in results.glob("baseline.*"):
+        file.unlink()
+    frames = make_rows([QUICK_MODELS[2]], queries=8, plaid=False)
+    write_rows(results, NAME, *(f[f["collection"] != "docs:sklearn"] for f in frames))
+    card = release(profile, NAME)
     table = table_rows(card, "Exact search")
     assert set(table["docs:scipy", "baseline"].values()) == {"not measured"}
     assert set(table["docs:sklearn", "**this model**"].values()) == {"not measured"}
@@ -233,10 +229,9 @@ def test_what_was_not_measured_is_said_to_be(root, model_folder):
 
 def test_an_unpooled_control_shows_every_method(root, model_folder):
     profile = make_profile()
-    rows = write_mined(profile, "docs:scipy")
-    write_model(profile, "docs-scipy-pf1-s42", model_folder, rows, pooling="")
+    write_model(profile, "docs-scipy-pf1-s42", model_folder, write_mined(profile, "docs:scipy"), "")
     write_synthetic(profile.folder / "results", QUICK_MODELS, queries=8)
-    card = (release_model(profile, "docs-scipy-pf1-s42", "a/b") / "README.md").read_text("utf-8")
+    card = release(profile, "docs-scipy-pf1-s42")
     for method in ("span", "kmeans (sklearn)", "hierarchical (pylate)"):
         assert f"**Exact search (MaxSim in float32), {method}:**" in card
     assert "pooling" not in front(card)["tags"] and "pool_method=" not in card
@@ -249,16 +244,13 @@ def test_fiqa_is_for_non_commercial_use(root, model_folder):
     profile = hub_profile("beir:fiqa", dev_collections={"beir:fiqa": "nano:fiqa"})
     repositories = {"BeIR/fiqa": COMMIT, "BeIR/fiqa-qrels": COMMIT[::-1]}
     tools = {"miner": "BAAI/bge-small-en-v1.5", "teacher": "BAAI/bge-reranker-v2-gemma"}
-    name = prepare(profile, model_folder, data={"repositories": repositories}, **tools)
-    folder = release_model(profile, name, "me/fiqa", dataset="me/fiqa-rows")
-    assert folder == root / "runs" / "tiny" / "release" / "fiqa"
-    card = (folder / "README.md").read_text("utf-8")
+    name = prepare(profile, model_folder, repositories=repositories, **tools)
+    card = release(profile, name, "me/fiqa", dataset="me/fiqa-rows")
+    folder = root / "runs" / "tiny" / "release" / "fiqa"
+    assert "non-commercial" in (folder / "LICENSE").read_text()
     head = front(card)
-    assert head["license"] == "other" and head["license_name"] == "fiqa-2018-non-commercial"
-    assert (
-        head["license_link"] == "LICENSE" and "non-commercial" in (folder / "LICENSE").read_text()
-    )
-    assert head["base_model"] == BASE
+    assert head["license"] == "other" and head["license_link"] == "LICENSE"
+    assert head["license_name"] == "fiqa-2018-non-commercial" and head["base_model"] == BASE
     assert head["datasets"] == ["me/fiqa-rows", "BeIR/fiqa", "BeIR/fiqa-qrels"]
     notices = card.split("## Licence and notices")[1]
     assert "FiQA-2018: non-commercial use only" in notices
@@ -266,75 +258,69 @@ def test_fiqa_is_for_non_commercial_use(root, model_folder):
     assert "BAAI/bge-small-en-v1.5: MIT" in notices and "gemma: Apache-2.0" in notices
     assert f"BeIR/fiqa) at `{COMMIT}`" in card and f"revision {COMMIT}" in card
     assert "best on the test queries of nano:fiqa (so its results there are not held out)" in card
-    with pytest.raises(UserError, match="contradicts.*fiqa-2018-non-commercial"):
-        release_model(profile, name, "me/fiqa", licence="mit")
 
 
 def test_the_base_models_commit_is_the_fetched_one(root, model_folder):
     profile = hub_profile("beir:fiqa")
     name = prepare(profile, model_folder)
     fetched = profile.folder / "models" / "baseline" / PROVENANCE
-    origin = {"revision": None, "commit": "f00d" * 10}
     fetched.parent.mkdir()
-    write_json(fetched, {"settings": {"source": BASE, "origin": origin}})
-    card = (release_model(profile, name, "me/fiqa") / "README.md").read_text("utf-8")
+    write_json(fetched, {"settings": {"origin": {"revision": None, "commit": "f00d" * 10}}})
+    card = release(profile, name)
     assert f"revision {'f00d' * 10}" in card and COMMIT not in card
 
 
-def test_a_base_of_ones_own_needs_a_licence_and_has_no_hub_id(root, model_folder):
+def licensed(root, model_folder, collection, own_base):
+    """A profile with a collection or a base of one's own, and its model, ready for release."""
+    if collection == "own":
+        collection = str(root / "private" / "My Notes")
     model = {"base": str(model_folder), "query_length": 16, "document_length": 32}
-    runs = [{"collection": "docs:scipy", "pool_method": "kmeans", "pool_factors": "1-6"}]
-    profile = make_profile(model=model, runs=runs, adaptation=None)
-    name = prepare(profile, model_folder)
-    with pytest.raises(UserError, match="needs a licence.*base model"):
-        release_model(profile, name, "me/x")
-    card = (release_model(profile, name, "me/x", licence="mit") / "README.md").read_text("utf-8")
-    assert "base_model" not in front(card) and str(model_folder.parent) not in card
-    assert "| base model | bundled (a checkpoint of its own)" in card
+    profile = hub_profile(collection, **({"model": model} if own_base else {}))
+    return profile, prepare(profile, model_folder)
 
 
-def test_scifact_stays_cc_by_nc_also_at_a_revision(root, model_folder):
-    profile = hub_profile(f"beir:scifact@{COMMIT}")
-    name = prepare(profile, model_folder)
-    card = (release_model(profile, name, "me/scifact") / "README.md").read_text("utf-8")
-    assert front(card)["license"] == "cc-by-nc-2.0" and "annotations" in card
-    assert "| repositories | not recorded |" in card
+@pytest.mark.parametrize(
+    ("collection", "own_base", "given", "licence", "text"),
+    [
+        (f"beir:scifact@{COMMIT}", False, None, "cc-by-nc-2.0", "| repositories | not recorded |"),
+        ("docs:scipy", False, None, "apache-2.0", f"Base model {BASE}: Apache-2.0."),
+        ("docs:scipy", False, "cc-by-4.0", "cc-by-4.0", "scipy: BSD-3-Clause"),
+        ("docs:scipy", True, "mit", "mit", "| base model | bundled (a checkpoint of its own)"),
+        ("own", False, "cc-by-4.0", "cc-by-4.0", "`cc-by-4.0`, chosen by the publisher"),
+        ("own", False, "other:mine", "other", "adds its text as `LICENSE`"),
+    ],
+)
+def test_a_licence_is_the_known_or_the_chosen_one(
+    root, model_folder, collection, own_base, given, licence, text
+):
+    profile, name = licensed(root, model_folder, collection, own_base)
+    card = release(profile, name, licence=given)
+    head = front(card)
+    assert head["license"] == licence and text in card
+    assert head.get("license_name") == ("mine" if licence == "other" else None)
+    assert ("base_model" in head) != own_base
+    assert "private" not in card and str(model_folder.parent) not in card
 
 
-def test_permissive_terms_leave_the_choice_to_the_publisher(root, model_folder):
-    profile = make_profile()
-    name = prepare(profile, model_folder)
-    card = (release_model(profile, name, "me/x", licence="cc-by-4.0") / "README.md").read_text()
-    assert front(card)["license"] == "cc-by-4.0" and "scipy: BSD-3-Clause" in card
-    with pytest.raises(UserError, match="'bsd3' is none of "):
-        release_dataset(profile, "docs:scipy", "me/x", licence="bsd3")
-
-
-def test_a_collection_of_ones_own_needs_a_licence(root, model_folder):
-    collection = str(root / "private" / "My Notes")
-    profile = make_profile(
-        runs=[{"collection": collection, "pool_method": "kmeans", "pool_factors": "1-6"}]
-    )
-    name = prepare(profile, model_folder)
-    with pytest.raises(UserError, match="trained on my-notes needs a licence"):
-        release_model(profile, name, "me/notes")
-    with pytest.raises(UserError, match="'cc-by-9.0' is none of "):
-        release_model(profile, name, "me/notes", licence="cc-by-9.0")
-    with pytest.raises(UserError, match="'other' is none"):
-        release_model(profile, name, "me/notes", licence="other")
-    card = (release_model(profile, name, "me/n", licence="cc-by-4.0") / "README.md").read_text()
-    assert front(card)["license"] == "cc-by-4.0" and "private" not in card
-    card = (release_model(profile, name, "me/n", licence="other:mine") / "README.md").read_text()
-    assert front(card)["license_name"] == "mine" and "adds its text as `LICENSE`" in card
+@pytest.mark.parametrize(
+    ("collection", "own_base", "given", "message"),
+    [
+        ("own", False, None, "trained on my-notes needs a licence"),
+        ("own", False, "cc-by-9.0", "'cc-by-9.0' is none of "),
+        ("own", False, "other", "'other' is none"),
+        ("docs:scipy", True, None, "needs a licence.*base model"),
+        ("beir:fiqa", False, "mit", "contradicts.*fiqa-2018-non-commercial"),
+    ],
+)
+def test_a_licence_that_is_unknown_or_too_wide_is_refused(
+    root, model_folder, collection, own_base, given, message
+):
+    profile, name = licensed(root, model_folder, collection, own_base)
+    with pytest.raises(UserError, match=message):
+        release(profile, name, licence=given)
 
 
 # ---------------------------------------------------------------- what is refused
-
-
-def test_a_model_that_the_profile_does_not_train_is_refused(root):
-    for name in ("baseline", "docs-scipy-kmeans-pf2-s42"):
-        with pytest.raises(UserError, match=f"trains no model '{name}'.*{NAME}"):
-            release_model(make_profile(), name, "me/x")
 
 
 @pytest.mark.parametrize("repository", ["x", "a/b/c", "a b/c", "", "me/x.git", "me/-x"])
@@ -344,41 +330,37 @@ def test_a_repository_that_the_hub_would_refuse_is_refused(root, repository):
     assert repository_id("me/x") == "me/x"
 
 
-def test_a_model_without_results_is_refused(root, model_folder):
-    profile = make_profile()
-    prepare(profile, model_folder)
-    (profile.folder / "results" / f"{NAME}.csv").unlink()
-    with pytest.raises(UserError, match="no result rows of.*03_evaluation"):
-        release_model(profile, NAME, "me/x")
-    shutil.rmtree(profile.folder / "results")
-    with pytest.raises(UserError, match="no result rows"):
-        release_model(profile, NAME, "me/x")
-    assert not (profile.folder / "release").exists()
+def measured_of_other_weights(folder):
+    path = folder / "evaluated" / NAME / "docs-scipy-exact" / PROVENANCE
+    write_json(path, {"settings": {"model": "0123"}})
 
 
-def test_measurements_of_other_weights_are_refused(root, model_folder):
+def mined_anew(folder):
+    path = folder / "models" / NAME / PROVENANCE
+    path.write_text(path.read_text().replace('"rows": "', '"rows": "0'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "models" / NAME), "train the model .notebook 02"),
+        (lambda folder: (folder / "results" / f"{NAME}.csv").unlink(), "no result.*03_evaluation"),
+        (lambda folder: shutil.rmtree(folder / "results"), "no result rows"),
+        (measured_of_other_weights, "measured of other weights"),
+        (mined_anew, "not those that the model was trained on"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(root, model_folder, damage, message):
     profile = make_profile()
     prepare(profile, model_folder)
     measured = profile.folder / "evaluated" / NAME / "docs-scipy-exact" / PROVENANCE
     write_json(measured, {"settings": {"model": fingerprint(profile.folder / "models" / NAME)}})
-    release_model(profile, NAME, "me/x")
-    write_json(measured, {"settings": {"model": "0123"}})
-    with pytest.raises(UserError, match="measured of other weights"):
-        release_model(profile, NAME, "me/x")
-
-
-def test_rows_that_were_mined_anew_since_are_refused(root, model_folder):
-    profile = make_profile()
-    prepare(profile, model_folder)
-    folder = profile.folder / "mined" / "docs-scipy"
-    changed = load_mined(folder).select([0])
-    provenance = (folder / PROVENANCE).read_text()
-    changed.save_to_disk(folder.with_name("other"))
-    shutil.rmtree(folder)
-    folder.with_name("other").rename(folder)
-    (folder / PROVENANCE).write_text(provenance)
-    with pytest.raises(UserError, match="not those that the model was trained on"):
-        release_model(profile, NAME, "me/x")
+    release(profile, NAME)
+    shutil.rmtree(profile.folder / "release")
+    damage(profile.folder)
+    with pytest.raises(UserError, match=message):
+        release(profile, NAME)
+    assert not (profile.folder / "release").exists()
 
 
 def test_only_a_release_is_replaced(root, model_folder):
@@ -388,44 +370,34 @@ def test_only_a_release_is_replaced(root, model_folder):
     other.mkdir()
     (other / "README.md").write_text("chapter one")
     with pytest.raises(UserError, match="something else than a release"):
-        release_model(profile, NAME, "me/x", other)
+        release(profile, NAME, folder=other)
     assert (other / "README.md").read_text() == "chapter one"
     folder = release_model(profile, NAME, "me/x")
     (folder / "stale.txt").write_text("")
     before = (folder / "README.md").read_text()
-    assert release_model(profile, NAME, "me/x") == folder
-    assert not (folder / "stale.txt").exists() and (folder / "README.md").read_text() == before
+    assert release(profile, NAME) == before and not (folder / "stale.txt").exists()
     (folder / ".git").mkdir()
     with pytest.raises(UserError, match="something else"):
-        release_model(profile, NAME, "me/x")
+        release(profile, NAME)
 
 
 # ---------------------------------------------------------------- the data set
 
 
-@pytest.fixture
-def rows_released(root):
+def test_the_released_rows_are_the_mined_ones_and_their_card_runs(root, monkeypatch, capsys):
     profile = make_profile()
     rows = write_mined(profile, "docs:scipy")
     folder = release_dataset(profile, "docs:scipy", "me/rows", root / "me" / "rows")
-    return folder, rows, (folder / "README.md").read_text("utf-8")
-
-
-def test_the_released_rows_are_the_mined_ones(rows_released, tmp_path):
-    folder, rows, card = rows_released
-    again = load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
+    again = load_dataset(str(folder), split="train")
     assert again.column_names == COLUMNS and again.to_list() == rows.to_list()
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
     assert files == ["README.md", "data/train-00000-of-00001.parquet"]
+    card = (folder / "README.md").read_text("utf-8")
     head = front(card)
     assert head["license"] == "bsd-3-clause" and head["task_categories"] == ["text-retrieval"]
     assert head["size_categories"] == "n<1K" and "| dropped queries | 3 (no positive) |" in card
-
-
-def test_the_code_of_the_data_sets_card_runs(rows_released, root, monkeypatch, capsys):
-    _, rows, card = rows_released
     monkeypatch.chdir(root)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
     (code,) = code_of(card)
     exec(compile(code, "card", "exec"), {})
     said = capsys.readouterr().out.splitlines()
@@ -438,23 +410,16 @@ def test_rows_on_fiqa_carry_its_notice_and_sources(root):
     write_mined(profile, "beir:fiqa", repositories={"BeIR/fiqa": COMMIT})
     folder = release_dataset(profile, "beir:fiqa", "me/rows")
     assert folder == root / "runs" / "tiny" / "release_data" / "rows"
-    card = (folder / "README.md").read_text("utf-8")
-    assert front(card)["license_name"] == "fiqa-2018-non-commercial"
-    assert front(card)["source_datasets"] == ["BeIR/fiqa"] and (folder / "LICENSE").is_file()
-
-
-def test_rows_of_others_and_rows_that_are_not_there_are_refused(root):
-    released = {"training_data": "released", "released_rows": {"beir:fiqa": "them/rows"}}
-    with pytest.raises(UserError, match="released rows .them/rows"):
-        release_dataset(hub_profile("beir:fiqa", **released), "beir:fiqa", "me/rows")
-    with pytest.raises(UserError, match="no mined rows"):
-        release_dataset(make_profile(), "docs:scipy", "me/rows")
+    head = front((folder / "README.md").read_text("utf-8"))
+    assert head["license_name"] == "fiqa-2018-non-commercial" and (folder / "LICENSE").is_file()
+    assert head["source_datasets"] == ["BeIR/fiqa"]
 
 
 @pytest.mark.parametrize("rows", ["them/rows", "them/rows@v1"])
-def test_a_model_trained_on_released_rows_names_them(root, model_folder, rows):
+def test_released_rows_are_named_and_not_released_again(root, model_folder, rows):
     released = {"training_data": "released", "released_rows": {"beir:fiqa": rows}}
     profile = hub_profile("beir:fiqa", **released)
-    name = prepare(profile, model_folder)
-    card = (release_model(profile, name, "me/x") / "README.md").read_text("utf-8")
+    card = release(profile, prepare(profile, model_folder))
     assert front(card)["datasets"] == ["them/rows"]
+    with pytest.raises(UserError, match="released rows .them/rows"):
+        release_dataset(profile, "beir:fiqa", "me/rows")
