@@ -301,6 +301,12 @@ def read_released(
             dropped["held out"] += 1
         else:
             rows.append(row)
+    lengths = {len(part) for row in rows for part in (row.document_ids, row.scores, row.labels)}
+    if len(lengths) > 1:
+        raise UserError(
+            f"{released.name}: rows have {', '.join(map(str, sorted(lengths)))} documents, scores "
+            "or labels; expected as many in every row."
+        )
     unknown = dropped["unknown query"] + dropped["unknown document"]
     if unknown > MAX_UNKNOWN * len(table):
         raise UserError(

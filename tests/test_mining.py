@@ -512,3 +512,9 @@ def test_rows_of_another_split_or_without_a_column_are_refused(release):
     for column in rows[0]:
         with pytest.raises(UserError, match=f"no readable split .*{column}"):
             release([{k: v for k, v in row.items() if k != column} for row in rows])
+
+
+@pytest.mark.parametrize("changes", [{"scores": [1.0]}, {"labels": ["positive"]}])
+def test_released_rows_of_uneven_length_are_refused(release, changes):
+    with pytest.raises(UserError, match="owner/rows: rows have 1, 4 documents"):
+        release([released_row(1), released_row(2, **changes)])
