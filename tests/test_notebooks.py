@@ -90,7 +90,7 @@ def test_a_bool_a_tuple_and_a_function_say_what_they_allow():
     with pytest.raises(UserError, match="factor = True"):
         check(known={"factor": (1, 2)}, factor=True)
     check(known={"pool_factors": parse_factors}, pool_factors="1-6")
-    with pytest.raises(UserError, match="pool_factors = 'two': .*whole numbers"):
+    with pytest.raises(UserError, match="pool_factors = 'two': .*whole number"):
         check(known={"pool_factors": parse_factors}, pool_factors="two")
 
 
