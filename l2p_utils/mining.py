@@ -355,7 +355,6 @@ def mine(
         settings["max_length"] = profile.scoring.max_length
     else:
         settings["model"] = profile.model.model_dump()
-        settings["adaptation_collection"] = profile.adaptation and profile.adaptation.collection
     if not settings_match(folder, settings):
         rows, dropped, notes = _make_rows(profile, collection, models, folder, settings, progress)
         if not rows:

@@ -182,7 +182,9 @@ class ModelSettings(_Settings):
     document_prefix: str | None = None
     do_query_expansion: bool | None = None  # whether queries are padded with [MASK]
     skiplist: Literal["punctuation", "none"] | None = None  # tokens left out of documents
-    projection_texts: int = Field(400, ge=10)  # texts that give the bundled encoder's projection
+    # texts that give the bundled encoder's projection
+    projection_collection: str = "docs:transformers"
+    projection_texts: int = Field(400, ge=10)
 
     @property
     def bundled(self) -> bool:
@@ -266,7 +268,8 @@ class Adaptation(FitSettings):
     are computed at once (`micro_batch`, or the whole batch) are its negatives.
     """
 
-    collection: str = "docs:transformers"  # no run may train on it
+    collection: str = "docs:mixed"  # no run may train on it
+    batch_size: Count = 32
     temperature: float = Field(0.2, gt=0)  # MaxSim is divided by it before the softmax
 
 

@@ -122,7 +122,7 @@ def untrained_model(profile: Profile) -> PooledColBERT:
             f"{profile.model.base!r}. Give scoring.miner and scoring.teacher from the hub, or take "
             "the released rows (training_data: released)."
         )
-    corpus = load_collection(profile.adaptation.collection, split="train").corpus
+    corpus = load_collection(profile.model.projection_collection, split="train").corpus
     return build_bundled_model(
         profile.folder / "models" / "bundled",
         [corpus[document] for document in sorted(corpus)[: profile.model.projection_texts]],

@@ -60,8 +60,8 @@ def test_shipped_profiles_load(name):
 def test_quick_is_what_the_issue_asks_for():
     profile = load_profile("quick")
     assert profile.model_names == ["baseline", "docs-scipy-pf1-s42", "docs-scipy-kmeans-pf1-6-s42"]
-    assert profile.fitted_collections == ["docs:transformers", "docs:scipy"]
-    assert profile.evaluation.pool_factors == [1, 2, 3, 4, 5, 6]
+    assert profile.fitted_collections == ["docs:mixed", "docs:scipy"]
+    assert profile.evaluation.pool_factors == [1, 2, 3, 4, 5, 6, 8, 16]
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ def test_wrong_type_or_impossible_value_is_refused_with_its_key(write, key, valu
         ({"runs": [QUICK["runs"][1]] * 2, "plaid": []}, "twice: runs: docs-scipy-kmeans-pf1-6-s42"),
         ({"plaid.0.model": "basline"}, "plaid: model 'basline' is none of"),
         ({"plaid": [QUICK["plaid"][0]] * 2}, "listed twice: plaid: baseline"),
-        ({"runs.0.collection": "docs:transformers"}, "kept for the adaptation"),
+        ({"runs.0.collection": "docs:mixed"}, "kept for the adaptation"),
         ({"model.other_document_lengths": [64]}, "belong to a base from the hub"),
         ({"released_models": ["owner/name"]}, "belong to a base from the hub"),
         ({"adaptation": None}, "adaptation: `{}` with the bundled model"),
         ({"model.base": "owner/name"}, "adaptation: .*else null; model.base is 'owner/name'"),
-        ({"training_data": "released"}, "no released_rows of docs:scipy, docs:transformers"),
+        ({"training_data": "released"}, "no released_rows of docs:scipy"),
         ({"scoring": {"teacher": "owner/name"}}, "scoring: .*expected both bundled, or neither"),
         ({"released_models": ["owner/name@"]}, "revision is empty; expected owner/name@<revision>"),
         ({"released_rows": {"docs:scipy": "owner/name@"}}, "its revision is empty"),
@@ -192,7 +192,7 @@ def test_patterns_choose_methods_and_lengths_of_models_and_must_fit_one(write):
         {"plaid.0.collections": ["/a/x", "/b/x"]},
         {"runs.0.collection": "/a/x", "runs.1.collection": "/b/x"},
         {"runs.0.collection": "/a/x", "evaluation.collections": ["/b/x"]},
-        {"runs.0.collection": "/a/docs-transformers"},
+        {"runs.0.collection": "/a/docs-mixed"},
     ],
 )
 def test_two_collections_that_would_share_their_files_are_refused(write, changes):

@@ -43,7 +43,7 @@ STAND_INS = {
     "02_training": (
         "profile = ''\ncollection = ''\npool_method = ''\npool_factors = ''\n"
         "renormalize = False\nseed = 0",
-        "name = 'baseline' if 'transformers' in collection else 'docs-scipy-kmeans-pf1-6-s42'\n"
+        "name = 'baseline' if 'mixed' in collection else 'docs-scipy-kmeans-pf1-6-s42'\n"
         "product = f'models/{name}/provenance.json'",
     ),
     "03_evaluation": ("profile = ''\nmodel = ''", "product = f'results/rows/{model}.parquet'"),
@@ -169,7 +169,7 @@ def test_each_job_gets_its_parameters(offline):
         "collection": "docs:torch",
     }
     adaptation = offline["02_training--baseline"][1]
-    assert (adaptation["collection"], adaptation["pool_method"]) == ("docs:transformers", "none")
+    assert (adaptation["collection"], adaptation["pool_method"]) == ("docs:mixed", "none")
     trained = offline["02_training--docs-torch-kmeans-pf1-6-s42"][1]
     assert trained == {
         "profile": "offline",

@@ -480,7 +480,7 @@ def profile(tmp_path, monkeypatch):
     ("asked", "message"),
     [
         (("docs:scipy", "kmeans", [1, 2]), "01_data_mining"),  # not mined yet
-        (("docs:transformers", "kmeans", [1, 2]), "kept for the adaptation, which is unpooled"),
+        (("docs:mixed", "kmeans", [1, 2]), "kept for the adaptation, which is unpooled"),
         (("docs:scipy", "none", [1, 2]), "unpooled training is"),
         (("docs:scipy", "span", [2], False, -1), "seed is -1"),
     ],

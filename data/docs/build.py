@@ -29,19 +29,21 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-#: Short name of a collection (``docs:<short name>``) and the package's name in ``import``.
-PACKAGES = {
-    "scipy": "scipy",
-    "numpy": "numpy",
-    "sklearn": "sklearn",
-    "pandas": "pandas",
-    "torch": "torch",
-    "transformers": "transformers",
+#: Short name of a collection (``docs:<short name>``) and its packages, as in ``import``.
+COLLECTIONS = {
+    "scipy": ("scipy",),
+    "numpy": ("numpy",),
+    "sklearn": ("sklearn",),
+    "pandas": ("pandas",),
+    "torch": ("torch",),
+    "transformers": ("transformers",),
+    "mixed": ("transformers", "networkx", "matplotlib", "sympy"),
 }
 #: Name of a package in ``pip install``, where it differs.
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 
 MAX_PAIRS = 1_900
+MIXED_PAIRS = 4_400
 TEST_QUERIES, DEV_QUERIES = 280, 100
 QUERY_WORDS = (3, 40)
 MIN_DOCUMENT_WORDS = 20
@@ -95,21 +97,18 @@ def find_package(package: str) -> tuple[Path, str]:
     Raises
     ------
     SystemExit
-        For a package that is not among `PACKAGES`, or not installed.
+        For a package that is not installed.
     """
-    if package not in PACKAGES:
-        known = ", ".join(f"docs:{name}" for name in PACKAGES)
-        raise SystemExit(f"There is no collection docs:{package}. Known are: {known}.")
     distribution = DISTRIBUTIONS.get(package, package)
-    spec = importlib.util.find_spec(PACKAGES[package])
+    spec = importlib.util.find_spec(package)
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         version = None
     if spec is None or not spec.submodule_search_locations or version is None:
         raise SystemExit(
-            f"docs:{package} is made of the docstrings of the package {distribution}, which is not "
-            f"installed here. Install it: python -m pip install {distribution}"
+            f"The docstrings of the package {distribution} are needed, which is not installed "
+            f"here. Install it: python -m pip install {distribution}"
         )
     return Path(next(iter(spec.submodule_search_locations))), version
 
@@ -295,11 +294,11 @@ def _hash(salt: str, identifier: str) -> str:
     return hashlib.sha256(f"{salt}:{identifier}".encode()).hexdigest()
 
 
-def make_entries(docstrings: dict[str, str]) -> list[Entry]:
+def make_entries(docstrings: dict[str, str], most: int = MAX_PAIRS) -> list[Entry]:
     """Make the pairs of a collection, sorted by id, from docstrings by canonical name.
 
     Of pairs with an equal query, an equal document or documents that begin alike, the first by id
-    stays. Beyond `MAX_PAIRS`, and for the splits, the hashes of the ids decide.
+    stays. Beyond `most`, and for the splits, the hashes of the ids decide.
     """
     pairs: dict[str, tuple[str, str]] = {}
     seen: set[tuple[str, str]] = set()
@@ -313,7 +312,7 @@ def make_entries(docstrings: dict[str, str]) -> list[Entry]:
         if not keys & seen:
             seen |= keys
             pairs[name] = pair
-    kept = sorted(pairs, key=functools.partial(_hash, "kept"))[:MAX_PAIRS]
+    kept = sorted(pairs, key=functools.partial(_hash, "kept"))[:most]
     splits = split_names(kept)
     return [Entry(name, *pairs[name], splits[name]) for name in sorted(kept)]
 
@@ -328,8 +327,19 @@ def split_names(names: list[str]) -> dict[str, str]:
     }
 
 
-def build(package: str) -> list[Entry]:
-    """Make the pairs of one of `PACKAGES` from its installed source, without any cache."""
+def build(name: str) -> list[Entry]:
+    """Make the pairs of one of `COLLECTIONS` from installed source, without any cache."""
+    if name not in COLLECTIONS:
+        known = ", ".join(f"docs:{known}" for known in COLLECTIONS)
+        raise SystemExit(f"There is no collection docs:{name}. Known are: {known}.")
+    docstrings: dict[str, str] = {}
+    for package in COLLECTIONS[name]:
+        docstrings |= package_docstrings(package)
+    return make_entries(docstrings, MIXED_PAIRS if name == "mixed" else MAX_PAIRS)
+
+
+def package_docstrings(package: str) -> dict[str, str]:
+    """Docstrings of a package's public objects by canonical name."""
     root, _ = find_package(package)
     docstrings: dict[str, str] = {}
     for module, path in module_files(root, SKIPPED_MODULES.get(package)):
@@ -342,7 +352,7 @@ def build(package: str) -> list[Entry]:
             docstrings.setdefault(name, docstring)
     for name, docstring in compiled_docstrings(COMPILED.get(package, ())):
         docstrings.setdefault(name, docstring)
-    return make_entries(docstrings)
+    return docstrings
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -354,9 +364,9 @@ def write_gzipped(path: Path, records: list[dict]) -> None:
     path.write_bytes(gzip.compress(lines.encode(), mtime=0))
 
 
-def write(package: str, folder: Path) -> None:
-    """Write a package's pairs as a folder in BEIR's layout."""
-    entries = build(package)
+def write(collection: str, folder: Path) -> None:
+    """Write a collection's pairs as a folder in BEIR's layout."""
+    entries = build(collection)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for name in ("document", "query"):
         file = {"document": "corpus", "query": "queries"}[name]
@@ -366,12 +376,11 @@ def write(package: str, folder: Path) -> None:
         lines = [f"{entry.id}\t{entry.id}\t1\n" for entry in entries if entry.split == split]
         text = "query-id\tcorpus-id\tscore\n" + "".join(lines)
         (folder / "qrels" / f"{split}.tsv").write_text(text, "utf-8")
-    _, version = find_package(package)
-    print(
-        f"{folder}: {len(entries)} documents from {DISTRIBUTIONS.get(package, package)} {version}"
-    )
+    packages = COLLECTIONS[collection]
+    sources = [f"{DISTRIBUTIONS.get(p, p)} {find_package(p)[1]}" for p in packages]
+    print(f"{folder}: {len(entries)} documents from {', '.join(sources)}")
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or PACKAGES:
+    for name in sys.argv[1:] or COLLECTIONS:
         write(name, Path(__file__).parent / name)
