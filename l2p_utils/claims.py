@@ -1,8 +1,8 @@
 """The paper's seven findings as testable statements, judged on its numbers and on ours.
 
 A finding has parts, and a part one or more *comparisons*: differences of sums of curves over pool
-factors. `NOTE` says how they are judged. Queries are resampled within each collection, and the same
-resample serves both sides and all pool factors; collections have equal weight, as in the paper; the
+factors. `NOTE` says how they are judged. Intervals (`statistics.interval`) are of differences query
+by query; collections have equal weight, as in the paper; the
 unpooled baseline, the 100 %, is held fixed; several seeds are averaged by query. Within a part of m
 comparisons each interval is taken at 1 − .05/m (Bonferroni), so that all hold together at 95 %. Of
 28 parts, not corrected for each other, one may come out on a side by chance alone.
@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap
 
 from l2p_utils.files import UserError
 from l2p_utils.paper import NOT_RUN, ROLES, TRAINED, Roles, roles_of
 from l2p_utils.results import BASELINE, POOL_FACTORS, VARIANTS, default_variant, find_models
+from l2p_utils.statistics import interval
 
 CLAIM_COLUMNS = [
     "finding", "part", "statement", "paper", "paper_verdict",
@@ -40,7 +40,7 @@ FINDINGS = {
 NOTE = (
     "Numbers are percent of the unpooled baseline's NDCG@10 (finding 7: differences in NDCG@10), "
     "means over pool factors and collections. If a part involves several comparisons, the weakest "
-    "is shown. The paper's verdict is by the sign alone; ours by a paired bootstrap over queries: "
+    "is shown. The paper's verdict is by the sign alone; ours by an interval over queries: "
     "*holds* and *does not hold* where the 95 % interval (over all comparisons of a part together) "
     "lies on one side, else *undecided*. Parts are not corrected for each other, and the intervals "
     "do not cover the choice of training seed."
@@ -290,15 +290,17 @@ def judge_paper(part: Part, cells: dict[str, dict[Cell, float]]) -> dict[str, st
     return {"paper": text, "paper_verdict": f"{HOLDS if holds else FAILS} (by sign)"}
 
 
-def judge_ours(part: Part, cells: OurCells, seed: int, resamples: int) -> dict[str, object]:
-    """Our numbers for a part, the bootstrap interval of its weakest comparison, the verdict."""
+def judge_ours(part: Part, cells: OurCells) -> dict[str, object]:
+    """Our numbers for a part, the interval of its weakest comparison, the verdict."""
     run = tuple(d for d in part.datasets if part.together or cells.has(part.build((d,))))
     if not run or not cells.has(part.build(run)):
         return _BLANK
     comparisons = part.build(run)
     sides = cells.sides(comparisons, part.unit)
     sums = _sum_of_means(*sides)  # (comparisons, 2)
-    low, high = intervals([group[:, 0] - group[:, 1] for group in sides], seed, resamples)
+    differences = [(group[:, 0] - group[:, 1])[:, None] for group in sides]  # one "seed"
+    found = interval(differences, 1 - 0.05 / len(comparisons))
+    low, high = found.low, found.high
     tiny = 1e-9  # equal values differ by rounding errors once they are averaged
     verdict = FAILS if (high < -tiny - part.margin).any() else UNDECIDED
     verdict = HOLDS if (low > tiny - part.margin).all() else verdict
@@ -317,22 +319,6 @@ def _sum_of_means(*groups: np.ndarray, axis: int = -1) -> np.ndarray:
     return sum(np.mean(group, axis=axis) for group in groups)
 
 
-def intervals(groups: list[np.ndarray], seed: int, resamples: int) -> tuple:
-    """Simultaneous 95 % intervals of sums over collections of means over queries: (low, high).
-
-    `groups` are (comparisons, queries) per collection. Queries are drawn within each, and a draw
-    serves all comparisons. The ends, each (comparisons,), are percentiles at 1 − .05 / comparisons
-    (Bonferroni); NaN where a collection has a single query.
-    """
-    count = len(groups[0])
-    if min(group.shape[1] for group in groups) < 2:
-        return (np.full(count, np.nan),) * 2
-    options = {"n_resamples": resamples, "batch": 5_000, "axis": -1, "method": "percentile"}
-    options |= {"confidence_level": 1 - 0.05 / count, "rng": np.random.default_rng(seed)}
-    interval = bootstrap(groups, _sum_of_means, **options).confidence_interval
-    return interval.low, interval.high
-
-
 def _sides(label: str, first: float, second: float, unit: str) -> str:
     text = f"{first:.1f} vs {second:.1f}"
     if unit == "ndcg":
@@ -345,8 +331,6 @@ def check_claims(
     per_query: pd.DataFrame | None,
     paper: pd.DataFrame,
     roles: Mapping[str, str] | None = None,
-    seed: int = 42,
-    resamples: int = 10_000,
 ) -> pd.DataFrame:
     """Judge the seven findings on the paper's numbers (`read_paper`) and on ours.
 
@@ -365,7 +349,7 @@ def check_claims(
         line = {"finding": int(part.name[0]), "part": part.name, "unit": part.unit}
         line |= {"statement": part.statement.format_map(both)}
         line |= {key: text.format_map(names) for key, text in judge_paper(part, theirs).items()}
-        line |= judge_ours(part, cells, seed, resamples) if run else _BLANK
+        line |= judge_ours(part, cells) if run else _BLANK
         lines.append(line | {"ours": line["ours"].format_map(ours)})
     return pd.DataFrame(lines)[CLAIM_COLUMNS]
 
