@@ -118,13 +118,11 @@ def _variances(groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, tuple]
     return np.concatenate(terms, axis=-1), degrees, (error_queries, np.sqrt(by_seed))
 
 
-def _variance(values: np.ndarray) -> np.ndarray:
-    squares = (values - values.mean(axis=-1, keepdims=True)) ** 2
-    return squares.sum(axis=-1) / (values.shape[-1] - 1 or np.nan)
-
-
 def _of_mean(values: np.ndarray) -> np.ndarray:
-    return _variance(values) / values.shape[-1]
+    """Variance of the mean of the last axis; NaN of a single value."""
+    count = values.shape[-1]
+    squares = (values - values.mean(axis=-1, keepdims=True)) ** 2
+    return squares.sum(axis=-1) / ((count - 1 or np.nan) * count)
 
 
 def _of_rest(group: np.ndarray) -> np.ndarray:
@@ -191,9 +189,10 @@ def effect_size(groups: Sequence[np.ndarray]) -> np.ndarray:
     the size that a query's difference has where n collections have weight 1/n each.
     """
     means = [group.mean(axis=-2) for group in groups]
-    deviation = np.sqrt(len(groups) * sum(_variance(mean) for mean in means))
+    squares = sum(_of_mean(mean) * mean.shape[-1] for mean in means)
+    deviation = np.sqrt(len(groups) * squares)
     total = sum(mean.mean(axis=-1) for mean in means)
-    return np.divide(total, deviation, out=np.full_like(total, np.nan), where=deviation > 0)
+    return np.divide(total, deviation, out=np.full_like(total, np.nan), where=deviation > 1e-12)
 
 
 def detectable(found: Interval, power: float = 0.8, level: float = 0.95) -> np.ndarray:
