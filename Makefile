@@ -18,7 +18,7 @@ SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) \
 	--resources gpu=$(GPUS) $(addprefix mem_mb=,$(MEM_MB)) \
 	--config "profile=$(PROFILE)" --rerun-incomplete --nolock --scheduler greedy --quiet all
 
-.PHONY: help run plan fetch test lab figures notebooks bench clean setup
+.PHONY: help run plan fetch test lab figures notebooks bench verify clean setup
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -53,6 +53,9 @@ notebooks: setup  ## execute the stored notebooks again from data/; copy 01-03 f
 
 bench: setup  ## measure beside the libraries that people use: executes 10_speed
 	@$(NOTEBOOKS) run notebooks/10_speed.ipynb runs/bench/10_speed.ipynb --parameters measure=True $(BENCH)
+
+verify: run  ## run quick, and say whether its rows are within the spread of the reference's seeds
+	@$(PY) -m l2p_utils.results "runs/$(PROFILE)/results"
 
 clean:  ## remove runs/ (and say how much it was); .venv stays
 	@if [ -d runs ]; then du -sh runs | sed 's/\t.*/ in runs\/ removed/'; rm -rf runs; \

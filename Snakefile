@@ -18,7 +18,7 @@ sys.path.insert(0, workflow.basedir)
 
 from l2p_utils.files import UserError
 from l2p_utils.notebooks import READING
-from l2p_utils.profile import BASELINE, PROFILES, factors_name, load_profile, slug
+from l2p_utils.profile import PROFILES, factors_name, load_profile, slug
 
 NAME = str(config.get("profile", "quick"))
 try:
@@ -32,14 +32,14 @@ FOLDER = config.get("folder") or os.path.relpath(PROFILE.folder)
 DONE, LOGS = f"{FOLDER}/notebooks", f"{FOLDER}/logs"
 ROWS = f"{FOLDER}/mined/{{}}/provenance.json".format
 MODEL = f"{FOLDER}/models/{{}}/provenance.json".format
-RESULT = f"{FOLDER}/results/{{}}.csv".format
+RESULT = f"{FOLDER}/results/rows/{{}}.parquet".format
 
 ADAPTATION = PROFILE.adaptation
 MINED = {slug(name): name for name in PROFILE.training_collections}
-if ADAPTATION:
-    del MINED[slug(ADAPTATION.collection)]  # the baseline's job mines it, where no cache has one
 RUNS = {PROFILE.run_name(run): run for run in PROFILE.runs}
-TRAINED = [*([BASELINE] if ADAPTATION else []), *RUNS]
+BASELINES = PROFILE.baselines  # with their seeds; one without adaptation
+STARTS = {name: PROFILE.baseline_name(PROFILE.seed_of(run)) for name, run in RUNS.items()}
+TRAINED = [*(BASELINES if ADAPTATION else []), *RUNS]
 FETCHED = [f"{FOLDER}/fetched.json"] if PROFILE.needs_hub else []
 TOTAL = len(MINED) + len(TRAINED) + len(PROFILE.evaluated_names) + len(READING) + 1
 SMALL_MB = 3_800  # the most that a job of a bundled profile took
@@ -57,9 +57,9 @@ def values(*assignments):
     """For the command line; a profile given as a file is found from anywhere."""
     return [f"profile={Path(PROFILE_FILE).resolve() if OWN else NAME}", *assignments]
 
-def training(collection, pool_method, pool_factors, seed=None):
-    seed = PROFILE.seed if seed is None else seed
-    run = {"collection": collection, "pool_method": pool_method, "seed": seed}
+def training(collection, pool_method, pool_factors, renormalize=False, seed=None):
+    run = {"collection": collection, "pool_method": pool_method, "renormalize": renormalize}
+    run["seed"] = PROFILE.seed if seed is None else seed
     run["pool_factors"] = factors_name(pool_factors)
     return values(*(f"{name}={value}" for name, value in run.items()))
 
@@ -76,6 +76,7 @@ def outputs(name, product):
 wildcard_constraints:
     collection="|".join(map(re.escape, MINED)) or "(?!)",
     run="|".join(map(re.escape, RUNS)) or "(?!)",
+    baseline="|".join(map(re.escape, BASELINES)),
     model="|".join(map(re.escape, PROFILE.evaluated_names)),
     reading="|".join(READING),
 
@@ -120,11 +121,13 @@ rule mine:
 rule baseline:
     input: FETCHED, profile=PROFILE_FILE, notebook=f"{NOTEBOOKS}/02_training.ipynb"
     output:
-        **outputs(f"02_training--{BASELINE}", MODEL(BASELINE)) if ADAPTATION
-        else {"product": update(MODEL(BASELINE))}
-    benchmark: f"{LOGS}/baseline/{BASELINE}.tsv"
+        **outputs("02_training--{baseline}", MODEL("{baseline}")) if ADAPTATION
+        else {"product": update(MODEL("{baseline}"))}
+    benchmark: f"{LOGS}/baseline/{{baseline}}.tsv"
     params:
-        values=training(ADAPTATION.collection, "none", [1]) if ADAPTATION else [],
+        values=lambda wildcards: training(
+            ADAPTATION.collection, "none", [1], seed=BASELINES[wildcards.baseline]
+        ) if ADAPTATION else [],
         profile=values()[0].removeprefix("profile="),
     threads: PROFILE.threads
     resources: **needs(1, 16_000, 60)
@@ -134,7 +137,7 @@ rule baseline:
 rule train:
     input:
         lambda wildcards: ROWS(slug(RUNS[wildcards.run].collection)),
-        MODEL(BASELINE),
+        lambda wildcards: MODEL(STARTS[wildcards.run]),
         profile=PROFILE_FILE,
         notebook=f"{NOTEBOOKS}/02_training.ipynb",
     output: **outputs("02_training--{run}", MODEL("{run}"))

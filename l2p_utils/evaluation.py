@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,13 @@ from l2p_utils.model import (
     load_model,
     use_threads,
 )
-from l2p_utils.pooling import CACHE_VERSION, DEFAULT_VARIANT, pool_sweep, stored_variant
+from l2p_utils.pooling import (
+    CACHE_VERSION,
+    DEFAULT_VARIANT,
+    pool_sweep,
+    stored_variant,
+    unit_length,
+)
 from l2p_utils.profile import (
     BASELINE,
     HUB,
@@ -78,6 +85,7 @@ class Setting:
     pool_method: str
     pool_variant: str
     pool_factor: int
+    renormalized: bool = False  # whether pooled means are scaled to unit length
 
 
 # --- one collection -------------------------------------------------------------------------------
@@ -149,8 +157,12 @@ def pooled_documents(
     pool_factors: Iterable[int],
     variants: Sequence[str] = (DEFAULT_VARIANT,),
     use_sklearn: bool = False,
+    means: Sequence[str] = ("raw",),
 ) -> Iterator[tuple[Setting, list[torch.Tensor]]]:
-    """Every setting with its document vectors: unpooled first, then each method × factor."""
+    """Every setting with its document vectors: unpooled first, then each method × factor.
+
+    `means` are ``raw``, ``unit`` or both, of the same clusters.
+    """
     yield Setting("none", "", 1), encoded.documents
     factors = [factor for factor in pool_factors if factor > 1]
     for method in pool_methods:
@@ -160,7 +172,10 @@ def pooled_documents(
             )
             name = stored_variant(method, variant, use_sklearn)
             for factor, documents in pooled.items():
-                yield Setting(method, name, factor), documents
+                if "raw" in means:
+                    yield Setting(method, name, factor), documents
+                if "unit" in means:
+                    yield Setting(method, name, factor, True), [*map(unit_length, documents)]
 
 
 def evaluate_collection(
@@ -170,11 +185,13 @@ def evaluate_collection(
     engine: str = "exact",
     variants: Sequence[str] = (DEFAULT_VARIANT,),
     use_sklearn: bool = False,
+    means: Sequence[str] = ("raw",),
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure one model on one collection in every setting, by ``exact`` search or ``plaid``.
 
-    `variants` are hierarchical's, `use_sklearn` is kmeans', see `l2p_utils.pooling.pool`. PLAID
-    builds an index for each setting.
+    `variants` are hierarchical's, `use_sklearn` is kmeans', see `l2p_utils.pooling.pool`. `means`
+    are ``raw``, ``unit`` (scaled to unit length) or both. PLAID, which scales by itself, is given
+    raw ones and builds an index for each setting.
 
     Returns
     -------
@@ -184,14 +201,14 @@ def evaluate_collection(
     """
     search = {"exact": exact_search, "plaid": plaid_search}[engine]
     rows, per_query = [], []
-    pooled = pooled_documents(encoded, pool_methods, pool_factors, variants, use_sklearn)
+    means = means if engine == "exact" else ["raw"]
+    pooled = pooled_documents(encoded, pool_methods, pool_factors, variants, use_sklearn, means)
     for setting, documents in pooled:
         ranking = search(encoded.queries, documents, encoded.document_ids, TOP_K)
         values = measure(encoded.collection, ranking)
         key = {"collection": encoded.collection.name, "engine": engine, **vars(setting)}
         vectors = float(np.mean([len(document) for document in documents]))
         row = {
-            "renormalized": False,
             **values[METRICS].mean().round(6).to_dict(),
             "queries": len(encoded.queries),
             "documents": len(documents),
@@ -214,8 +231,8 @@ def describe_model(profile: Profile, name: str) -> dict[str, Any]:
     A released model's training is read from its name. The baseline at another document length has
     the training method "none", which tells it from the baseline itself.
     """
-    seed = profile.seed
-    if name == BASELINE:
+    seed, renormalized = profile.baselines.get(name, profile.seed), False
+    if name in profile.baselines:
         training = ("", "", "")
     elif name in profile.prepared_names:
         found = re.search(r"-([a-z0-9]+)-(span|kmeans|hierarchical)-pf([0-9+-]+)$", name)
@@ -225,9 +242,10 @@ def describe_model(profile: Profile, name: str) -> dict[str, Any]:
     else:
         run = profile.find_run(name)
         training = (plain_name(run.collection), run.pool_method, factors_name(run.pool_factors))
-        seed = seed if run.seed is None else run.seed
+        seed, renormalized = profile.seed_of(run), run.renormalize
     columns = ("train_collection", "train_method", "train_factors")
-    return {"model": name, **dict(zip(columns, training, strict=True)), "seed": seed}
+    named = {"model": name, **dict(zip(columns, training, strict=True))}
+    return named | {"train_renormalized": renormalized, "seed": seed}
 
 
 def load_evaluated(profile: Profile, name: str) -> PooledColBERT:
@@ -253,7 +271,7 @@ def _weights(profile: Profile, name: str) -> tuple[str, Path]:
         base = (profile.model.base, profile.model.revision)
         source, revision = pinned(released[name]) if name in released else base
         return source, Path(snapshot(source, "model", revision).folder)
-    if name != BASELINE:
+    if name not in profile.baselines:
         profile.find_run(name)  # refuses an unknown name
     return "", profile.folder / "models" / name
 
@@ -267,19 +285,21 @@ class Task:
     pool_methods: list[str]
     variants: list[str]
     max_queries: int | None
+    document_length: int | None = None  # where it is not the model's
 
 
 def evaluation_tasks(profile: Profile, name: str) -> list[Task]:
     """What the profile measures of the model `name`, ordered by collection, exact before PLAID.
 
-    Several PLAID jobs on one collection are one task: its unpooled index is built only once.
+    Other document lengths come last. Several PLAID jobs on one collection are one task: its
+    unpooled index is built only once.
     """
     settings = profile.evaluation
     others = settings.baseline_variants if name == BASELINE else []
     variants = list(dict.fromkeys([profile.hierarchical, *others]))
+    methods = settings.methods(name)
     tasks = [
-        Task(collection, "exact", list(settings.pool_methods), variants, None)
-        for collection in settings.collections
+        Task(collection, "exact", methods, variants, None) for collection in settings.collections
     ]
     jobs = [job for job in profile.plaid if job.model == name]
     for collection in dict.fromkeys(c for job in jobs for c in job.collections):
@@ -290,10 +310,16 @@ def evaluation_tasks(profile: Profile, name: str) -> list[Task]:
                 f"plaid: max_queries is {limits} for the model {name!r} on {collection!r}; "
                 "expected one number for all pool methods. Give these jobs the same max_queries."
             )
-        methods = [method for job in asked for method in job.pool_methods]
-        tasks.append(Task(collection, "plaid", methods, [profile.hierarchical], limits[0]))
+        asked_methods = [method for job in asked for method in job.pool_methods]
+        tasks.append(Task(collection, "plaid", asked_methods, [profile.hierarchical], limits[0]))
     order = list(dict.fromkeys(task.collection for task in tasks))
-    return sorted(tasks, key=lambda task: order.index(task.collection))
+    tasks.sort(key=lambda task: order.index(task.collection))
+    return tasks + [
+        Task(collection, "exact", methods, [profile.hierarchical], None, job.document_length)
+        for job in settings.further
+        if any(fnmatchcase(name, pattern) for pattern in job.models)
+        for collection in job.collections
+    ]
 
 
 def evaluate_model(
@@ -301,28 +327,34 @@ def evaluate_model(
 ) -> pd.DataFrame:
     """Run every evaluation task of one model; give its result rows and store them in `results/`.
 
-    Finished tasks are reused when model, collection and settings are the same. Prints of each
-    collection that it encodes how many documents the model's length cuts.
+    Those at another document length are stored in ``results/d<length>``. Finished tasks are reused
+    when model, collection and settings are the same. Prints of each collection that it encodes how
+    many documents the model's length cuts.
     """
     use_threads(profile.threads)
     tasks = evaluation_tasks(profile, name)
     weights = fingerprint(_weights(profile, name)[1])
     parts = []
     with tqdm(total=len(tasks), desc=f"Evaluating {name}", disable=not progress) as bar:
-        for collection, group in itertools.groupby(tasks, key=lambda task: task.collection):
-            bar.set_postfix_str(collection)
-            for part in _run_tasks(profile, name, model, weights, list(group)):
-                parts.append(part)
+        own = model.document_length
+        for (length, collection), group in itertools.groupby(
+            tasks, key=lambda task: (task.document_length or own, task.collection)
+        ):
+            bar.set_postfix_str(collection if length == own else f"{collection}, {length} pieces")
+            model.document_length = length
+            for rows, values in _run_tasks(profile, name, model, weights, list(group)):
+                parts.append((length, rows.assign(document_length=length), values))
                 bar.update()
-    model_columns = describe_model(profile, name) | {
-        "document_length": model.document_length,
-        "profile": profile.name,
-        "versions": versions(),
-    }
-    rows = pd.concat([rows for rows, _ in parts], ignore_index=True).assign(**model_columns)
-    per_query = pd.concat([values for _, values in parts], ignore_index=True).assign(model=name)
-    write_rows(profile.folder / "results", name, rows, per_query)
-    return rows
+        model.document_length = own
+    model_columns = describe_model(profile, name)
+    model_columns |= {"profile": profile.name, "versions": versions()}
+    for length in dict.fromkeys(length for length, *_ in parts):
+        chosen = [part for part in parts if part[0] == length]
+        rows = pd.concat([rows for _, rows, _ in chosen], ignore_index=True).assign(**model_columns)
+        per_query = pd.concat([values for *_, values in chosen], ignore_index=True)
+        folder = profile.folder / "results" / ("" if length == own else f"d{length}")
+        write_rows(folder, name, rows, per_query.assign(model=name))
+    return pd.concat([rows for _, rows, _ in parts], ignore_index=True).assign(**model_columns)
 
 
 def _run_tasks(
@@ -338,13 +370,15 @@ def _run_tasks(
     encoded = None
     for task in tasks:
         collection = subset(whole, task.max_queries, None)
-        folder = profile.folder / "evaluated" / name / f"{slug(source)}-{task.engine}"
+        other = f"-d{task.document_length}" if task.document_length else ""
+        folder = profile.folder / "evaluated" / name / f"{slug(source)}-{task.engine}{other}"
         settings = {
             "model": weights,
             "versions": versions(),
             **vars(task),
             "code": CACHE_VERSION,
             "pool_factors": list(limits.pool_factors),
+            "means": list(limits.means),
             "kmeans": stored_variant("kmeans", use_sklearn=profile.use_sklearn),
             "fingerprint": collection.fingerprint,
             "lengths": [model.query_length, model.document_length],
@@ -365,17 +399,13 @@ def _run_tasks(
                 task.engine,
                 task.variants,
                 profile.use_sklearn,
+                limits.means,
             )
             with atomic_path(folder) as temporary:
                 temporary.mkdir()
-                rows.to_csv(temporary / "rows.csv", index=False)
+                rows.to_parquet(temporary / "rows.parquet", index=False)
                 per_query.to_parquet(temporary / "per_query.parquet", index=False)
                 write_json(temporary / PROVENANCE, {"settings": settings})
-        rows = pd.read_csv(
-            folder / "rows.csv",
-            dtype={"collection": str},  # a folder may be called 007
-            keep_default_na=False,
-            na_values={"index_bytes": [""]},
-        )
+        rows = pd.read_parquet(folder / "rows.parquet")
         values = pd.read_parquet(folder / "per_query.parquet")
         yield rows.assign(query_length=model.query_length), values

@@ -62,6 +62,7 @@ from l2p_utils.results import (
     kept_ndcg,
     read_per_query,
     relative_ndcg,
+    searched,
 )
 
 DPI = 220  # of files; notebooks show 110
@@ -105,6 +106,7 @@ BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E08A00", "#009E73", "#CC79A7"
 SKY, GREY, PURPLE = "#56B4E9", "#555555", "#7B3294"
 COLOURS = {"hierarchical": BLUE, "kmeans": ORANGE, "span": GREEN}
 MARKERS = {"hierarchical": "o", "kmeans": "^", "span": "D"}
+RAW = {"linestyle": (0, (4, 2)), "markerfacecolor": "white"}  # beside unit-length means
 MODEL_COLOURS, MODEL_MARKERS = (GREY, SKY, PURPLE, ORANGE, BLUE, GREEN, PINK), "osXP^v"
 # Where curves run together all are seen: wider lines and larger, open squares lie below.
 NESTED = {
@@ -447,22 +449,30 @@ def draw_kept(rows: pd.DataFrame) -> NotebookFigure:
     """What one model keeps of its own unpooled NDCG@10: a panel per collection, a curve per method.
 
     `rows` are the model's of one engine, one variant per method, with the unpooled ones.
+    Unit-length means are drawn solid, raw ones dashed.
     """
-    if (rows["pool_method"] == "none").all():
+    pooled = rows[rows["pool_method"] != "none"]
+    if pooled.empty:
         raise UserError("There is no pooled measurement to draw: evaluate at pool factors above 1.")
-    curves = kept_ndcg(rows).dropna(subset=["kept"])
+    lengths = sorted(pooled["renormalized"].unique())
+    curves = pd.concat([kept_ndcg(searched(rows, unit)).assign(unit=unit) for unit in lengths])
+    curves = curves.dropna(subset=["kept"])
     names, facets = _short(curves["collection"]), {}
-    for (collection, method), curve in curves.groupby(["collection", "pool_method"]):
+    for (collection, method, unit), curve in curves.groupby(["collection", "pool_method", "unit"]):
+        name = method if len(lengths) == 1 else f"{method}, {'unit length' if unit else 'raw'}"
         look = {"color": COLOURS[method], "marker": MARKERS[method]}
-        line = Line(method, _by_factor(curve, "kept"), look)
-        facets.setdefault(names[collection], []).append(line)
+        look |= {"linestyle": "-"} if unit or len(lengths) == 1 else RAW
+        facets.setdefault(names[collection], []).append(Line(name, _by_factor(curve, "kept"), look))
     title = f"{rows['model'].iloc[0]}: NDCG@10 kept at each pool factor"
     note = f"100 %: the same model unpooled. {_engine_note(rows)}"
     columns = 2 if len(facets) in (2, 4) else 3
     figure = _draw_lines(facets, title, [note], columns, (3.7, 2.9), "NDCG@10 (%)")
     ends = curves[curves["pool_factor"] == curves["pool_factor"].max()]
-    means = ends.groupby("pool_method")["kept"].mean().round()
-    spoken = ", ".join(f"{method} {kept:.0f} %" for method, kept in means.items())
+    means = ends.groupby(["pool_method", "unit"])["kept"].mean().round()
+    spoken = ", ".join(
+        f"{method} {kept:.0f} %{' at unit length' if unit else ''}"
+        for (method, unit), kept in means.items()
+    )
     figure.alt = f"{title}; mean at the largest factor: {spoken}."
     return figure
 

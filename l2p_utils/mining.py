@@ -447,7 +447,7 @@ def mine_rows(scored: Iterable[Scored], settings: MiningSettings) -> tuple[list[
     """A row per query that has enough candidates, and how many queries have not."""
     rows = []
     for candidates, scores, rng in scored:
-        if settings.teacher_scale == "sigmoid":
+        if settings.teacher_scores == "sigmoid":
             scores = {d: float(1 / (1 + np.exp(-score))) for d, score in scores.items()}
         rows.append(select_row(candidates, scores, settings, rng))
     return list(filter(None, rows)), rows.count(None)

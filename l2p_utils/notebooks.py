@@ -292,7 +292,7 @@ def check_data(profile: Profile) -> None:
     from l2p_utils.collection import carves_dev, load_collection, profile_split
 
     loads: list[tuple[str, Callable[[], Any]]] = []
-    for name in profile.training_collections:
+    for name in profile.fitted_collections:
         loads.append((name, partial(profile_split, profile, name)))
         other = profile.dev_collections.get(name)
         dev = (other, "test") if other else (name, "dev", False, carves_dev(profile, name))
@@ -315,7 +315,7 @@ def plan(profile: Profile, name: str) -> str:
     """Jobs per stage of the profile (`name` as the user gave it): all, still to do, how long."""
     jobs = {
         "fetch": int(profile.needs_hub),
-        "mine": len(profile.training_collections) - (profile.adaptation is not None),
+        "mine": len(profile.training_collections),
         "baseline": 1,
         "train": len(profile.runs),
         "evaluate": len(profile.evaluated_names),
@@ -374,7 +374,7 @@ def report(profile: Profile) -> str:
     lines += ["", f"Busy for {duration(busy)}; jobs side by side count once.", ""]
     for what, pattern in {
         "executed notebooks": "notebooks/*.html",
-        "result rows": "results/*.csv",
+        "result rows": "results/rows/*.parquet",
         "figures, tables": "figures/*.png",
     }.items():
         if found := list(folder.glob(pattern)):

@@ -25,8 +25,10 @@ from l2p_utils.results import (
     RELEASED,
     VARIANTS,
     default_variant,
+    is_baseline,
     read_rows,
     relative_ndcg,
+    searched,
     series,
 )
 
@@ -197,22 +199,28 @@ def holds_paper(folder: str | Path) -> bool:
     return (Path(folder) / "figure1.csv").is_file()
 
 
-def read_source(folder: str | Path) -> Exhibits:
-    """Read `folder`: the paper's CSVs or a run's result rows."""
+def read_source(folder: str | Path, renormalized: bool = False) -> Exhibits:
+    """Read `folder`: the paper's CSVs or a run's result rows, see `rows_source`."""
     if not holds_paper(folder):
-        return rows_source(read_rows(folder), Path(folder).name)
+        return rows_source(read_rows(folder), Path(folder).name, renormalized=renormalized)
     names = {name: (name, name) for name in ROLES} | AVERAGE
     note = "The paper's numbers (S. Josef, LIR @ ECIR 2026, CC BY 4.0)"
     return Exhibits("paper", read_paper(folder), names, note, is_paper=True)
 
 
-def rows_source(rows: pd.DataFrame, name: str, roles: Mapping[str, str] | None = None) -> Exhibits:
+def rows_source(
+    rows: pd.DataFrame,
+    name: str,
+    roles: Mapping[str, str] | None = None,
+    renormalized: bool = False,
+) -> Exhibits:
     """A run's result rows as exhibits: every cell that the paper prints, NaN where not run.
 
     `rows` may be any part of the grid; without the unpooled baseline percentages are NaN. `name`
-    is the run's where the rows have no profile; `roles` as in `roles_of`.
+    is the run's where the rows have no profile; `roles` as in `roles_of`. Exact search is that of
+    raw means, as in the paper, or of unit-length ones (`renormalized`).
     """
-    roles = roles_of(rows, roles)
+    roles, rows = roles_of(rows, roles), searched(rows, renormalized)
     titles = {d: (f"{c} (in {d}’s role)", c) for d, c in roles.exact.items()}
     names = {d: (d, d) for d in roles.exact} if roles.own else titles
     return Exhibits(
@@ -220,7 +228,14 @@ def rows_source(rows: pd.DataFrame, name: str, roles: Mapping[str, str] | None =
         _fill(read_paper(from_root("data/paper")), rows, roles),
         names | AVERAGE,
         _note(rows, name),
-        series(rows, BASELINE, roles.evaluated("SciFact"), "kmeans", value="vectors_per_document"),
+        series(
+            rows,
+            BASELINE,
+            roles.evaluated("SciFact"),
+            "kmeans",
+            value="vectors_per_document",
+            renormalized=renormalized,
+        ),
         roles.suites,
         rows=rows,
     )
@@ -239,7 +254,10 @@ def _fill(paper: pd.DataFrame, rows: pd.DataFrame, roles: Roles) -> pd.DataFrame
     rows = relative_ndcg(rows, partial=True)
     rows = rows[rows["pool_variant"] == rows["pool_method"].map(variants)]
     # Released checkpoints and the baseline at other lengths are in no figure.
-    rows = rows[(rows["train_collection"] != "") | (rows["model"] == BASELINE)]
+    # The paper trains with raw means.
+    rows = rows[
+        ((rows["train_collection"] != "") | is_baseline(rows)) & ~rows["train_renormalized"]
+    ]
     keys = ["train_collection", "train_method", "train_factors", "collection", "engine", *CELL[3:]]
     means = rows.groupby(keys)[["ndcg@10", "relative_ndcg@10"]].mean()
 
@@ -264,6 +282,9 @@ def _fill(paper: pd.DataFrame, rows: pd.DataFrame, roles: Roles) -> pd.DataFrame
 def _note(rows: pd.DataFrame, name: str) -> str:
     """What rows are, in one line: profile, queries, seeds, missing baselines."""
     note = f"Run “{' + '.join(sorted(set(rows['profile']) - {''})) or name}”"
+    pooled = rows[(rows["pool_method"] != "none") & (rows["engine"] == "exact")]
+    if pooled["renormalized"].any():
+        note += ", means scaled to unit length"
     queries = rows["queries"].dropna()
     if len(queries):
         number = "–".join(map(str, sorted({queries.min(), queries.max()})))

@@ -239,7 +239,7 @@ def pool_sweep(
             if pool_method == "span" and factor == max(factors) > 1:
                 _check_finite(_wide(means.detach()).sum().isfinite())  # as every token is in a mean
             if renormalize:
-                means = normalize(_wide(means), dim=-1).to(means.dtype)
+                means = unit_length(means)
             for i, document in zip(block, means.split(counts), strict=True):
                 pooled[factor][i] = document
     return pooled
@@ -285,6 +285,7 @@ def pool_padded(
     *,
     variant: PoolVariant = DEFAULT_VARIANT,
     use_sklearn: bool = False,
+    renormalize: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pool a padded batch, as training has it; see `pool`.
 
@@ -312,7 +313,13 @@ def pool_padded(
     first = torch.arange(documents, device=labels.device)[:, None] * vectors
     index = torch.where(labels >= 0, labels + first, documents * vectors).flatten()
     means, sizes = _means(embeddings.flatten(0, 1), index, documents * vectors)
+    means = unit_length(means) if renormalize else means
     return means.view(documents, vectors, dim), sizes.view(documents, vectors) > 0
+
+
+def unit_length(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors (…, dim) scaled to length 1, in float32 at least; zero vectors stay zero."""
+    return normalize(_wide(vectors), dim=-1).to(vectors.dtype)
 
 
 def _means(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -74,10 +76,13 @@ def factors_name(pool_factors: list[int]) -> str:
     return "+".join(map(str, pool_factors))
 
 
-def model_name(collection: str, pool_method: str, pool_factors: list[int], seed: int) -> str:
+def model_name(
+    collection: str, pool_method: str, pool_factors: list[int], seed: int, renormalize: bool = False
+) -> str:
     """The name of a trained model; one trained without pooling has no method in its name."""
     method = "" if pool_method == "none" else f"-{pool_method}"
-    return f"{slug(collection)}{method}-pf{factors_name(pool_factors)}-s{seed}"
+    unit = "-unit" if renormalize else ""
+    return f"{slug(collection)}{method}-pf{factors_name(pool_factors)}{unit}-s{seed}"
 
 
 def parse_factors(value: Any) -> list[int]:
@@ -104,8 +109,13 @@ def check_seed(value: Any) -> None:
         raise UserError(f"seed is {value!r}; expected a whole number from 0 to {MAX_SEED}.")
 
 
-def check_run(pool_method: str, pool_factors: list[int]) -> None:
-    """Refuse factors above 1 without a method, and a method with the factor 1 alone."""
+def check_run(pool_method: str, pool_factors: list[int], renormalize: bool = False) -> None:
+    """Refuse factors above 1 or `renormalize` without a method, a method with factor 1 alone."""
+    if pool_method == "none" and renormalize:
+        raise UserError(
+            "renormalize scales means to unit length, and pool_method 'none' makes none: leave it "
+            "False."
+        )
     if (pool_method == "none") != (pool_factors == [1]):
         raise UserError(
             f"pool_method {pool_method!r} with pool_factors {pool_factors}: unpooled training is "
@@ -195,7 +205,7 @@ class MiningSettings(_Settings):
     random: CountOrZero = 5  # drawn from the random candidates
     threshold: float = Field(0.95, gt=0)  # drops negatives above this share of the anchor's score
     anchor: Literal["top_positive", "median_positive"] = "top_positive"
-    teacher_scale: Literal["raw", "sigmoid"] = "raw"  # scores as they are, or between 0 and 1
+    teacher_scores: Literal["raw", "sigmoid"] = "raw"  # as they are, or between 0 and 1
     text_only: bool = False  # without titles: for training queries that are documents' titles
     max_queries: Count | None = None  # mine only so many training queries; null: all
     max_documents: Count | None = None  # … among so many documents, all relevant ones included
@@ -228,8 +238,8 @@ class Scoring(_Settings):
             yield f"miner {self.miner}, teacher {self.teacher}: expected both bundled, or neither"
 
 
-class TrainingSettings(_Settings):
-    """One fine-tuning."""
+class FitSettings(_Settings):
+    """How a model is fitted, whatever the loss."""
 
     epochs: Count = 1  # the best on the dev queries is kept
     batch_size: Count = 8  # queries (rows) per step, in all processes together
@@ -243,10 +253,21 @@ class TrainingSettings(_Settings):
     checkpoint_steps: Count = 50  # steps between two checkpoints
 
 
-class Adaptation(TrainingSettings):
-    """The unpooled training that makes the bundled encoder a late-interaction model."""
+class TrainingSettings(FitSettings):
+    """One fine-tuning: distillation on mined rows."""
+
+    teacher_scale: float = Field(1.0, gt=0)  # multiplies the teacher's scores before their softmax
+
+
+class Adaptation(FitSettings):
+    """The unpooled, contrastive training that makes the bundled encoder a late-interaction model.
+
+    A training query and its relevant document are a pair; the documents of the other queries that
+    are computed at once (`micro_batch`, or the whole batch) are its negatives.
+    """
 
     collection: str = "docs:transformers"  # no run may train on it
+    temperature: float = Field(0.2, gt=0)  # MaxSim is divided by it before the softmax
 
 
 class Run(_Settings):
@@ -255,11 +276,32 @@ class Run(_Settings):
     collection: str  # `docs:scipy`, `beir:scifact`, a folder's path
     pool_method: Literal["none", "span", "kmeans", "hierarchical"]
     pool_factors: Factors = [1]  # each batch draws one: 2, "1-6" or [1, 2, 4]
-    seed: Seed | None = None  # null: the profile's
+    renormalize: bool = False  # train with means scaled to unit length
+    seed: Seed | None = None  # null: the profile's; the bundled model's adaptation has the same
 
     def contradictions(self) -> Iterable[str]:
-        check_run(self.pool_method, self.pool_factors)
+        check_run(self.pool_method, self.pool_factors, self.renormalize)
         return []
+
+
+def _expand_runs(runs: Any) -> Any:
+    """A run with lists of collections or seeds is one run for each of their pairs."""
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        return runs  # refused by type
+    expanded = []
+    for run in runs:
+        keys = [key for key in ("collection", "seed") if isinstance(run.get(key), list)]
+        values = itertools.product(*(run[key] for key in keys))
+        expanded += [run | dict(zip(keys, some, strict=True)) for some in values]
+    return expanded
+
+
+class Further(_Settings):
+    """Models that are measured at another document length too, in ``results/d<length>``."""
+
+    document_length: DocumentLength
+    models: Annotated[list[str], Field(min_length=1)]  # names or patterns: "*-kmeans-*"
+    collections: Collections
 
 
 class EvaluationSettings(_Settings):
@@ -274,6 +316,18 @@ class EvaluationSettings(_Settings):
     precision: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     max_queries: Count | None = None  # search only so many test queries; null: all
     max_documents: Count | None = None  # … a part with all relevant documents: scores too high
+    # pooled means as they are (the paper), scaled to unit length, or both
+    means: Annotated[
+        list[Literal["raw", "unit"]], Field(min_length=1), AfterValidator(_refuse_repeats)
+    ] = ["raw", "unit"]
+    # the pool methods of some models alone, by a pattern of their names: {"*-span-*": [span]}
+    methods_of: dict[str, Methods] = {}
+    further: list[Further] = []  # some models at another document length, stored apart
+
+    def methods(self, model: str) -> list[str]:
+        """Pool methods that `model` is measured with: the first pattern's that it fits, or all."""
+        fitting = (some for name, some in self.methods_of.items() if fnmatchcase(model, name))
+        return list(next(fitting, self.pool_methods))
 
 
 class PlaidJob(_Settings):
@@ -305,7 +359,8 @@ class Profile(_Settings):
     training: TrainingSettings
     gpu: bool = False  # whether jobs that compute ask for a GPU
     dev_collections: dict[str, str] = {}  # by training collection, whose test split picks epochs
-    runs: list[Run]
+    # one model each, or one per pair of listed collections and seeds
+    runs: Annotated[list[Run], BeforeValidator(_expand_runs)]
     released_models: list[Source] = []  # from the hub, measured as they are
     evaluation: EvaluationSettings
     plaid: list[PlaidJob] = []
@@ -319,7 +374,7 @@ class Profile(_Settings):
         lacking = sorted({*self.training_collections} - {*self.released_rows})
         if self.training_data == "released" and lacking:
             yield f"training_data: no released_rows of {', '.join(lacking)}"
-        if self.adaptation and self.adaptation.collection in {run.collection for run in self.runs}:
+        if self.adaptation and self.adaptation.collection in self.training_collections:
             yield f"runs: {self.adaptation.collection!r} is kept for the adaptation"
         names, jobs = self.evaluated_names, []
         for job in self.plaid:
@@ -328,9 +383,14 @@ class Profile(_Settings):
             ]
             if job.model not in names:
                 yield f"plaid: model {job.model!r} is none of {names}"
+        patterns = [*self.evaluation.methods_of]
+        patterns += [model for job in self.evaluation.further for model in job.models]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                yield f"evaluation: no model is called {pattern!r}; there are {names}"
         _refuse_repeats([*(f"runs: {name}" for name in names), *jobs])
         owners: dict[str, str] = {}  # of file names: each would replace the other's files
-        for name in [*self.training_collections, *self.measured_collections]:
+        for name in [*self.fitted_collections, *self.measured_collections]:
             owner = owners.setdefault(slug(name), name)
             if owner != name:
                 yield f"collections: {owner!r} and {name!r} have the same name in file names"
@@ -338,14 +398,33 @@ class Profile(_Settings):
 
     @property
     def model_names(self) -> list[str]:
-        """The baseline, then the trained models in the order of `runs`."""
-        return [BASELINE, *map(self.run_name, self.runs)]
+        """The baselines, then the trained models in the order of `runs`."""
+        return [*self.baselines, *map(self.run_name, self.runs)]
+
+    @property
+    def baselines(self) -> dict[str, int]:
+        """The models that trainings start from, with their seeds: `baseline`, the profile's, first.
+
+        The bundled model is adapted once per training seed; a base from the hub has no seed.
+        """
+        seeds = [self.seed, *(map(self.seed_of, self.runs) if self.adaptation else [])]
+        return {self.baseline_name(seed): seed for seed in seeds}
+
+    def baseline_name(self, seed: int) -> str:
+        """The model that the trainings with `seed` start from."""
+        own = self.adaptation is None or seed == self.seed
+        return BASELINE if own else f"{BASELINE}-s{seed}"
 
     @property
     def training_collections(self) -> list[str]:
-        """Collections to mine: the adaptation's first, then those of the runs, each once."""
+        """Collections to mine and train on, each once."""
+        return list(dict.fromkeys(run.collection for run in self.runs))
+
+    @property
+    def fitted_collections(self) -> list[str]:
+        """Collections whose training split is read: the adaptation's too."""
         first = [self.adaptation.collection] if self.adaptation else []
-        return list(dict.fromkeys([*first, *(run.collection for run in self.runs)]))
+        return [*first, *self.training_collections]
 
     @property
     def prepared_names(self) -> list[str]:
@@ -361,15 +440,16 @@ class Profile(_Settings):
 
     @property
     def measured_collections(self) -> list[str]:
-        """Collections that models are measured on, by exact search or PLAID, each once."""
-        plaid = [name for job in self.plaid for name in job.collections]
-        return list(dict.fromkeys([*self.evaluation.collections, *plaid]))
+        """Collections that models are measured on, each once."""
+        jobs = [*self.plaid, *self.evaluation.further]
+        others = [name for job in jobs for name in job.collections]
+        return list(dict.fromkeys([*self.evaluation.collections, *others]))
 
     @property
     def hub_collections(self) -> list[str]:
         """Collections of this profile that come from the hub."""
-        dev = [self.dev_collections.get(name) for name in self.training_collections]
-        names = [*self.training_collections, *dev, *self.measured_collections]
+        dev = [self.dev_collections.get(name) for name in self.fitted_collections]
+        names = [*self.fitted_collections, *dev, *self.measured_collections]
         return list(dict.fromkeys(name for name in names if name and name.startswith(HUB)))
 
     @property
@@ -383,15 +463,19 @@ class Profile(_Settings):
         """Where everything goes that this profile's run makes: runs/<name>."""
         return ROOT / "runs" / self.name
 
-    def recipe(self, collection: str) -> TrainingSettings:
+    def recipe(self, collection: str) -> FitSettings:
         """How a model is trained on a collection: `adaptation` on its own, else `training`."""
         special = self.adaptation and collection == self.adaptation.collection
         return self.adaptation if special else self.training
 
     def run_name(self, run: Run) -> str:
         """`<collection>-<method>-pf<factors>-s<seed>`, as in the result rows."""
-        seed = self.seed if run.seed is None else run.seed
-        return model_name(run.collection, run.pool_method, run.pool_factors, seed)
+        trained = (run.collection, run.pool_method, run.pool_factors)
+        return model_name(*trained, self.seed_of(run), run.renormalize)
+
+    def seed_of(self, run: Run) -> int:
+        """A run's seed, which may be the profile's."""
+        return self.seed if run.seed is None else run.seed
 
     def find_run(self, name: str) -> Run:
         """The run that makes the model `name`."""

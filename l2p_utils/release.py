@@ -25,8 +25,8 @@ from pylate import models
 from l2p_utils.files import PROVENANCE, UserError, atomic_path, read_json
 from l2p_utils.mining import load_mined, mined_fingerprint, mined_folder, mined_provenance
 from l2p_utils.model import PooledColBERT, fingerprint, load_model, quiet_loading
-from l2p_utils.profile import BASELINE, BUNDLED, HUB, Profile, Run, factors_name, pinned, slug
-from l2p_utils.results import default_variant, read_rows, series
+from l2p_utils.profile import BUNDLED, HUB, Profile, Run, factors_name, pinned, slug
+from l2p_utils.results import default_variant, read_rows, searched, series
 
 TEMPLATES = Path(__file__).with_name("templates")
 CARD, LICENCE_FILE = "README.md", "LICENSE"
@@ -349,7 +349,9 @@ def _model_facts(profile: Profile, name: str, run: Run, provenance: dict) -> dic
     options = f', pool_factor={min(4, max(run.pool_factors))}, pool_method="{run.pool_method}"'
     options += ", use_sklearn=True" if variant == "sklearn" else ""
     options += f', pool_variant="{variant}"' if variant in ("paper", "euclidean") else ""
-    start = profile.folder / "models" / BASELINE / PROVENANCE
+    options += ", renormalize=True" if run.renormalize else ""
+    seed = profile.seed_of(run)
+    start = profile.folder / "models" / profile.baseline_name(seed) / PROVENANCE
     origin = read_json(start)["settings"].get("origin") if start.is_file() else None
     other = profile.dev_collections.get(run.collection)
     return {
@@ -358,7 +360,7 @@ def _model_facts(profile: Profile, name: str, run: Run, provenance: dict) -> dic
         "provenance": provenance,
         "training": provenance["settings"]["training"],
         "base_revision": (origin or {}).get("commit") or profile.model.revision,
-        "seed": profile.seed if run.seed is None else run.seed,
+        "seed": seed,
         "pooled": run.pool_method != "none",
         "variant": variant,
         "factors": factors_name(run.pool_factors),
@@ -369,11 +371,17 @@ def _model_facts(profile: Profile, name: str, run: Run, provenance: dict) -> dic
 
 
 def _evaluation(profile: Profile, name: str, run: Run) -> dict[str, str]:
-    """Title → Markdown table of NDCG@10, one per engine and pool method."""
-    rows = read_rows(profile.folder / "results")
+    """Title → Markdown table of NDCG@10, one per engine and pool method.
+
+    Of means of the length that the model was trained with, where those were measured.
+    """
+    measured = [mean == "unit" for mean in profile.evaluation.means]
+    renormalized = run.renormalize if run.renormalize in measured else measured[0]
+    rows = searched(read_rows(profile.folder / "results"), renormalized)
+    baseline = profile.baseline_name(profile.seed_of(run))
     own, tables = rows[rows["model"] == name], {}
     for engine in [engine for engine in ENGINES if engine in set(own["engine"])]:
-        part = rows[(rows["engine"] == engine) & rows["model"].isin([BASELINE, name])]
+        part = rows[(rows["engine"] == engine) & rows["model"].isin([baseline, name])]
         wanted = profile.evaluation.collections if engine == "exact" else []
         collections = list(dict.fromkeys([*wanted, *sorted(part["collection"])]))
         factors = sorted({1, *profile.evaluation.pool_factors, *part["pool_factor"].astype(int)})
@@ -384,13 +392,15 @@ def _evaluation(profile: Profile, name: str, run: Run) -> dict[str, str]:
         for method in methods:
             variant = default_variant(own, method)
             lines = []
-            for collection, model in itertools.product(collections, (BASELINE, name)):
-                curve = series(part, model, collection, method, engine, variant, factors=factors)
+            for collection, model in itertools.product(collections, (baseline, name)):
+                where = (part, model, collection, method, engine, variant)
+                curve = series(*where, factors=factors, renormalized=renormalized)
                 label = "**this model**" if model == name else model
                 size = [f"{n:,.0f}" for n in sizes.loc[collection]]
                 lines.append([_shown(collection), label, *size, *(f"{v:.3f}" for v in curve)])
             columns = ["collection", "model", "queries", "documents", *map("PF{}".format, factors)]
             table = pd.DataFrame(lines, columns=columns).replace("nan", "not measured")
             title = f"{ENGINES[engine]}, {method}" + (f" ({variant})" if variant else "")
+            title += ", unit-length means" if renormalized and engine == "exact" else ""
             tables[title] = table.to_markdown(index=False, disable_numparse=True)
     return tables

@@ -1,28 +1,35 @@
-"""Result rows and per-query values: write, read, merge, select.
+"""Result rows and per-query values: write, read, select, compare runs.
 
 A result row is one measurement: a model on a collection, searched by an engine, with its documents
-pooled in one way. What was not measured is NaN, never 0.
+pooled in one way. What was not measured is NaN, never 0. A folder of results holds one Parquet file
+per model in ``rows/`` and one in ``per_query/``: ``pandas.read_parquet("data/offline/rows")`` reads
+all rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import argparse
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from scipy.stats import t
 
-from l2p_utils.files import UserError, atomic_path
+from l2p_utils.files import UserError, atomic_path, from_root
 
 # Columns of a result row, in order, with their types (integers are nullable). Measures are means
 # over queries, in 0–1; bytes are those of float32 vectors; index_bytes is PLAID's index on disk,
 # exact search has none; query_ms is the search alone, per query; lengths are in word pieces.
+# `renormalized`: whether the means that were searched, `train_renormalized`: those that were
+# trained with, had been scaled to unit length.
 _TYPES = {
     "model": "str", "train_collection": "str", "train_method": "str", "train_factors": "str",
-    "seed": "Int64", "collection": "str", "engine": "str", "pool_method": "str",
-    "pool_variant": "str", "pool_factor": "Int64", "renormalized": "bool",
+    "train_renormalized": "bool", "seed": "Int64", "collection": "str", "engine": "str",
+    "pool_method": "str", "pool_variant": "str", "pool_factor": "Int64", "renormalized": "bool",
     "query_length": "Int64", "document_length": "Int64",
     "ndcg@10": "float64", "recall@10": "float64", "mrr@10": "float64",
     "queries": "Int64", "documents": "Int64", "vectors_per_document": "float64",
@@ -31,14 +38,15 @@ _TYPES = {
 }  # fmt: skip
 ROW_COLUMNS = list(_TYPES)
 # Key columns of a measurement; the per-query values carry them too.
-SETTING = ["model", "collection", "engine", "pool_method", "pool_variant", "pool_factor"]
-PER_QUERY_COLUMNS = [*SETTING, "query_id", "ndcg@10"]
-# Kept per query as well, but not by the version that made data/offline.
-FURTHER_MEASURES = ["recall@10", "mrr@10"]
+SETTING = [
+    "model", "collection", "engine", "pool_method", "pool_variant", "pool_factor", "renormalized",
+]  # fmt: skip
+MEASURES = ["ndcg@10", "recall@10", "mrr@10"]
 _VALUE_TYPES = {
-    **dict.fromkeys(SETTING, "str"), "pool_factor": "int64", "query_id": "str",
-    **dict.fromkeys(["ndcg@10", *FURTHER_MEASURES], "float64"),
+    **{column: _TYPES[column] for column in SETTING}, "pool_factor": "int64", "query_id": "str",
+    **dict.fromkeys(MEASURES, "float64"),
 }  # fmt: skip
+ROWS, PER_QUERY = "rows", "per_query"  # subfolders
 
 BASELINE = "baseline"
 RELEASED = "released:"  # precedes the training collection of a checkpoint that others trained
@@ -50,7 +58,6 @@ VARIANTS = {
     "kmeans": ("fast", "sklearn"),
     "hierarchical": ("pylate", "paper", "euclidean"),
 }
-MERGED_ROWS, MERGED_PER_QUERY = "rows.csv", "per_query.parquet"
 
 
 def validate_rows(rows: pd.DataFrame, source: str | Path = "rows") -> pd.DataFrame:
@@ -59,10 +66,8 @@ def validate_rows(rows: pd.DataFrame, source: str | Path = "rows") -> pd.DataFra
 
 
 def validate_per_query(per_query: pd.DataFrame, source: str | Path = "values") -> pd.DataFrame:
-    """As `validate_rows`, of per-query values, where `FURTHER_MEASURES` are optional."""
-    optional = [measure for measure in FURTHER_MEASURES if measure not in per_query]
-    types = {column: kind for column, kind in _VALUE_TYPES.items() if column not in optional}
-    return _validate(per_query, types, [*SETTING, "query_id"], source)
+    """As `validate_rows`, of per-query values."""
+    return _validate(per_query, _VALUE_TYPES, [*SETTING, "query_id"], source)
 
 
 def _validate(
@@ -76,7 +81,12 @@ def _validate(
             "file away; if it is an old result, evaluate that model again."
         )
     text = [column for column, kind in types.items() if kind == "str"]
-    typed = frame[list(types)].fillna(dict.fromkeys(text, "")).astype(types)
+    try:
+        typed = frame[list(types)].fillna(dict.fromkeys(text, "")).astype(types)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{source} holds no results: {error}. Delete it and evaluate that model again."
+        ) from error
     twice = typed[typed.duplicated(key)]
     if len(twice):
         raise UserError(
@@ -89,89 +99,68 @@ def _validate(
 def write_rows(
     folder: str | Path, model: str, rows: pd.DataFrame, per_query: pd.DataFrame
 ) -> tuple[Path, Path]:
-    """Store one model's rows as ``<model>.csv`` and ``<model>.per_query.parquet``."""
-    return _store(rows, per_query, Path(folder) / f"{model}.csv")
+    """Store one model's rows and values in `folder`: ``rows/<model>.parquet``, ``per_query/…``.
 
-
-def merge_results(source: str | Path, destination: str | Path) -> tuple[Path, Path]:
-    """Join the models' files of `source` into ``rows.csv`` and ``per_query.parquet``.
-
-    This makes ``data/offline/`` from ``runs/offline/results``: equal input gives equal bytes.
+    Equal results give equal bytes.
     """
-    if Path(source).resolve() == Path(destination).resolve():
-        raise UserError(f"merge_results: {source} cannot be merged into itself: name another.")
-    return _store(read_rows(source), read_per_query(source), Path(destination) / MERGED_ROWS)
-
-
-def _store(rows: pd.DataFrame, per_query: pd.DataFrame, csv: Path) -> tuple[Path, Path]:
-    parquet = _values_of(csv)
-    rows, per_query = validate_rows(rows, csv), validate_per_query(per_query, parquet)
-    with atomic_path(csv) as new_csv:
-        rows.to_csv(new_csv, index=False, lineterminator="\n")
-        with atomic_path(parquet) as new_parquet:
-            per_query.to_parquet(new_parquet, index=False, compression="zstd")
-            # Until the new CSV is in place there is none: it never stands beside other values.
-            csv.unlink(missing_ok=True)
-    return csv, parquet
+    files = [Path(folder) / part / f"{model}.parquet" for part in (ROWS, PER_QUERY)]
+    frames = validate_rows(rows, files[0]), validate_per_query(per_query, files[1])
+    # Until all is written there are no rows: they never stand beside another run's values.
+    files[0].unlink(missing_ok=True)
+    for file, frame in reversed(list(zip(files, frames, strict=True))):
+        with atomic_path(file) as temporary:
+            # values of text repeat: as categories they are stored once
+            text = {c: "category" for c in frame if isinstance(frame[c].dtype, pd.StringDtype)}
+            frame.astype(text).to_parquet(temporary, index=False, compression="zstd")
+    return files[0], files[1]
 
 
 def has_rows(folder: str | Path) -> bool:
-    """Whether `folder` holds result rows: a merged ``rows.csv``, or one CSV per model."""
-    files = _row_files(Path(folder))
-    return bool(files) and files[0].read_bytes().startswith(b"model,train_collection,")
+    """Whether `folder` holds result rows."""
+    return bool(_files(folder, ROWS))
 
 
 def read_rows(folder: str | Path) -> pd.DataFrame:
-    """All result rows of a run's ``results`` folder or a merged one, sorted by setting."""
-    # Only in numbers does "" mean "not measured"; train_factors "1" stays text.
-    numbers = {column: [""] for column, kind in _TYPES.items() if kind in ("Int64", "float64")}
-    frames = []
-    for file in _row_files(Path(folder), needed=True):
-        try:
-            frame = pd.read_csv(file, dtype=_TYPES, keep_default_na=False, na_values=numbers)
-        except (ValueError, TypeError) as error:  # also pandas' own and UnicodeDecodeError
-            raise UserError(
-                f"{file} cannot be read as result rows ({error}). Move it away if it is something "
-                "else, or delete it and evaluate that model again."
-            ) from error
-        frames.append(validate_rows(frame, file))
-    return validate_rows(pd.concat(frames, ignore_index=True), folder)
+    """All result rows of a run's ``results`` folder, or of ``data/offline``, model by model."""
+    return _read(folder, ROWS, validate_rows)
 
 
 def read_per_query(folder: str | Path) -> pd.DataFrame:
-    """All per-query values of `folder`, sorted by setting and query."""
-    frames = []
-    for file in map(_values_of, _row_files(Path(folder), needed=True)):
+    """All per-query values of `folder`, of the models whose rows are complete."""
+    return _read(folder, PER_QUERY, validate_per_query)
+
+
+def _files(folder: str | Path, part: str) -> list[Path]:
+    # A leading dot marks a file that is being written.
+    files = sorted(Path(folder, part).glob("*.parquet"))
+    return [file for file in files if not file.name.startswith(".")]
+
+
+def _read(folder: str | Path, part: str, validate: Callable[..., pd.DataFrame]) -> pd.DataFrame:
+    folder, frames, owners = Path(folder), [], {}
+    for file in _files(folder, ROWS):
+        file = folder / part / file.name
         try:
-            frames.append(validate_per_query(pd.read_parquet(file), file))
+            frame = pd.read_parquet(file)
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(
-                f"{file}, which belongs to the CSV beside it, cannot be read ({error}). Put it "
-                "back (git restore), or evaluate that model again."
+                f"{file} cannot be read ({error}). Put it back (git restore), or delete "
+                f"{folder / ROWS / file.name} and evaluate that model again."
             ) from error
-    return validate_per_query(pd.concat(frames, ignore_index=True), folder)
-
-
-def _row_files(folder: Path, needed: bool = False) -> list[Path]:
-    # A leading dot marks a file that is being written.
-    files = sorted(file for file in folder.glob("*.csv") if not file.name.startswith("."))
-    if folder / MERGED_ROWS in files and len(files) > 1:
-        raise UserError(
-            f"{folder} holds both a merged {MERGED_ROWS} and {len(files) - 1} other CSV file(s). "
-            "Move one or the other away, so that nothing counts twice."
-        )
-    if needed and not files:
+        frames.append(validate(frame, file))
+        for model in frames[-1]["model"].unique():
+            if (owner := owners.setdefault(model, file)) != file:
+                raise UserError(
+                    f"{owner} and {file} both hold results of {model!r}. Delete one, and the file "
+                    "of the same name beside it, so that nothing counts twice."
+                )
+    if not frames:
         name = folder.parent.name if folder.name == "results" else "quick"
         raise UserError(
-            f"{folder} has no result rows (*.csv). `PROFILE={name} make run` makes "
+            f"{folder} has no result rows ({ROWS}/*.parquet). `PROFILE={name} make run` makes "
             f"runs/{name}/results; the reference run's are in data/offline."
         )
-    return files
-
-
-def _values_of(csv: Path) -> Path:
-    merged = csv.name == MERGED_ROWS
-    return csv.with_name(MERGED_PER_QUERY if merged else f"{csv.stem}.per_query.parquet")
+    return pd.concat(frames, ignore_index=True)
 
 
 def _select(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
@@ -189,27 +178,48 @@ def default_variant(frame: pd.DataFrame, pool_method: str) -> str:
     return max(VARIANTS[pool_method], key=lambda variant: models.get(variant, 0))
 
 
+def is_baseline(rows: pd.DataFrame) -> pd.Series:
+    """Mask of the rows of baselines, one per training seed, at the profile's own lengths."""
+    return (rows["train_collection"] == "") & (rows["train_method"] == "")
+
+
+def searched(rows: pd.DataFrame, renormalized: bool = False) -> pd.DataFrame:
+    """The rows (or per-query values) of raw or of unit-length means.
+
+    Unpooled ones are in both, and so are PLAID's: it scales to unit length whatever it is given.
+    """
+    both = (rows["pool_method"] == "none") | (rows["engine"] == "plaid")
+    return rows[both | (rows["renormalized"] == renormalized)]
+
+
 def find_models(
-    rows: pd.DataFrame, train_collection: str, train_method: str, train_factors: str
+    rows: pd.DataFrame,
+    train_collection: str,
+    train_method: str,
+    train_factors: str,
+    train_renormalized: bool = False,
 ) -> list[str]:
-    """Names of the models with this training, one per seed, sorted.
+    """Names of the models with this training, one per seed, in the order of the seeds.
 
     ``train_method="none", train_factors="1"`` is FT PF1; three empty strings are the baseline.
     """
     training = {"train_method": train_method, "train_factors": train_factors}
-    trained = _select(rows, train_collection=train_collection, **training)
-    # Released checkpoints and the baseline at other lengths have no training collection either.
-    names = set(trained["model"]) if train_collection else {BASELINE} & set(trained["model"])
-    return sorted(names)
+    training |= {"train_collection": train_collection, "train_renormalized": train_renormalized}
+    trained = _select(rows, **training)
+    if not train_collection:  # others of the hub have none either
+        trained = trained[is_baseline(trained)]
+    trained = trained[["seed", "model"]].drop_duplicates()
+    return trained.sort_values(["seed", "model"])["model"].tolist()
 
 
 def relative_ndcg(rows: pd.DataFrame, partial: bool = False) -> pd.DataFrame:
     """Add ``relative_ndcg@10``: percent of the unpooled baseline's, by collection and engine.
 
-    Where that was not measured, or is 0, `partial` gives NaN instead of an error.
+    With several training seeds that is the mean of their baselines. Where it was not measured, or
+    is 0, `partial` gives NaN instead of an error.
     """
-    unpooled = _select(rows, model=BASELINE, pool_method="none")
-    reference = unpooled.set_index(["collection", "engine"])["ndcg@10"]
+    unpooled = _select(rows[is_baseline(rows)], pool_method="none")
+    reference = unpooled.groupby(["collection", "engine"])["ndcg@10"].mean()
     pairs = pd.MultiIndex.from_frame(rows[["collection", "engine"]])
     denominator = reference.where(reference > 0).reindex(pairs).to_numpy(dtype=float)
     lacking = pairs[np.isnan(denominator)].unique()
@@ -224,8 +234,9 @@ def relative_ndcg(rows: pd.DataFrame, partial: bool = False) -> pd.DataFrame:
 def kept_ndcg(rows: pd.DataFrame) -> pd.DataFrame:
     """What a model keeps when it is pooled: ``kept``, percent of its own unpooled NDCG@10.
 
-    `rows` are of one model and one engine. Returned are the pooled ones and, for each method that
-    pools a collection, the unpooled one as its point at factor 1. NaN where unpooled NDCG@10 is 0.
+    `rows` are of one model and one engine, searched with raw or with unit-length means (see
+    `searched`). Returned are the pooled ones and, for each method that pools a collection, the
+    unpooled one as its point at factor 1. NaN where unpooled NDCG@10 is 0.
     """
     unpooled = _select(rows, pool_method="none")
     pooled = rows[rows["pool_method"] != "none"]
@@ -246,13 +257,15 @@ def series(
     variant: str | None = None,
     value: str = "ndcg@10",
     factors: Iterable[int] = POOL_FACTORS,
+    renormalized: bool = False,
 ) -> pd.Series:
     """One curve: the column `value` indexed by `factors`, with the unpooled row at factor 1.
 
     NaN where a factor was not measured. `variant` None takes `default_variant`.
     """
     variant = default_variant(rows, pool_method) if variant is None else variant
-    measured = _select(rows, model=model, collection=collection, engine=engine)
+    measured = searched(rows, renormalized)
+    measured = _select(measured, model=model, collection=collection, engine=engine)
     unpooled = _select(measured, pool_method="none")
     pooled = _select(measured, pool_method=pool_method, pool_variant=variant)
     chosen = pd.concat([unpooled, pooled]) if pool_method != "none" else unpooled
@@ -268,6 +281,7 @@ def query_values(
     pool_factor: int,
     engine: str = "exact",
     variant: str | None = None,
+    renormalized: bool = False,
 ) -> pd.Series:
     """NDCG@10 per query in one setting, indexed by query id (sorted); empty if not measured.
 
@@ -277,5 +291,105 @@ def query_values(
         pool_method, variant = "none", ""
     variant = default_variant(per_query, pool_method) if variant is None else variant
     pooling = {"pool_method": pool_method, "pool_variant": variant, "pool_factor": pool_factor}
-    chosen = _select(per_query, model=model, collection=collection, engine=engine, **pooling)
+    measured = _select(per_query, model=model, collection=collection, engine=engine, **pooling)
+    chosen = searched(measured, renormalized)
     return chosen.set_index("query_id")["ndcg@10"].sort_index()
+
+
+# ---------------------------------------------------------------- a run against the reference
+
+# What makes a measurement the same one, whatever its training seed.
+CELL = [
+    "train_collection", "train_method", "train_factors", "train_renormalized", "collection",
+    "engine", "pool_method", "pool_variant", "pool_factor", "renormalized", "query_length",
+    "document_length",
+]  # fmt: skip
+MOST_OUTSIDE = 0.10  # share of cells: a twentieth is to be expected
+HEADLINE = ("kmeans", 6)  # pool method and factor
+
+
+def compare_runs(rows: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
+    """NDCG@10 of a run's cells beside where one more seed of the reference is expected.
+
+    The 95 % prediction interval of a cell with n seeds is mean ± t · s · √(1 + 1/n), s its standard
+    deviation over seeds, pooled over all cells of the same pool method and factor. Exact search
+    only. A row per cell that both have: `CELL`, ``ours``, ``mean``, ``low``, ``high``, ``inside``.
+    """
+    exact = reference[reference["engine"] == "exact"]
+    cells = exact.groupby(CELL)["ndcg@10"].agg(["mean", "count", "var"]).reset_index()
+    cells["freedom"] = cells["count"] - 1
+    cells["squares"] = cells["freedom"] * cells["var"].fillna(0.0)
+    pooled = cells.groupby(["pool_method", "pool_factor"])[["squares", "freedom"]].transform("sum")
+    ours = rows.groupby(CELL)["ndcg@10"].mean().rename("ours").reset_index()
+    half = _prediction(pooled["squares"] / pooled["freedom"], cells["count"], pooled["freedom"])
+    found = cells.assign(low=cells["mean"] - half, high=cells["mean"] + half).merge(ours, on=CELL)
+    inside = found["ours"].between(found["low"], found["high"])
+    return found.assign(inside=inside)[[*CELL, "ours", "mean", "low", "high", "inside"]]
+
+
+def _prediction(variance: Any, seeds: Any, freedom: Any) -> Any:
+    """Half the width of the 95 % prediction interval of one more seed."""
+    return t.ppf(0.975, freedom) * np.sqrt(variance * (1 + 1 / seeds))
+
+
+def compare_headlines(rows: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
+    """The headline differences of a run beside where one more seed of the reference is expected.
+
+    What kmeans PF1-6 training has over FT PF1 and over the baseline at kmeans PF6, raw and unit
+    length, on the mean of the collections that both searched: in NDCG@10, paired by seed. Columns
+    as in `compare_runs`.
+    """
+    method, factor = HEADLINE
+    lines = []
+    for unit in (False, True):
+        for rival, training in {"FT PF1": ("none", "1"), "the baseline": ("", "")}.items():
+            where = {"pool_method": method, "pool_factor": factor, "renormalized": unit}
+            sides = [_select(frame, engine="exact", **where) for frame in (rows, reference)]
+            both = set(sides[0]["collection"]) & set(sides[1]["collection"])
+            gains = [_gains(side[side["collection"].isin(both)], *training) for side in sides]
+            if len(gains[0]) and len(gains[1]) > 1:
+                n, mean = len(gains[1]), gains[1].mean()
+                half = _prediction(gains[1].var(), n, n - 1)
+                name = f"kmeans PF1-6 over {rival}, PF{factor}, {'unit length' if unit else 'raw'}"
+                ends = {"low": mean - half, "high": mean + half}
+                lines.append({"headline": name, "ours": gains[0].mean(), "mean": mean, **ends})
+    found = pd.DataFrame(lines, columns=["headline", "ours", "mean", "low", "high"])
+    return found.assign(inside=found["ours"].between(found["low"], found["high"]))
+
+
+def _gains(rows: pd.DataFrame, train_method: str, train_factors: str) -> pd.Series:
+    """By seed, mean over training collections: kmeans PF1-6 (raw) minus its rival."""
+    rows = rows[~rows["train_renormalized"]]
+    trained = _select(rows, train_method="kmeans", train_factors="1-6")
+    rival = _select(rows, train_method=train_method, train_factors=train_factors)
+    keys = ["seed", "collection", *(["train_collection"] if train_method else [])]
+    both = trained.merge(rival, on=keys, suffixes=("", "_rival"))
+    return (both["ndcg@10"] - both["ndcg@10_rival"]).groupby(both["seed"]).mean()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compare a run's rows with the reference run's; 1 where they are not within its spread."""
+    parser = argparse.ArgumentParser(prog="python -m l2p_utils.results", description=main.__doc__)
+    parser.add_argument("run", help="a folder of result rows, such as runs/quick/results")
+    parser.add_argument("--reference", default=from_root("data/offline"))
+    options = parser.parse_args(arguments)
+    try:
+        rows, reference = read_rows(options.run), read_rows(options.reference)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    cells, headlines = compare_runs(rows, reference), compare_headlines(rows, reference)
+    outside = cells[~cells["inside"]]
+    keys = ["train_method", "train_renormalized", "collection", "pool_method", "pool_factor"]
+    print(outside[[*keys, "renormalized", "ours", "low", "high"]].to_string(index=False))
+    print(f"\n{len(outside)} of {len(cells)} cells are outside (5 % are to be expected).\n")
+    print(headlines.round(4).to_string(index=False))
+    good = len(cells) and len(outside) <= MOST_OUTSIDE * len(cells) and headlines["inside"].all()
+    print(f"\nThe run is {'' if good else 'NOT '}within the spread of the reference's seeds.")
+    if not good:
+        print(f"Expected at most {MOST_OUTSIDE:.0%} of cells outside, and every headline inside.")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

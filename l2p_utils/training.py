@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from pylate import losses
+from pylate import losses, scores
 from pylate.losses.contrastive import extract_skiplist_mask
 from pylate.utils import ColBERTCollator
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -47,7 +47,7 @@ from l2p_utils.files import (
     write_json,
 )
 from l2p_utils.hub import snapshot
-from l2p_utils.mining import load_mined, mine, mined_fingerprint, mined_folder
+from l2p_utils.mining import load_mined, mined_fingerprint, mined_folder
 from l2p_utils.model import (
     PooledColBERT,
     fingerprint,
@@ -67,9 +67,9 @@ from l2p_utils.pooling import (
 )
 from l2p_utils.profile import (
     BASELINE,
+    FitSettings,
     Profile,
     Run,
-    TrainingSettings,
     check_run,
     check_seed,
     load_profile,
@@ -107,8 +107,9 @@ class PooledDistillation(losses.Distillation):
     vector's similarity counts as 0, not −∞.
 
     One of `pool_factors` is drawn per step, from `seed` and the attribute `step`: the optimiser's,
-    set by `fit`, so that all parts of a step share its factor. `use_sklearn`, `variant`: see
-    `l2p_utils.pooling.pool`.
+    set by `fit`, so that all parts of a step share its factor. The teacher's scores are multiplied
+    by `teacher_scale` before their softmax: more makes the targets sharper. `use_sklearn`,
+    `variant`, `renormalize` (unit-length means, inside the graph): see `l2p_utils.pooling.pool`.
     """
 
     def __init__(
@@ -120,6 +121,8 @@ class PooledDistillation(losses.Distillation):
         protected_tokens: int = 1,
         use_sklearn: bool = False,
         variant: PoolVariant = DEFAULT_VARIANT,
+        renormalize: bool = False,
+        teacher_scale: float = 1.0,
     ) -> None:
         super().__init__(model)
         self.pool_factors = list(pool_factors)
@@ -128,6 +131,8 @@ class PooledDistillation(losses.Distillation):
         self.protected_tokens = protected_tokens
         self.use_sklearn = use_sklearn
         self.variant = variant
+        self.renormalize = renormalize
+        self.teacher_scale = teacher_scale
         self.step = 0
 
     def forward(
@@ -153,6 +158,7 @@ class PooledDistillation(losses.Distillation):
                 self.protected_tokens,
                 variant=self.variant,
                 use_sklearn=self.use_sklearn,
+                renormalize=self.renormalize,
             )
             scores = self.score_metric(  # MaxSim: (batch, n_ways)
                 queries.float(),
@@ -160,12 +166,33 @@ class PooledDistillation(losses.Distillation):
                 queries_mask=None if model.do_query_expansion else query_mask,
                 documents_mask=document_mask.unflatten(0, labels.shape),
             )
-            return self._divergence(scores, labels.float())
+            return self._divergence(scores, self.teacher_scale * labels.float())
 
     def _divergence(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         low, high = scores.min(1, keepdim=True).values, scores.max(1, keepdim=True).values
         student = ((scores - low) / (high - low + EPSILON)).log_softmax(-1)
         return self.loss_function(student, labels.log_softmax(-1))
+
+
+class Contrastive(losses.Contrastive):
+    """PyLate's contrastive loss on unpooled documents, for the adaptation.
+
+    Per query the cross-entropy of its own document among all documents of the batch, by MaxSim
+    divided by `temperature`; the mean over the batch. Scores are summed in float32, under autocast
+    too.
+    """
+
+    pool_factors = (1,)
+
+    def __init__(self, model: PooledColBERT, temperature: float, seed: int = 42) -> None:
+        super().__init__(model, self._score, temperature=temperature)
+        self.seed = seed
+        self.step = 0
+
+    @staticmethod
+    def _score(queries: torch.Tensor, documents: torch.Tensor, **masks: Any) -> torch.Tensor:
+        with torch.autocast(queries.device.type, enabled=False):
+            return scores.ColBERTScores()(queries.float(), documents.float(), **masks)
 
 
 # --- the trainer ----------------------------------------------------------------------------------
@@ -194,7 +221,7 @@ class _Steps(TrainerCallback):
     checkpoint has the epoch's score.
     """
 
-    def __init__(self, loss: PooledDistillation, checkpoint_steps: int) -> None:
+    def __init__(self, loss: PooledDistillation | Contrastive, checkpoint_steps: int) -> None:
         self.loss, self.checkpoint_steps = loss, checkpoint_steps
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -260,10 +287,10 @@ def divide_batch(batch_size: int, processes: int, micro_batch: int | None) -> tu
 
 
 def fit(
-    loss: PooledDistillation,
+    loss: PooledDistillation | Contrastive,
     rows: Dataset,
     dev: Collection,
-    settings: TrainingSettings,
+    settings: FitSettings,
     folder: Path,
     precision: str = "auto",
     progress: bool = True,
@@ -271,8 +298,8 @@ def fit(
     """Fine-tune the loss's model; in a folder with checkpoints, resume from the last whole one.
 
     Under torchrun every process calls this with the same arguments; the first one writes. `rows`
-    are those of `training_rows`; their order depends on the loss's seed. `dev` is measured after
-    every epoch.
+    are those of `training_rows` or `training_pairs`; their order depends on the loss's seed. `dev`
+    is measured after every epoch.
 
     Returns
     -------
@@ -323,7 +350,11 @@ def fit(
 
 
 def _arguments(
-    settings: TrainingSettings, rows: int, loss: PooledDistillation, folder: Path, precision: str
+    settings: FitSettings,
+    rows: int,
+    loss: PooledDistillation | Contrastive,
+    folder: Path,
+    precision: str,
 ) -> SentenceTransformerTrainingArguments:
     device = loss.model.device
     processes, cuda = _processes().num_processes, device.type == "cuda"
@@ -381,10 +412,8 @@ def training_rows(mined: Dataset, collection: Collection, max_rows: int | None =
     PyLate's collator would take `labels` for text. Where there are more than `max_rows`, so many
     are taken, spread evenly.
     """
-    if max_rows is not None and max_rows < len(mined):
-        mined = mined.select(np.linspace(0, len(mined) - 1, max_rows).round().astype(int))
     rows = []
-    for row in mined:
+    for row in _spread(mined, max_rows):
         try:
             query = collection.queries[row["query_id"]]
             documents = [collection.corpus[document] for document in row["document_ids"]]
@@ -398,21 +427,44 @@ def training_rows(mined: Dataset, collection: Collection, max_rows: int | None =
     return Dataset.from_list(rows)
 
 
+def training_pairs(collection: Collection, max_rows: int | None = None) -> Dataset:
+    """Every query with its best-judged document, ties by id: `query` and `document` (str).
+
+    Where there are more than `max_rows`, so many are taken, spread evenly.
+    """
+    pairs = []
+    for query, text in collection.queries.items():
+        judged = [(-score, d) for d, score in collection.qrels[query].items() if score > 0]
+        known = [(score, d) for score, d in judged if d in collection.corpus]
+        if known:
+            pairs.append({"query": text, "document": collection.corpus[min(known)[1]]})
+    if not pairs:
+        raise UserError(f"No training query of {collection.name} has a relevant document.")
+    return _spread(Dataset.from_list(pairs), max_rows)
+
+
+def _spread(rows: Dataset, most: int | None) -> Dataset:
+    if most is None or most >= len(rows):
+        return rows
+    return rows.select(np.linspace(0, len(rows) - 1, most).round().astype(int))
+
+
 def train(
     profile: Profile,
     collection: str,
     pool_method: PoolMethod,
     pool_factors: Sequence[int],
+    renormalize: bool = False,
     seed: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Fine-tune the baseline on mined rows, or reuse the model that these settings made.
 
-    A missing baseline is made first. On the adaptation's own collection the result is the baseline,
-    with the profile's seed. Gives the folder of weights, log and provenance.
+    A missing baseline is made first. On the adaptation's own collection the result is the baseline
+    of that seed. Gives the folder of weights, log and provenance.
     """
     factors = list(pool_factors)
-    check_run(pool_method, factors)
+    check_run(pool_method, factors, renormalize)
     seed = profile.seed if seed is None else seed
     check_seed(seed)
     if profile.adaptation is not None and collection == profile.adaptation.collection:
@@ -421,10 +473,16 @@ def train(
                 f"{collection} is kept for the adaptation, which is unpooled; got pool_method "
                 f"{pool_method!r}. Pass pool_method none and pool_factors 1."
             )
-        return make_baseline(profile, progress)
+        return make_baseline(profile, progress, seed)
     mined = load_mined(mined_folder(profile, collection))
-    start = make_baseline(profile, progress)
-    run = Run(collection=collection, pool_method=pool_method, pool_factors=factors, seed=seed)
+    start = make_baseline(profile, progress, seed)
+    run = Run(
+        collection=collection,
+        pool_method=pool_method,
+        pool_factors=factors,
+        renormalize=renormalize,
+        seed=seed,
+    )
     name = profile.run_name(run)
     settings = {
         "model": name,
@@ -440,19 +498,31 @@ def train(
         }
     target = profile.folder / "models" / name
     if not settings_match(target, settings):
+        recipe = profile.training
+        rows = training_rows(mined, profile_split(profile, collection), recipe.max_rows)
+        model = load_model(start)
+        for length, value in settings.get("lengths", {}).items():
+            setattr(model, length, value)
+        options = {"use_sklearn": profile.use_sklearn, "variant": profile.hierarchical}
+        options |= {"renormalize": renormalize, "teacher_scale": recipe.teacher_scale}
+        loss = PooledDistillation(model, pool_method, factors, seed, **options)
         checkpoints = profile.folder / "checkpoints" / name
-        _fit_and_save(profile, settings, start, mined, target, checkpoints, progress)
+        _fit_and_save(profile, settings, loss, rows, target, checkpoints, progress)
     return target
 
 
-def make_baseline(profile: Profile, progress: bool = True) -> Path:
-    """The model that all trainings start from, in `models/baseline`; reused if it is up to date.
+def make_baseline(profile: Profile, progress: bool = True, seed: int | None = None) -> Path:
+    """The model that the trainings with `seed` start from; reused if it is up to date.
 
-    A base from the hub is saved as it is. The bundled encoder is adapted: its collection is mined
-    and it is trained on it, unpooled. That is done once per machine and cached under a hash of
-    everything that makes it; profiles with the same model and adaptation share it.
+    In `models/baseline`, or `models/baseline-s<seed>` for another seed than the profile's. A base
+    from the hub is saved as it is. The bundled encoder is adapted: trained on pairs of the
+    adaptation's collection, unpooled, in an order that the seed gives. That is done once per
+    machine and cached under a hash of everything that makes it; profiles with the same model and
+    adaptation share it.
     """
-    target = profile.folder / "models" / BASELINE
+    seed = profile.seed if seed is None else seed
+    name = profile.baseline_name(seed)
+    target = profile.folder / "models" / name
     if profile.adaptation is None:
         base = profile.model
         with _processes().main_process_first():
@@ -462,12 +532,11 @@ def make_baseline(profile: Profile, progress: bool = True) -> Path:
             if not settings_match(target, settings):
                 save_model(load_evaluated(profile, BASELINE), target, settings)
         return target
-    run = Run(collection=profile.adaptation.collection, pool_method="none", seed=profile.seed)
-    makes_it = {"model", "mining", "scoring", "training_data", "released_rows"}
+    run = Run(collection=profile.adaptation.collection, pool_method="none", seed=seed)
     settings = {
-        "model": BASELINE,
+        "model": name,
         **_settings(profile, run),
-        "profile": profile.model_dump(mode="json", include=makes_it),
+        "base": profile.model.model_dump(),
         "fingerprint": profile_split(profile, run.collection).fingerprint,
     }
     if settings_match(target, settings):
@@ -503,52 +572,45 @@ def _settings(profile: Profile, run: Run) -> dict[str, Any]:
 
 
 def _adapt(profile: Profile, settings: dict[str, Any], target: Path, progress: bool) -> None:
-    """Mine the adaptation's collection and train the bundled model on it."""
-    collection = profile.adaptation.collection
+    """Train the bundled model on the pairs of the adaptation's collection."""
+    adaptation = profile.adaptation
     print(
-        f"Making the baseline, once: {collection} is mined and the bundled model adapted to "
-        "late interaction on it. This takes some minutes.",
+        f"Making the baseline, once: the bundled model is adapted to late interaction on "
+        f"{adaptation.collection}. This takes some minutes.",
         flush=True,
     )
-    work = target.with_name(f"{target.name}-unfinished")
-    mined = mine(profile, collection, progress, work / "mined")
     untrained_model(profile)
-    start = profile.folder / "models" / "bundled"
-    _fit_and_save(profile, settings, start, mined, target, work / "checkpoints", progress)
-    remove(work)
+    start = load_model(profile.folder / "models" / "bundled")
+    pairs = training_pairs(profile_split(profile, adaptation.collection), adaptation.max_rows)
+    loss = Contrastive(start, adaptation.temperature, settings["run"]["seed"])
+    checkpoints = target.with_name(f"{target.name}-unfinished")
+    _fit_and_save(profile, settings, loss, pairs, target, checkpoints, progress)
 
 
 def _fit_and_save(
     profile: Profile,
     settings: dict[str, Any],
-    start: Path,
-    mined: Dataset,
+    loss: PooledDistillation | Contrastive,
+    rows: Dataset,
     target: Path,
     checkpoints: Path,
     progress: bool,
 ) -> None:
-    """Train from the model in `start`; save the best epoch, the log and the provenance."""
+    """Train the loss's model; save the best epoch, the log and the provenance."""
     began = time.perf_counter()
     use_threads(profile.threads)
-    run, processes = Run(**settings["run"]), _processes()
-    recipe = profile.recipe(run.collection)
+    name, processes = settings["run"]["collection"], _processes()
+    recipe, mining = profile.recipe(name), profile.mining
     with processes.main_process_first():
         if not settings_match(checkpoints, settings):
             remove(checkpoints)  # of other settings
             write_json(checkpoints / PROVENANCE, {"settings": settings})
-    name, mining = run.collection, profile.mining
     if other := profile.dev_collections.get(name):
         dev = load_collection(other, "test")
     else:
         carve = carves_dev(profile, name)
         dev = load_collection(name, "dev", text_only=mining.text_only, carve_dev=carve)
         dev = subset(dev, recipe.dev_queries, recipe.dev_documents)
-    rows = training_rows(mined, profile_split(profile, name), recipe.max_rows)
-    model = load_model(start)
-    for length, value in settings.get("lengths", {}).items():
-        setattr(model, length, value)
-    pooling = {"use_sklearn": profile.use_sklearn, "variant": profile.hierarchical}
-    loss = PooledDistillation(model, run.pool_method, run.pool_factors, run.seed, **pooling)
     best, log, epoch = fit(loss, rows, dev, recipe, checkpoints, profile.precision, progress)
     processes.wait_for_everyone()  # all have read the best epoch
     if processes.is_main_process:
@@ -589,6 +651,7 @@ def main(arguments: list[str] | None = None) -> int:
     which.add_argument("--collection", help="the mined rows to train on")
     parser.add_argument("--pool-method", default="none")
     parser.add_argument("--pool-factors", default="1", help="3, 1-6 or 2+4")
+    parser.add_argument("--renormalize", action="store_true", help="with unit-length means")
     parser.add_argument("--seed", type=int, help="of the rows' order and the factors")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(arguments)
@@ -597,11 +660,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         profile = load_profile(options.profile)
         if options.baseline:
-            folder = make_baseline(profile, progress)
+            folder = make_baseline(profile, progress, options.seed)
         else:
             factors = parse_factors(options.pool_factors)
-            run = (options.collection, options.pool_method, factors, options.seed)
-            folder = train(profile, *run, progress)
+            run = (options.collection, options.pool_method, factors, options.renormalize)
+            folder = train(profile, *run, options.seed, progress)
     except UserError as error:
         print(error, file=sys.stderr, flush=True)  # of whichever process: it may be the only one
         return 1

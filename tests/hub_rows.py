@@ -12,7 +12,7 @@ import pandas as pd
 
 from l2p_utils.paper import PAPER_BASELINES, read_paper
 from l2p_utils.results import (
-    PER_QUERY_COLUMNS,
+    MEASURES,
     ROW_COLUMNS,
     SETTING,
     validate_per_query,
@@ -61,8 +61,8 @@ def hub_rows(noise: Noise = no_noise, extras: bool = True) -> tuple[pd.DataFrame
         key = dict(zip(SETTING, setting, strict=True))
         rows.append(_row(key, training, queries))
         ids = ["q0", "q1", "q2", "q3"]
-        values += [(*setting, *pair) for pair in zip(ids, queries, strict=True)]
-    per_query = pd.DataFrame(values, columns=PER_QUERY_COLUMNS)
+        values += [(*setting, *pair, 0.9, 0.7) for pair in zip(ids, queries, strict=True)]
+    per_query = pd.DataFrame(values, columns=[*SETTING, "query_id", *MEASURES])
     return validate_rows(pd.DataFrame(rows)[ROW_COLUMNS]), validate_per_query(per_query)
 
 
@@ -97,7 +97,7 @@ def _training(model: tuple[str, str, str]) -> tuple[str, str, str]:
 
 def _setting(name, engine, dataset, method, factor):
     prefix = {"exact": "nano", "plaid": "beir"}[engine]
-    return name, f"{prefix}:{dataset.lower()}", engine, method, VARIANT[method], factor
+    return name, f"{prefix}:{dataset.lower()}", engine, method, VARIANT[method], factor, False
 
 
 def _row(key, training, queries):
@@ -105,7 +105,7 @@ def _row(key, training, queries):
     named = ["train_collection", "train_method", "train_factors", "seed", "document_length"]
     return {
         **key, **dict(zip(named, training, strict=True)),
-        "renormalized": False, "query_length": 48,
+        "train_renormalized": False, "query_length": 48,
         "ndcg@10": queries.mean(), "recall@10": 0.9, "mrr@10": 0.7,
         "queries": len(queries), "documents": 3000,
         "vectors_per_document": vectors, "bytes_per_document": vectors * 128,

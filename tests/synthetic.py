@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from l2p_utils.results import ROW_COLUMNS, SETTING, write_rows
+from l2p_utils.results import MEASURES, ROW_COLUMNS, SETTING, write_rows
 
-PER_QUERY_COLUMNS = [*SETTING, "query_id", "ndcg@10"]
+PER_QUERY_COLUMNS = [*SETTING, "query_id", *MEASURES]
 PAPER = Path(__file__).parents[1] / "data" / "paper"
 COLLECTIONS = ["docs:scipy", "docs:torch", "docs:numpy", "docs:pandas", "docs:sklearn"]
 UNPOOLED = dict(zip(COLLECTIONS, [0.66, 0.58, 0.61, 0.55, 0.70], strict=True))
@@ -69,7 +69,8 @@ def make_rows(
         rows.append(_row(*setting, values))
         key = dict(zip(SETTING, _key(*setting), strict=True))
         ids = [f"q{i:03d}" for i in range(queries)]
-        per_query.append(pd.DataFrame({**key, "query_id": ids, "ndcg@10": values}))
+        measures = dict(zip(MEASURES, [values, 0.9, 0.7], strict=True))
+        per_query.append(pd.DataFrame({**key, "query_id": ids, **measures}))
     return pd.DataFrame(rows)[ROW_COLUMNS], pd.concat(per_query)[PER_QUERY_COLUMNS]
 
 
@@ -88,7 +89,7 @@ def _settings(models, plaid):
 
 
 def _key(model, collection, engine, method, factor):
-    return model_name(*model), collection, engine, method, VARIANT[method], factor
+    return model_name(*model), collection, engine, method, VARIANT[method], factor, False
 
 
 def _row(model, collection, engine, method, factor, values):
@@ -96,7 +97,7 @@ def _row(model, collection, engine, method, factor, values):
     return {
         **dict(zip(SETTING, _key(model, collection, engine, method, factor), strict=True)),
         **dict(zip(["train_collection", "train_method", "train_factors"], model, strict=True)),
-        "seed": 42, "renormalized": False, "query_length": 32, "document_length": 128,
+        "train_renormalized": False, "seed": 42, "query_length": 32, "document_length": 128,
         "ndcg@10": values.mean(), "recall@10": 0.9, "mrr@10": 0.7,
         "queries": len(values), "documents": 1000,
         "vectors_per_document": vectors, "bytes_per_document": vectors * 512,

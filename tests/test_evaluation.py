@@ -155,6 +155,32 @@ def test_every_setting_comes_once_and_the_unpooled_one_first(use_sklearn, name):
         assert torch.equal(vectors, other)
 
 
+def test_unit_length_means_are_those_of_the_same_clusters():
+    encoded = random_encoded()
+    both = dict(evaluation.pooled_documents(encoded, ["kmeans"], [1, 2, 3], means=["raw", "unit"]))
+    assert len(both) == 1 + 2 * 2
+    for factor in (2, 3):
+        raw, unit = (both[Setting("kmeans", "fast", factor, length)] for length in (False, True))
+        for one, other in zip(raw, unit, strict=True):
+            torch.testing.assert_close(one / one.norm(dim=1, keepdim=True), other)
+            assert (one.norm(dim=1) < 0.999).any()
+        expected = pool(encoded.documents, factor, "kmeans", renormalize=True)
+        assert all(torch.equal(*pair) for pair in zip(unit, expected, strict=True))
+    only = dict(evaluation.pooled_documents(encoded, ["span"], [2], means=["unit"]))
+    assert list(only) == [Setting("none", "", 1), Setting("span", "", 2, True)]
+
+
+def test_rows_tell_raw_from_unit_length_and_plaid_is_given_raw_ones():
+    arguments = random_encoded(), ["span"], [1, 2, 3]
+    rows, values = evaluation.evaluate_collection(*arguments, means=["raw", "unit"])
+    assert rows["renormalized"].tolist() == [False, False, True, False, True]
+    assert len(values) == 5 * 3 and set(values["renormalized"]) == {False, True}
+    sizes = rows.groupby("pool_factor")["vectors_per_document"].nunique()
+    assert sizes.tolist() == [1, 1, 1]
+    rows, _ = evaluation.evaluate_collection(*arguments, engine="plaid", means=["raw", "unit"])
+    assert rows["renormalized"].tolist() == [False] * 3
+
+
 def test_rows_tell_what_was_stored_and_measured():
     encoded = random_encoded()
     rows, per_query = evaluation.evaluate_collection(encoded, ["span"], [1, 2])
@@ -297,7 +323,7 @@ def test_an_interrupted_evaluation_resumes_where_it_stopped(
     assert encoded == [str(root / "two")]
     part = profile.folder / "evaluated" / "baseline" / "one-exact"
     (part / "provenance.json").write_text('{"settings": {"mod')  # half-written
-    (part / "rows.csv").write_text("collection,eng")
+    (part / "rows.parquet").write_text("PAR1")
     again = evaluated(profile, bundled_model)
     assert encoded == [str(root / "two"), str(root / "one")]
     pd.testing.assert_frame_equal(
@@ -323,6 +349,30 @@ def test_plaid_takes_fewer_queries_over_the_same_documents(root, encoded, bundle
     assert rows["index_bytes"].iloc[2] > rows["index_bytes"].iloc[3] > 0
     assert set(rows["documents"]) == {12}
     assert encoded == [str(root / "one")]  # once for both engines
+
+
+def test_another_document_length_is_measured_apart(root, encoded, bundled_model):
+    job = {"document_length": 16, "models": ["base*"], "collections": [str(root / "two")]}
+    content = tiny_content([root / "one", root / "two"])
+    content["evaluation"]["further"] = [job]
+    own = bundled_model.document_length
+    with (root / "two" / "corpus.jsonl").open("a") as corpus:
+        corpus.write(f'{{"_id": "new", "text": "{"matrix " * 20}"}}\n')
+    profile = Profile.model_validate(content)
+    rows = evaluated(profile, bundled_model)
+    assert bundled_model.document_length == own
+    results = profile.folder / "results"
+    assert set(read_rows(results)["document_length"]) == {own}
+    short = read_rows(results / "d16")
+    assert set(short["document_length"]) == {16} and set(short["collection"]) == {str(root / "two")}
+    assert len(rows) == len(read_rows(results)) + len(short)
+    whole = read_rows(results).query("collection in @short.collection")
+    assert (
+        short["vectors_per_document"].to_numpy() < whole["vectors_per_document"].to_numpy()
+    ).all()
+    encoded.clear()
+    pd.testing.assert_frame_equal(evaluated(profile, bundled_model), rows)
+    assert encoded == []
 
 
 # --- models ---------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_documents_are_ordered_by_score_the_positive_first_among_equals():
 
 def test_the_sigmoid_scale_keeps_the_order_of_documents():
     scored = [(Candidates("q", ["p"], ["n"], []), {"p": 2.0, "n": -1.0}, query_rng(1, "q"))]
-    ((row,), dropped) = mining.mine_rows(scored, settings_of(teacher_scale="sigmoid"))
+    ((row,), dropped) = mining.mine_rows(scored, settings_of(teacher_scores="sigmoid"))
     assert row.document_ids == ["p", "n"] and not dropped
     assert row.scores == pytest.approx([1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(1.0))])
 
@@ -290,7 +290,7 @@ def test_provenance_says_who_made_the_rows_and_what_was_left_out(project, scored
     assert "d9" not in by_query["q1"] and {by_query["q3"][0], by_query["q4"][0]} <= {"d3", "d4"}
     assert len({"d3", "d4"} & set(by_query["q3"])) == len({"d3", "d4"} & set(by_query["q4"])) == 1
     assert made["labels"][POSITIVE] == 6 and sum(made["labels"].values()) == 24
-    assert made["settings"]["seed"] == 42 and made["settings"]["mining"]["teacher_scale"] == "raw"
+    assert made["settings"]["seed"] == 42 and made["settings"]["mining"]["teacher_scores"] == "raw"
     assert "MiniLM" in made["miner"] and "MiniLM" in made["teacher"]
 
 
@@ -413,7 +413,7 @@ def test_scores_are_made_again_only_when_they_would_differ(project, hub, queries
     raw = mined_by(reranked(project), project).to_list()
     for profile in (reranked(project, {"threshold": 0.9}), reranked(project, batch_size=32)):
         mined_by(profile, project)
-    squashed = mined_by(reranked(project, {"teacher_scale": "sigmoid"}), project).to_list()
+    squashed = mined_by(reranked(project, {"teacher_scores": "sigmoid"}), project).to_list()
     assert len(calls) == 7
     for row, other in zip(raw, squashed, strict=True):
         assert other["document_ids"] == row["document_ids"]

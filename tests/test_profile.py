@@ -60,7 +60,7 @@ def test_shipped_profiles_load(name):
 def test_quick_is_what_the_issue_asks_for():
     profile = load_profile("quick")
     assert profile.model_names == ["baseline", "docs-scipy-pf1-s42", "docs-scipy-kmeans-pf1-6-s42"]
-    assert profile.training_collections == ["docs:transformers", "docs:scipy"]
+    assert profile.fitted_collections == ["docs:transformers", "docs:scipy"]
     assert profile.evaluation.pool_factors == [1, 2, 3, 4, 5, 6]
 
 
@@ -145,6 +145,41 @@ def test_same_run_with_another_seed_is_another_model(write):
     second = {**QUICK["runs"][1], "seed": 7}
     names = load_profile(write({"runs": [*QUICK["runs"], second]})).model_names
     assert names[-1] == "docs-scipy-kmeans-pf1-6-s7"
+
+
+def test_lists_of_collections_and_seeds_are_a_run_each_with_a_baseline_per_seed(write):
+    group = {"collection": ["docs:scipy", "docs:torch"], "pool_method": "span", "pool_factors": 2}
+    plain = {"collection": "docs:scipy", "pool_method": "none"}
+    profile = load_profile(
+        write({"runs": [plain, group | {"seed": [42, 43], "renormalize": True}], "plaid": []})
+    )
+    assert profile.model_names == [
+        "baseline", "baseline-s43", "docs-scipy-pf1-s42",
+        "docs-scipy-span-pf2-unit-s42", "docs-scipy-span-pf2-unit-s43",
+        "docs-torch-span-pf2-unit-s42", "docs-torch-span-pf2-unit-s43",
+    ]  # fmt: skip
+    assert profile.baselines == {"baseline": 42, "baseline-s43": 43}
+    starts = [profile.baseline_name(profile.seed_of(run)) for run in profile.runs]
+    assert starts == ["baseline", *["baseline", "baseline-s43"] * 2]
+    assert set(load_profile("paper").baselines) == {"baseline"}  # though it has two seeds
+    with pytest.raises(UserError, match="none.*leave it False"):
+        load_profile(write({"runs": [plain | {"renormalize": True}], "plaid": []}))
+    assert "listed twice: runs: docs-scipy-pf1-s42" in refusal(write({"runs": [plain] * 2}))
+
+
+def test_patterns_choose_methods_and_lengths_of_models_and_must_fit_one(write):
+    methods = {"*-kmeans-*": ["kmeans"], "docs-*": ["span"]}
+    job = {"document_length": 300, "models": ["base*"], "collections": ["docs:torch"]}
+    changes = {"evaluation.methods_of": methods, "evaluation.further": [job]}
+    evaluation = load_profile(write(changes)).evaluation
+    assert evaluation.methods("docs-scipy-kmeans-pf1-6-s42") == ["kmeans"]
+    assert evaluation.methods("docs-scipy-pf1-s42") == ["span"]
+    assert evaluation.methods("baseline") == ["span", "kmeans", "hierarchical"]
+    for key, wrong in (
+        ("evaluation.methods_of", {"*-hierarchical-*": ["span"]}),
+        ("evaluation.further", [job | {"models": ["baseline-s43"]}]),
+    ):
+        assert "evaluation: no model is called" in refusal(write({key: wrong}))
 
 
 @pytest.mark.parametrize(
@@ -259,6 +294,7 @@ def test_factors_survive_their_name(factors):
         (("docs:scipy", "span", [2], 42), "docs-scipy-span-pf2-s42"),
         (("docs:scipy", "none", [1], 42), "docs-scipy-pf1-s42"),
         (("docs:torch", "hierarchical", [2, 4], 0), "docs-torch-hierarchical-pf2+4-s0"),
+        (("docs:scipy", "span", [2], 43, True), "docs-scipy-span-pf2-unit-s43"),
     ],
 )
 def test_model_name(arguments, expected):

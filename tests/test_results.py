@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
+import re
 
 import numpy as np
 import pandas as pd
@@ -15,7 +18,6 @@ from l2p_utils.results import ROW_COLUMNS, SETTING, read_per_query, read_rows, s
 
 OFFLINE = PAPER.with_name("offline")
 KMEANS = "docs-scipy-kmeans-pf1-6-s42"
-FILES = ("rows.csv", "per_query.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -54,37 +56,28 @@ def test_what_is_written_is_what_is_read_in_whatever_order_it_came(tmp_path, sto
     assert found.loc[found["engine"] == "exact", "index_bytes"].isna().all()
 
 
-def test_merging_keeps_every_row_older_ones_with_one_measure_too(tmp_path, stored):
-    write_rows(tmp_path, KMEANS, *one_model(stored, KMEANS))
-    rows, per_query = one_model(stored)
-    write_rows(tmp_path, "baseline", rows, per_query.assign(**{"recall@10": 0.9, "mrr@10": 0.7}))
-    rows, values = read_rows(tmp_path), read_per_query(tmp_path)
-    assert set(rows.loc[rows["model"] == KMEANS, "train_factors"]) == {"1-6"}
-    assert set(values.loc[values["model"] == "baseline", "mrr@10"]) == {0.7}
-    assert values.loc[values["model"] == KMEANS, "mrr@10"].isna().all()
-    results.merge_results(tmp_path, tmp_path / "merged")
-    assert {file.name for file in (tmp_path / "merged").iterdir()} == {*FILES}
-    pd.testing.assert_frame_equal(read_rows(tmp_path / "merged"), rows)
-    pd.testing.assert_frame_equal(read_per_query(tmp_path / "merged"), values)
+def test_pandas_alone_reads_all_models_rows(folder):
+    plain = pd.read_parquet(folder / "rows")
+    assert plain["model"].nunique() == 3 and len(plain) == len(read_rows(folder))
 
 
-def test_the_reference_rows_are_the_means_of_their_queries_and_are_stored_as_we_store(tmp_path):
+def test_the_reference_rows_are_the_means_of_their_queries():
     rows, values = read_rows(OFFLINE), read_per_query(OFFLINE)
     means = values.groupby(SETTING)["ndcg@10"].mean()
     assert len(means) == len(rows)
-    assert rows["ndcg@10"].to_numpy() == pytest.approx(means.to_numpy(), abs=1e-4)
-    results.merge_results(OFFLINE, tmp_path)
-    for name in FILES:
-        assert (tmp_path / name).read_bytes() == (OFFLINE / name).read_bytes()
+    assert rows.set_index(SETTING)["ndcg@10"].to_numpy() == pytest.approx(
+        means.reindex(pd.MultiIndex.from_frame(rows[SETTING])).to_numpy(), abs=1e-4
+    )
 
 
-def test_a_kill_leaves_no_csv_beside_values_of_another_run(tmp_path, stored, monkeypatch):
+@pytest.mark.parametrize("part", ["rows", "per_query"])
+def test_a_kill_leaves_no_rows_beside_values_of_another_run(tmp_path, stored, monkeypatch, part):
     rows, per_query = one_model(stored)
-    csv, parquet = write_rows(tmp_path, "baseline", rows, per_query)
+    write_rows(tmp_path, "baseline", rows, per_query)
     replace = os.replace
 
     def killed(source, target):
-        if str(target).endswith(".csv"):
+        if target.parent.name == part:
             raise KeyboardInterrupt
         replace(source, target)
 
@@ -92,7 +85,10 @@ def test_a_kill_leaves_no_csv_beside_values_of_another_run(tmp_path, stored, mon
     half = {"ndcg@10": 0.5}
     with pytest.raises(KeyboardInterrupt):
         write_rows(tmp_path, "baseline", rows.assign(**half), per_query.assign(**half))
-    assert parquet.is_file() and not csv.exists() and not results.has_rows(tmp_path)
+    assert (tmp_path / "per_query" / "baseline.parquet").is_file()
+    assert not results.has_rows(tmp_path)
+    with pytest.raises(UserError, match="no result rows"):
+        read_per_query(tmp_path)
 
 
 # --- refusing -------------------------------------------------------------------------------------
@@ -106,36 +102,39 @@ def test_a_missing_folder_says_which_command_makes_it(tmp_path):
         read_per_query(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"", b"\xff\xfe\x00", b"model,model\nx\n"])
-def test_a_foreign_csv_is_named(folder, content):
-    assert results.has_rows(folder)
-    (folder / "a.csv").write_bytes(content)
-    assert not results.has_rows(folder)  # by its first file
-    with pytest.raises(UserError, match=r"a\.csv"):
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"", b"PAR1"])
+def test_a_broken_file_is_named(folder, content):
+    (folder / "rows" / "a.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"rows/a\.parquet cannot be read"):
         read_rows(folder)
 
 
-def test_text_in_a_column_of_numbers_is_refused(folder):
-    file = folder / "baseline.csv"
-    file.write_text(file.read_text().replace(",42,", ",forty-two,", 1))
-    with pytest.raises(UserError, match=r"baseline\.csv.*forty-two"):
+def test_other_columns_and_text_among_numbers_are_refused(folder):
+    file = folder / "rows" / "baseline.parquet"
+    frame = pd.read_parquet(file)
+    frame.drop(columns="renormalized").to_parquet(file)
+    with pytest.raises(UserError, match=r"baseline\.parquet.*missing columns \['renormalized'\]"):
+        read_rows(folder)
+    frame.astype({"seed": str}).assign(seed="forty-two").to_parquet(file)
+    with pytest.raises(UserError, match=r"baseline\.parquet.*forty-two"):
         read_rows(folder)
 
 
 def test_missing_or_broken_values_are_named(folder):
-    file = folder / "baseline.per_query.parquet"
+    file = folder / "per_query" / "baseline.parquet"
     for damage in (lambda: file.write_bytes(b"PAR1"), file.unlink):
         damage()
-        with pytest.raises(UserError, match=r"baseline\.per_query\.parquet, .* cannot be read"):
+        with pytest.raises(UserError, match=r"per_query/baseline\.parquet cannot be read"):
             read_per_query(folder)
 
 
-def test_merged_and_single_files_together_are_refused(folder):
-    (folder / "rows.csv").write_text((folder / "baseline.csv").read_text())
-    with pytest.raises(UserError, match="counts twice"):
-        read_rows(folder)
-    with pytest.raises(UserError, match="into itself"):
-        results.merge_results(folder, folder)
+def test_a_model_in_two_files_is_refused(folder):
+    for part in ("rows", "per_query"):
+        copy = folder / part / "copy.parquet"
+        copy.write_bytes((folder / part / "baseline.parquet").read_bytes())
+    for read in (read_rows, read_per_query):
+        with pytest.raises(UserError, match=r"copy\.parquet both hold results of 'baseline'"):
+            read(folder)
 
 
 def test_one_setting_twice_is_refused(stored):
@@ -213,8 +212,45 @@ def test_the_variant_that_most_models_have_is_the_default(stored):
     assert series(both, *curve, variant="paper")[3] == 0.123
 
 
+def test_raw_and_unit_length_rows_are_told_apart_and_share_what_is_not_pooled(stored):
+    rows, per_query = one_model(stored, KMEANS)
+    pooled = (rows["pool_method"] != "none") & (rows["engine"] == "exact")
+    unit = rows[pooled].assign(renormalized=True, **{"ndcg@10": 0.25})
+    both = results.validate_rows(pd.concat([rows, unit]))
+    expected = rows.reset_index(drop=True)
+    pd.testing.assert_frame_equal(results.searched(both).reset_index(drop=True), expected)
+    other = results.searched(both, True)
+    assert len(other) == len(rows) and set(other["engine"]) == {"exact", "plaid"}
+    curve = (both, KMEANS, "docs:numpy", "kmeans")
+    assert series(*curve).tolist() == series(rows, *curve[1:]).tolist()
+    assert series(*curve, renormalized=True).tolist() == [series(*curve)[1], *[0.25] * 5]
+    values = per_query[(per_query["pool_method"] != "none") & (per_query["engine"] == "exact")]
+    values = pd.concat([per_query, values.assign(renormalized=True, **{"ndcg@10": 0.5})])
+    setting = (values, KMEANS, "docs:numpy", "kmeans")
+    assert set(results.query_values(*setting, 3, renormalized=True)) == {0.5}
+    raw, unit = (results.query_values(*setting, 1, renormalized=r) for r in (False, True))
+    assert len(raw) == 8 and raw.equals(unit)
+
+
+def test_relative_ndcg_takes_the_mean_of_the_baselines_of_all_seeds(stored):
+    rows = one_model(stored)[0].assign(**{"ndcg@10": 0.6})
+    other = rows.assign(model="baseline-s43", seed=43, **{"ndcg@10": 0.4})
+    relative = results.relative_ndcg(pd.concat([rows, other], ignore_index=True))
+    assert np.allclose(relative["relative_ndcg@10"], 100 * relative["ndcg@10"] / 0.5)
+
+
 def test_models_are_found_by_their_training(stored):
     rows = stored[0]
+    other = {"seed": 43, "train_renormalized": False}
+    more = [
+        rows[rows["model"] == KMEANS].assign(model="b", **other),
+        rows[rows["model"] == KMEANS].assign(model="unit", train_renormalized=True),
+        rows[rows["model"] == "baseline"].assign(model="a", **other),
+    ]
+    several = pd.concat([*more, rows])
+    assert results.find_models(several, "docs:scipy", "kmeans", "1-6") == [KMEANS, "b"]
+    assert results.find_models(several, "docs:scipy", "kmeans", "1-6", True) == ["unit"]
+    assert results.find_models(several, "", "", "") == ["baseline", "a"]
     released = rows[rows["model"] == "baseline"].assign(model="baseline-d180", train_method="none")
     rows = pd.concat([rows, released])
     assert results.find_models(rows, "docs:scipy", "kmeans", "1-6") == [KMEANS]
@@ -231,3 +267,83 @@ def test_query_values_average_to_the_row(stored):
     assert values.mean() == pytest.approx(series(rows, KMEANS, "docs:pandas", "kmeans")[5])
     unpooled = results.query_values(per_query, KMEANS, "docs:pandas", "kmeans", 1)
     assert unpooled.equals(results.query_values(per_query, KMEANS, "docs:pandas", "span", 1))
+
+
+# --- a run against the reference ------------------------------------------------------------------
+
+
+def seeds_of(numbers, **columns):
+    """Rows of one cell, one per training seed."""
+    row = make_rows([("docs:scipy", "kmeans", "1-6")], queries=2)[0].iloc[[0]]
+    rows = [
+        row.assign(model=f"m{seed}", seed=seed, **{"ndcg@10": value, **columns})
+        for seed, value in enumerate(numbers)
+    ]
+    return results.validate_rows(pd.concat(rows))
+
+
+def test_a_cell_is_inside_the_prediction_interval_worked_by_hand():
+    # three seeds .50 .52 .54: mean .52, s = .02; t(.975, 2) = 4.3027; half = t · s · sqrt(4/3)
+    half = 4.302653 * 0.02 * math.sqrt(4 / 3)
+    reference = seeds_of([0.50, 0.52, 0.54])
+    for value, inside in ((0.52 + half - 1e-6, True), (0.52 + half + 1e-6, False), (0.4, False)):
+        (cell,) = results.compare_runs(seeds_of([value]), reference).itertuples()
+        assert (cell.ours, cell.mean) == pytest.approx((value, 0.52))
+        assert (cell.low, cell.high) == pytest.approx((0.52 - half, 0.52 + half), abs=1e-6)
+        assert cell.inside == inside
+    other = seeds_of([0.5], collection="docs:else")
+    assert results.compare_runs(other, reference).empty
+
+
+def test_the_spread_is_pooled_over_cells_of_a_method_and_factor():
+    # variances .0004 (2 degrees of freedom) and .0016 (2): pooled .001, t(.975, 4) = 2.7764
+    second = {"collection": "docs:torch", "model": ["n0", "n1", "n2"]}
+    reference = pd.concat(
+        [seeds_of([0.50, 0.52, 0.54]), seeds_of([0.30, 0.34, 0.38]).assign(**second)]
+    )
+    (cell,) = results.compare_runs(seeds_of([0.5]), reference).itertuples()
+    assert cell.high - cell.mean == pytest.approx(2.776445 * math.sqrt(0.001 * 4 / 3), abs=1e-6)
+
+
+def test_one_more_seed_is_outside_in_a_twentieth_of_cells():
+    random = np.random.default_rng(0)
+    number = 2_000
+    cells = [f"c{i}" for i in range(number)]
+    row = seeds_of([0.0])
+
+    def seed(n):
+        rows = row.loc[row.index.repeat(number)]
+        return rows.assign(
+            collection=cells, model=f"m{n}", **{"ndcg@10": random.normal(0.5, 0.01, number)}
+        )
+
+    found = results.compare_runs(seed(9), pd.concat([seed(n) for n in range(5)]))
+    assert len(found) == number and 0.03 < 1 - found["inside"].mean() < 0.07
+
+
+def runs_of(folder, seeds, noise=0.002, shift=0.0):
+    """Rows of the quick models with so many training seeds, the trained ones shifted."""
+    random = np.random.default_rng(len(seeds))
+    for model, seed in itertools.product(QUICK_MODELS, seeds):
+        rows, values = make_rows([model], queries=4, plaid=False)
+        name = f"{rows['model'].iloc[0]}-{seed}"
+        moved = (
+            rows["ndcg@10"] + random.normal(0, noise, len(rows)) + shift * (model[1] == "kmeans")
+        )
+        rows = rows.assign(model=name, seed=seed, **{"ndcg@10": moved})
+        write_rows(folder, name, rows, values.assign(model=name))
+    return str(folder)
+
+
+def test_verify_passes_one_more_seed_and_fails_another_training(tmp_path, capsys):
+    reference = runs_of(tmp_path / "reference", range(5))
+    same = runs_of(tmp_path / "same", [42])
+    assert results.main([same, "--reference", reference]) == 0
+    shown = capsys.readouterr().out
+    assert "of 240 cells are outside" in shown and "The run is within" in shown
+    other = runs_of(tmp_path / "other", [43], shift=-0.02)
+    assert results.main([other, "--reference", reference]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"kmeans PF1-6 over FT PF1, PF6, raw .* False", shown)
+    assert results.main([str(tmp_path / "none"), "--reference", reference]) == 1
+    assert "no result rows" in capsys.readouterr().err

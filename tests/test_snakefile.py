@@ -41,11 +41,12 @@ STAND_INS = {
         'product = f\'mined/{collection.replace(":", "-")}/provenance.json\'',
     ),
     "02_training": (
-        "profile = ''\ncollection = ''\npool_method = ''\npool_factors = ''\nseed = 0",
+        "profile = ''\ncollection = ''\npool_method = ''\npool_factors = ''\n"
+        "renormalize = False\nseed = 0",
         "name = 'baseline' if 'transformers' in collection else 'docs-scipy-kmeans-pf1-6-s42'\n"
         "product = f'models/{name}/provenance.json'",
     ),
-    "03_evaluation": ("profile = ''\nmodel = ''", "product = f'results/{model}.csv'"),
+    "03_evaluation": ("profile = ''\nmodel = ''", "product = f'results/rows/{model}.parquet'"),
     "00_token_pooling": ("source = ''", "product = 'figures/tokens.png'"),
     **{name: ("source = ''\noutput = ''", f"product = 'figures/{name}.png'") for name in READING},
 }

@@ -24,6 +24,7 @@ from l2p_utils import training
 from l2p_utils.collection import Collection
 from l2p_utils.files import PROVENANCE, UserError, read_json, write_json
 from l2p_utils.model import load_model, quiet_loading
+from l2p_utils.pooling import pool
 from l2p_utils.profile import Profile, TrainingSettings, load_profile
 from l2p_utils.training import DEV_METRIC, PooledDistillation, fit, sample_pool_factor
 
@@ -132,6 +133,38 @@ def test_the_divergence_is_the_hand_worked_one():
     assert torch.isfinite(loss._divergence(torch.ones(2, 3), torch.rand(2, 3)))  # equal scores
 
 
+def test_the_teachers_scale_multiplies_its_scores_before_their_softmax(model, batch):
+    features, scores = batch
+    scaled = PooledDistillation(model, teacher_scale=5)(features, scores)
+    assert scaled.item() == PooledDistillation(model)(features, 5 * scores).item()
+    assert scaled.item() != PooledDistillation(model)(features, scores).item()
+
+
+@pytest.mark.parametrize("pool_method", ["span", "kmeans", "hierarchical"])
+def test_unit_length_means_are_scored_as_pool_gives_them_and_pass_gradients(
+    model, batch, pool_method
+):
+    features, scores = batch
+    loss = PooledDistillation(model, pool_method, [3], renormalize=True)
+    (gradient,) = torch.autograd.grad(loss(features, scores), model[1].linear.weight)
+    queries, documents = (
+        model.encode(texts, is_query=is_query, convert_to_tensor=True)
+        for texts, is_query in (
+            (["spline interpolation", "pairwise distances"], True),
+            (TEXTS, False),
+        )
+    )
+    pooled = pool(documents, 3, pool_method, renormalize=True)
+    assert all(torch.allclose(d.norm(dim=1), torch.ones(len(d)), atol=1e-5) for d in pooled)
+    similarities = [(queries[i // 3] @ d.T).amax(dim=1) for i, d in enumerate(pooled)]
+    assert min(float(s.min()) for s in similarities) > 0  # PyLate counts padding as 0
+    expected = loss._divergence(torch.stack([s.sum() for s in similarities]).view(2, 3), scores)
+    assert loss(features, scores).item() == pytest.approx(expected.item(), abs=1e-5)
+    raw = PooledDistillation(model, pool_method, [3])
+    assert loss(features, scores).item() != pytest.approx(raw(features, scores).item(), abs=1e-5)
+    assert gradient.abs().sum() > 0
+
+
 @pytest.mark.parametrize("pool_method", ["span", "kmeans", "hierarchical"])
 def test_gradients_reach_every_unmasked_token_and_no_other(pool_method):
     # Each document: [CLS], then pairs of near-identical vectors along the axes, one masked token
@@ -174,7 +207,41 @@ def test_documents_are_pooled_as_asked_and_scored_in_float32(model, batch, monke
     loss.score_metric = note_scores
     with torch.autocast("cpu", torch.bfloat16):
         assert loss(*batch).dtype == torch.float32
+    asked["renormalize"] = False
     assert seen == [(3, "kmeans", 2, asked), (torch.float32, torch.float32)]
+
+
+def test_the_adaptations_loss_is_the_hand_worked_cross_entropy():
+    # MaxSim of two queries of two tokens with two documents; padding of the second is masked
+    queries = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.6, 0.8], [0.6, 0.8]]])
+    documents = torch.tensor([[[1.0, 0.0], [0.8, 0.6]], [[0.0, 1.0], [1.0, 0.0]]])
+    features = [
+        {"which": 0, "input_ids": torch.ones(2, 2), "attention_mask": torch.ones(2, 2)},
+        {
+            "which": 1,
+            "input_ids": torch.ones(2, 2),
+            "attention_mask": torch.tensor([[1, 1], [1, 0]]),
+        },
+    ]
+    scores = [[1.0 + 0.6, 0.0 + 1.0], [2 * 0.96, 2 * 0.8]]
+    expected = -sum(
+        row[i] / 0.5 - math.log(sum(math.exp(score / 0.5) for score in row))
+        for i, row in enumerate(scores)
+    )
+    loss = training.Contrastive(Stub(queries, documents), temperature=0.5)
+    assert loss(features).item() == pytest.approx(expected / 2, abs=1e-6)
+
+
+def test_a_pair_is_a_query_with_its_best_judged_known_document():
+    qrels = {"q0": {"d0": 1, "d1": 2, "gone": 3}, "q1": {"d1": 0}, "q2": {"d3": 1, "d2": 1}}
+    queries = {query: QUERIES[query] for query in qrels}
+    pairs = training.training_pairs(Collection("tiny", CORPUS, queries, qrels, "train"))
+    assert [(pair["query"], pair["document"]) for pair in pairs] == [
+        (QUERIES["q0"], TEXTS[1]), (QUERIES["q2"], TEXTS[2])
+    ]  # fmt: skip
+    assert len(training.training_pairs(TINY, 4)) == 4
+    with pytest.raises(UserError, match="No training query of tiny"):
+        training.training_pairs(Collection("tiny", CORPUS, {"q1": "a"}, {"q1": {"d1": 0}}, "train"))
 
 
 # --- pool factors and rows
@@ -415,7 +482,7 @@ def profile(tmp_path, monkeypatch):
         (("docs:scipy", "kmeans", [1, 2]), "01_data_mining"),  # not mined yet
         (("docs:transformers", "kmeans", [1, 2]), "kept for the adaptation, which is unpooled"),
         (("docs:scipy", "none", [1, 2]), "unpooled training is"),
-        (("docs:scipy", "span", [2], -1), "seed is -1"),
+        (("docs:scipy", "span", [2], False, -1), "seed is -1"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(profile, asked, message):
@@ -440,35 +507,34 @@ def save_mined(folder):
 
 @pytest.fixture
 def own_profile(profile, tiny_folder, tmp_path, monkeypatch):
-    """A profile on folders of our own; mining and the untrained model are stand-ins."""
+    """A profile on folders of our own, and the seeds of what was adapted."""
     for name in ("ours", "adaptation"):
         write_collection(tmp_path / name)
     save_mined(training.mined_folder(profile, str(tmp_path / "ours")))
-    mined = []
+    adapted, adapt = [], training._adapt
 
-    def mine(profile, name, progress=True, folder=None):
-        mined.append(name)
-        save_mined(folder)
-        return mined_rows(8)
+    def counting(profile, settings, *arguments):
+        adapted.append(settings["run"]["seed"])
+        adapt(profile, settings, *arguments)
 
     def untrained(profile):
         target = profile.folder / "models" / "bundled"
         shutil.copytree(tiny_folder, target, dirs_exist_ok=True)
 
-    monkeypatch.setattr(training, "mine", mine)
+    monkeypatch.setattr(training, "_adapt", counting)
     monkeypatch.setattr(training, "untrained_model", untrained)
     adaptation = {"collection": str(tmp_path / "adaptation"), "learning_rate": 1e-2}
     adaptation = profile.adaptation.model_copy(update=adaptation)
-    return profile.model_copy(update={"adaptation": adaptation}), str(tmp_path / "ours"), mined
+    return profile.model_copy(update={"adaptation": adaptation}), str(tmp_path / "ours"), adapted
 
 
 def test_a_training_makes_the_baseline_first_and_is_reused(own_profile, monkeypatch, capsys):
-    profile, name, mined = own_profile
+    profile, name, adapted = own_profile
     folder = training.train(profile, name, "kmeans", [1, 2], progress=False)
     assert folder.name == "ours-kmeans-pf1-2-s42"
     assert capsys.readouterr().out.count("Making the baseline, once") == 1
     baseline = profile.folder / "models" / "baseline"
-    assert mined == [profile.adaptation.collection]
+    assert adapted == [42]
     made = read_json(folder / PROVENANCE)
     assert made["settings"]["start"] == training.fingerprint(baseline)
     assert made["rows"] == 8 and made["dev"]["looks_at_test_queries"] is False
@@ -480,7 +546,7 @@ def test_a_training_makes_the_baseline_first_and_is_reused(own_profile, monkeypa
     assert list((profile.folder / "checkpoints").iterdir()) == []
 
     def again(loss, *_):
-        raise AssertionError(f"trained again: {loss.use_sklearn}, {loss.variant}")
+        raise AssertionError(f"trained again: {loss.use_sklearn}, {loss.variant}, {loss.seed}")
 
     monkeypatch.setattr(training, "fit", again)
     other = profile.model_copy(update={"hierarchical": "paper"})  # of no concern to k-means
@@ -490,16 +556,32 @@ def test_a_training_makes_the_baseline_first_and_is_reused(own_profile, monkeypa
     sklearn = other.model_copy(update={"use_sklearn": True})
     with pytest.raises(AssertionError, match="trained again: True, paper"):
         training.train(sklearn, name, "kmeans", [1, 2], progress=False)
-    for changed in (([1, 2], 43), ([1, 3],)):
-        with pytest.raises(AssertionError, match="trained again: False, pylate"):
+    for changed in (([1, 2], True), ([1, 3],)):
+        with pytest.raises(AssertionError, match="trained again: False, pylate, 42"):
             training.train(profile, name, "kmeans", *changed, progress=False)
     monkeypatch.setattr(training, "CACHE_VERSION", training.CACHE_VERSION + 1)
     with pytest.raises(AssertionError, match="trained again"):
         training.train(profile, name, "kmeans", [1, 2], progress=False)
 
 
+def test_a_training_with_another_seed_starts_from_the_baseline_of_that_seed(own_profile):
+    profile, name, adapted = own_profile
+    folder = training.train(profile, name, "span", [1, 2], True, 43, progress=False)
+    assert folder.name == "ours-span-pf1-2-unit-s43" and adapted == [43]
+    start = profile.folder / "models" / "baseline-s43"
+    made = read_json(folder / PROVENANCE)["settings"]
+    assert made["start"] == training.fingerprint(start) and made["run"]["renormalize"] is True
+    assert (
+        training.train(profile, profile.adaptation.collection, "none", [1], seed=43, progress=False)
+        == start
+    )
+    own = training.make_baseline(profile, progress=False)
+    assert own.name == "baseline" and adapted == [43, 42]
+    assert training.fingerprint(own) != training.fingerprint(start)  # rows in another order
+
+
 def test_profiles_with_the_same_adaptation_share_the_baseline(own_profile, monkeypatch):
-    profile, _, mined = own_profile
+    profile, _, adapted = own_profile
     with monkeypatch.context() as patch:
         patch.setattr(training, "_processes", lambda: SimpleNamespace(num_processes=2))
         with pytest.raises(UserError, match="made in one process"):
@@ -507,13 +589,13 @@ def test_profiles_with_the_same_adaptation_share_the_baseline(own_profile, monke
     one = training.make_baseline(profile, progress=False)
     other = profile.model_copy(update={"name": "other", "hierarchical": "paper"})
     two = training.make_baseline(other, progress=False)
-    assert one != two and len(mined) == 1
+    assert one != two and len(adapted) == 1
     assert training.fingerprint(one) == training.fingerprint(two)
     assert read_json(one / PROVENANCE) == read_json(two / PROVENANCE)
     assert (two / training.LOG_FILE).is_file()
     longer = profile.adaptation.model_copy(update={"epochs": 3})
     training.make_baseline(profile.model_copy(update={"adaptation": longer}), progress=False)
-    assert len(mined) == 2  # and the run's own is replaced
+    assert len(adapted) == 2  # and the run's own is replaced
     assert training.fingerprint(one) != training.fingerprint(two)
 
 
