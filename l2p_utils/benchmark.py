@@ -37,8 +37,8 @@ from l2p_utils.files import ROOT, atomic_path, read_json, versions, write_json
 from l2p_utils.model import PooledColBERT, autocast, encode
 from l2p_utils.pooling import pool, pool_padded, pool_sweep
 from l2p_utils.profile import load_profile, slug
-from l2p_utils.results import paired_bootstrap
 from l2p_utils.search import exact_search
+from l2p_utils.statistics import interval
 from l2p_utils.teacher import untrained_model
 from l2p_utils.training import PooledDistillation
 
@@ -410,11 +410,12 @@ def quality_table(quality: pd.DataFrame) -> pd.DataFrame:
     for name, part in [*quality.groupby("collection", sort=False), ("all", quality)]:
         points = 100 * (part["ours"] - part["scikit-learn"]).groupby(part["pool_factor"]).mean()
         means = part.groupby(["collection", "query_id"])[["ours", "scikit-learn"]].mean()
-        mean, low, high = (100 * value for value in paired_bootstrap(*means.to_numpy().T))
+        found = interval([100 * (means["ours"] - means["scikit-learn"])])
         each = part.drop_duplicates(["collection", "pool_factor"])
         ratio = (each["inertia_ours"] / each["inertia_scikit-learn"]).mean()
         rows[name] = {f"PF{factor}": f"{value:+.1f}" for factor, value in points.items()}
-        rows[name] |= {"mean": f"{mean:+.2f}", "95 %": f"[{low:+.2f}, {high:+.2f}]"}
+        rows[name]["mean"] = f"{found.mean:+.2f}"
+        rows[name]["95 %"] = f"[{found.low:+.2f}, {found.high:+.2f}]"
         rows[name] |= {"inertia, ours / theirs": f"{ratio:.3f}"}
     return pd.DataFrame(rows).T.rename_axis("collection")
 

@@ -1,33 +1,43 @@
-"""The paper's seven findings as testable statements, judged on its numbers and on ours.
+"""The paper's seven findings, and an eighth, as testable statements on its numbers and on ours.
 
 A finding has parts, and a part one or more *comparisons*: differences of sums of curves over pool
-factors. `NOTE` says how they are judged. Queries are resampled within each collection, and the same
-resample serves both sides and all pool factors; collections have equal weight, as in the paper; the
-unpooled baseline, the 100 %, is held fixed; several seeds are averaged by query. Within a part of m
-comparisons each interval is taken at 1 − .05/m (Bonferroni), so that all hold together at 95 %. Of
-28 parts, not corrected for each other, one may come out on a side by chance alone.
+factors. `NOTE` says how they are judged. Ours are judged twice, with pooled means searched as they
+are (raw) and scaled to unit length (renormalized), both with models trained on raw means unless a
+part says otherwise. Collections have equal weight, as in the paper; the unpooled baseline, the
+100 %, is the mean of its seeds and held fixed. Within a part of m comparisons each interval is
+taken at 1 − .05/m (Bonferroni), so that all hold together at 95 %.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap
 
 from l2p_utils.files import UserError
 from l2p_utils.paper import NOT_RUN, ROLES, TRAINED, Roles, roles_of
-from l2p_utils.results import BASELINE, POOL_FACTORS, VARIANTS, default_variant, find_models
+from l2p_utils.results import POOL_FACTORS, VARIANTS, default_variant, find_models
+from l2p_utils.statistics import Interval, above, detectable, equivalent, holm, interval
 
-CLAIM_COLUMNS = [
-    "finding", "part", "statement", "paper", "paper_verdict",
-    "ours", "difference", "low", "high", "verdict", "unit",
+# What is said of a part of ours, with raw means; preceded by `UNIT`, with unit-length ones.
+# `p_holm` is corrected for all parts of both; `seeds` are the fewest of a comparison.
+JUDGED = [
+    "ours", "difference", "low", "high", "verdict", "p_holm", "p_equivalent", "effect",
+    "error_queries", "error_seeds", "detectable", "seeds", "collections",
 ]  # fmt: skip
-HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+UNIT = "renormalized_"
+CLAIM_COLUMNS = [
+    "finding", "part", "statement", "unit", "paper", "paper_verdict",
+    *JUDGED, *(UNIT + column for column in JUDGED),
+]  # fmt: skip
+HOLDS, FAILS, UNDECIDED, IN_PART = "holds", "does not hold", "undecided", "holds in part"
 POOLED = POOL_FACTORS[1:]
+LARGE = (8, 12, 16, 24)
 FINDINGS = {
     1: "Inference only: hierarchical > kmeans > span on average; kmeans leads at PF3",
     2: "Lightweight fine-tuning makes models pooling-aware, kmeans most of the three",
@@ -36,14 +46,15 @@ FINDINGS = {
     5: "Span gains most over its own baseline, and stays the weakest method",
     6: "Across methods: hierarchical and kmeans training also help span pooling",
     7: "Across collections: kmeans training does not lose elsewhere",
+    8: "Ours: means of unit length beat raw ones, and training with pooling adds to them",
 }
 NOTE = (
     "Numbers are percent of the unpooled baseline's NDCG@10 (finding 7: differences in NDCG@10), "
     "means over pool factors and collections. If a part involves several comparisons, the weakest "
-    "is shown. The paper's verdict is by the sign alone; ours by a paired bootstrap over queries: "
-    "*holds* and *does not hold* where the 95 % interval (over all comparisons of a part together) "
-    "lies on one side, else *undecided*. Parts are not corrected for each other, and the intervals "
-    "do not cover the choice of training seed."
+    "is shown. The paper's verdict is by the sign alone; ours by an interval over queries and, "
+    "where there are several, training seeds: *holds* and *does not hold* where the 95 % interval "
+    "(over all comparisons of a part together) lies on one side, else *undecided*. Bold verdicts "
+    "stand when all parts of both columns are taken together (Holm, 5 %)."
 )
 
 # ---------------------------------------------------------------- the terms of a statement
@@ -58,6 +69,8 @@ class Cell(NamedTuple):
     train_factors: str
     pool_method: str
     pool_factor: int
+    train_renormalized: bool = False
+    renormalized: bool | None = None  # how it is searched; None: raw and unit length, in turn
 
 
 def unpooled(dataset: str) -> Cell:
@@ -81,6 +94,14 @@ class Part:
     margin: float = 0.0
     unit: str = "points"  # of relative NDCG@10, or "ndcg"
     together: bool = False  # whether it makes sense only with all `datasets`
+    partial: bool = False  # whether comparisons that were not run are left out
+    printed: bool = True  # whether the paper has values for it
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it is about pooled documents at all."""
+        sides = [side for _, *both in self.build(self.datasets) for side in both]
+        return any(cell.pool_factor > 1 for side in sides for _, cell in side)
 
 
 def curve(
@@ -89,16 +110,17 @@ def curve(
     datasets: Sequence[str],
     factors: Sequence[int] = POOLED,
     trained_on: str | None = None,
+    **lengths: bool,
 ) -> Side:
     """Mean over `datasets` and `factors` of one kind of model under one pool method.
 
     `model` is "baseline", "pf1", or a method and factors such as "kmeans 1-6"; without `trained_on`
-    it was trained on the data set that it is evaluated on.
+    it was trained on the data set that it is evaluated on. `lengths` are `Cell`'s last two fields.
     """
     method, _, trained = {"baseline": "", "pf1": "none 1"}.get(model, model).partition(" ")
     weight = 1 / (len(datasets) * len(factors))
     return [
-        (weight, Cell(dataset, source, method, trained, pool_method, factor))
+        (weight, Cell(dataset, source, method, trained, pool_method, factor, **lengths))
         for dataset in datasets
         for source in ["" if model == "baseline" else trained_on or dataset]
         for factor in factors
@@ -165,7 +187,8 @@ def _parts() -> list[Part]:
         Part("3c", say3 + "hierarchical", scifact, below("hierarchical")),
         Part("3d", say3 + "kmeans", scifact, below("kmeans")),
         Part("3e", "pooled, PF1-6 beats FT PF1 with each method", scifact,
-             lambda d: [(m, multi(m, d), curve("pf1", m, d)) for m in methods]),
+             lambda d: [(m, multi(m, d), curve("pf1", m, d)) for m in methods],
+             partial=True),
         Part("4a", say4 + "span, {SciFact}", scifact, near("span", 2, 3), 1.0),
         Part("4b", say4 + "span, {FiQA}", TRAINED[1:], near("span", 2, 3), 1.0),
         Part("4c", say4 + "hierarchical, {SciFact}", scifact, near("hierarchical", 2), 1.0),
@@ -178,6 +201,7 @@ def _parts() -> list[Part]:
         Part("6b", "kmeans" + say6, scifact, under_span("kmeans")),
         *_across("SciFact", "abc"),
         *_across("FiQA", "def"),
+        *_unit_length(),
     ]  # fmt: skip
 
 
@@ -203,6 +227,38 @@ def _across(source: str, letters: str) -> list[Part]:
     ]  # fmt: skip
 
 
+def _unit_length() -> list[Part]:
+    """Finding 8, stated before it was run."""
+    every = tuple(ROLES)
+
+    def base(method, d, renormalized=True):
+        return curve("baseline", method, d, renormalized=renormalized)
+
+    def gains(factors, train_renormalized=False):
+        def compare(d, source):
+            settings = dict(factors=factors, trained_on=source, renormalized=True)
+            own = curve(
+                "kmeans 1-6", "kmeans", d, train_renormalized=train_renormalized, **settings
+            )
+            return f"trained on {{{source}}}", own, curve("pf1", "kmeans", d, **settings)
+
+        return lambda d: [compare(d, source) for source in TRAINED]
+
+    say = "FT kmeans PF1-6 beats FT PF1, both with unit length, kmeans, "
+    small, large = "PF 2–6", "PF 8, 12, 16, 24"
+    common = dict(printed=False, partial=True)
+    return [
+        Part("8a", "baseline, PF 2–6: unit length beats raw means with each method", every,
+             lambda d: [(m, base(m, d), base(m, d, False)) for m in list(VARIANTS)[1:]], **common),
+        Part("8b", "baseline, PF 2–6, both with unit length: span within a point of kmeans", every,
+             lambda d: [("", base("span", d), base("kmeans", d))], 1.0, printed=False),
+        Part("8c", say + small, every, gains(POOLED), **common),
+        Part("8d", say + large, every, gains(LARGE), **common),
+        Part("8e", f"{say}{small}; trained with unit length", every, gains(POOLED, True), **common),
+        Part("8f", f"{say}{large}; trained with unit length", every, gains(LARGE, True), **common),
+    ]  # fmt: skip
+
+
 PARTS = _parts()
 
 # ---------------------------------------------------------------- numbers for cells
@@ -212,66 +268,81 @@ def paper_cells(paper: pd.DataFrame) -> dict[str, dict[Cell, float]]:
     """The paper's value of each cell by unit: relative NDCG@10, or Table 2's differences."""
     # PLAID (Figure 4) is another measurement; Figure 1 is read unrounded, so it goes first.
     exact = paper[(paper["exhibit"] != "figure4") & (paper["dataset"] != "Average")]
-    keys = list(Cell._fields)
+    keys = list(Cell._fields)[:6]
     relative = exact.drop_duplicates(keys).set_index(keys)["relative"]
     alone = relative.xs(1, level="pool_factor", drop_level=False)  # the same for each method
     alone = alone.rename({"span": "none"}, level="pool_method")
     # Differences as printed come from unrounded scores: the baseline counts as their zero.
     delta = exact[exact["exhibit"] == "table2"].set_index(keys)["delta"].fillna(0.0)
-    return {"points": alone.to_dict() | relative.to_dict(), "ndcg": delta.to_dict()}
+    points = alone.to_dict() | relative.to_dict()
+    units = {"points": points, "ndcg": delta.to_dict()}
+    return {unit: {Cell(*k): v for k, v in values.items()} for unit, values in units.items()}
 
 
 class OurCells:
-    """Our per-query values of a cell under exact search, averaged over training seeds."""
+    """Our values of a cell under exact search, by query and training seed.
+
+    A baseline that all trainings share stands beside models of any seed; of several, each beside
+    those that started from it.
+    """
 
     def __init__(self, rows: pd.DataFrame, per_query: pd.DataFrame, roles: Roles):
         exact = per_query[per_query["engine"] == "exact"]
         variants = {method: default_variant(exact, method) for method in VARIANTS}
         exact = exact[exact["pool_variant"] == exact["pool_method"].map(variants)]
-        keys = ["model", "collection", "pool_method", "pool_factor"]
+        keys = ["model", "collection", "pool_method", "pool_factor", "renormalized"]
         groups = exact.set_index("query_id").groupby(keys)["ndcg@10"]
         self._values = {key: values.sort_index() for key, values in groups}
-        self._rows, self._roles = rows, roles
-        self._cache: dict[Cell, pd.Series | None] = {}
+        models = rows.drop_duplicates("model")
+        self._seeds = models.set_index("model")["seed"]
+        self._names = cache(partial(find_models, models))
+        self._shared = len(self._names("", "", "")) == 1
+        self._roles = roles
+        self._cache: dict[Cell, pd.DataFrame | None] = {}
 
-    def values(self, cell: Cell) -> pd.Series | None:
-        """NDCG@10 by query id (sorted); None where the cell was not run."""
+    def values(self, cell: Cell) -> pd.DataFrame | None:
+        """NDCG@10, a line per query id (sorted), a column per seed; None where it was not run."""
         if cell not in self._cache:
             source = self._roles.training.get(cell.trained_on, "")
-            training = (source, cell.train_method, cell.train_factors)
-            names = find_models(self._rows, *training) if cell.trained_on else [BASELINE]
-            method = "none" if cell.pool_factor == 1 else cell.pool_method
-            where = (self._roles.evaluated(cell.dataset), method, cell.pool_factor)
-            found = [self._values[name, *where] for name in names if (name, *where) in self._values]
-            mean = pd.concat(found, axis=1).mean(axis=1, skipna=False) if found else None
-            self._cache[cell] = mean
+            training = (source, cell.train_method, cell.train_factors, cell.train_renormalized)
+            names = self._names(*training) if source or not cell.trained_on else []
+            pooling = ("none", 1, False)
+            if cell.pool_factor > 1:
+                pooling = (cell.pool_method, cell.pool_factor, bool(cell.renormalized))
+            where = (self._roles.evaluated(cell.dataset), *pooling)
+            names = [name for name in names if (name, *where) in self._values]
+            found = {self._seeds[name]: self._values[name, *where] for name in names}
+            self._cache[cell] = pd.concat(found, axis=1) if found else None
         return self._cache[cell]
 
-    def has(self, comparisons: list[Comparison]) -> bool:
-        """Whether every cell of `comparisons`, and the baseline they are relative to, was run."""
-        cells = {cell for _, first, second in comparisons for _, cell in first + second}
-        base = [self.values(unpooled(dataset)) for dataset in {c.dataset for c in cells}]
+    def seeds(self, comparison: Comparison) -> list[int]:
+        """The seeds that all its cells have; none where a cell, or the baseline, was not run."""
+        cells = [cell for side in comparison[1:] for _, cell in side]
+        base = [self.values(unpooled(dataset)) for dataset in {cell.dataset for cell in cells}]
         # Of a baseline that found nothing there is no percentage.
-        relative = all(values is not None and values.mean() > 0 for values in base)
-        return relative and all(self.values(cell) is not None for cell in cells)
+        relative = all(values is not None and values.to_numpy().mean() > 0 for values in base)
+        if not relative or any(self.values(cell) is None for cell in cells):
+            return []
+        trained = [cell for cell in cells if cell.trained_on or not self._shared] or cells[:1]
+        return sorted(set.intersection(*(set(self.values(cell)) for cell in trained)))
 
-    def sides(self, comparisons: list[Comparison], unit: str) -> list[np.ndarray]:
-        """Per collection, what queries add to the two sides: (comparisons, 2, queries)."""
-        groups: dict[str, np.ndarray] = {}
-        for row, (_, *sides) in enumerate(comparisons):
-            for column, side in enumerate(sides):
-                for weight, cell in side:
-                    base, values = self.values(unpooled(cell.dataset)), self.values(cell)
-                    if not values.index.equals(base.index) or values.isna().any():
-                        raise UserError(
-                            f"{cell}: measured on {len(values)} queries that are not the "
-                            f"{len(base)} of the unpooled baseline. A paired comparison needs the "
-                            "same queries: evaluate both again."
-                        )
-                    scale = weight if unit == "ndcg" else weight * 100 / base.mean()
-                    empty = np.zeros((len(comparisons), 2, len(base)))
-                    group = groups.setdefault(cell.dataset, empty)
-                    group[row, column] += scale * values.to_numpy()
+    def sides(self, comparison: Comparison, unit: str) -> list[np.ndarray]:
+        """Per collection, what seeds and queries add to the two sides: (2, seeds, queries)."""
+        groups, seeds = {}, self.seeds(comparison)
+        for row, side in enumerate(comparison[1:]):
+            for weight, cell in side:
+                base, values = self.values(unpooled(cell.dataset)), self.values(cell)
+                if not values.index.equals(base.index) or values.isna().any(axis=None):
+                    raise UserError(
+                        f"{cell}: measured on {len(values)} queries that are not the {len(base)} "
+                        "of the unpooled baseline. A paired comparison needs the same queries: "
+                        "evaluate both again."
+                    )
+                shared = self._shared and not cell.trained_on
+                chosen = values.to_numpy().T if shared else values[seeds].to_numpy().T
+                scale = weight if unit == "ndcg" else weight * 100 / base.to_numpy().mean()
+                empty = np.zeros((2, len(seeds), len(base)))
+                groups.setdefault(cell.dataset, empty)[row] += scale * chosen
         return [groups[dataset] for dataset in sorted(groups)]
 
 
@@ -280,6 +351,8 @@ class OurCells:
 
 def judge_paper(part: Part, cells: dict[str, dict[Cell, float]]) -> dict[str, str]:
     """The paper's numbers (`paper_cells`) for a part and the verdict by their sign."""
+    if not part.printed:
+        return {"paper": "–", "paper_verdict": "–"}
     comparisons, values = part.build(part.datasets), cells[part.unit]
     sums = [[sum(w * values[c] for w, c in side) for side in sides] for _, *sides in comparisons]
     differences = [first - second for first, second in sums]
@@ -290,47 +363,68 @@ def judge_paper(part: Part, cells: dict[str, dict[Cell, float]]) -> dict[str, st
     return {"paper": text, "paper_verdict": f"{HOLDS if holds else FAILS} (by sign)"}
 
 
-def judge_ours(part: Part, cells: OurCells, seed: int, resamples: int) -> dict[str, object]:
-    """Our numbers for a part, the bootstrap interval of its weakest comparison, the verdict."""
-    run = tuple(d for d in part.datasets if part.together or cells.has(part.build((d,))))
-    if not run or not cells.has(part.build(run)):
+def judge_ours(part: Part, cells: OurCells, renormalized: bool = False) -> dict[str, object]:
+    """Our numbers for a part, those of its weakest comparison, and the verdict: `JUDGED` and p.
+
+    With `renormalized` means, unless the part says itself how each side is searched.
+    """
+    run, comparisons = _what_was_run(part, cells, renormalized)
+    if not comparisons:
         return _BLANK
-    comparisons = part.build(run)
-    sides = cells.sides(comparisons, part.unit)
-    sums = _sum_of_means(*sides)  # (comparisons, 2)
-    low, high = intervals([group[:, 0] - group[:, 1] for group in sides], seed, resamples)
+    level = 1 - 0.05 / len(comparisons)
+    sides = [cells.sides(comparison, part.unit) for comparison in comparisons]
+    found = [interval([first - second for first, second in groups], level) for groups in sides]
+    low, high = (np.array([getattr(one, end) for one in found]) for end in ("low", "high"))
     tiny = 1e-9  # equal values differ by rounding errors once they are averaged
     verdict = FAILS if (high < -tiny - part.margin).any() else UNDECIDED
     verdict = HOLDS if (low > tiny - part.margin).all() else verdict
     worst = int(high.argmin() if verdict == FAILS else low.argmin())
-    text = _sides(comparisons[worst][0], *sums[worst], part.unit)
-    if run != part.datasets:
-        text += " (only on " + ", ".join(f"{{{d}}}" for d in run) + ")"
-    numbers = [sums[worst][0] - sums[worst][1], low[worst], high[worst]]
-    return dict(zip(_BLANK, [*numbers, text, verdict], strict=True))
+    weakest, label = found[worst], comparisons[worst][0]
+    sums = sum(group.mean(axis=(1, 2)) for group in sides[worst])
+    numbers = {
+        "difference": weakest.mean, "low": weakest.low, "high": weakest.high,
+        "p": _p_value(found, part.margin),
+        "p_equivalent": np.max([equivalent(one, part.margin or np.nan) for one in found]),
+        "effect": weakest.effect, "detectable": detectable(weakest, level=level),
+        "error_queries": weakest.error_queries, "error_seeds": weakest.error_seeds,
+        "seeds": min(one.seeds for one in found),
+    }  # fmt: skip
+    texts = {"ours": _sides(label, *sums, part.unit), "verdict": verdict}
+    texts["collections"] = ", ".join(f"{{{dataset}}}" for dataset in run)
+    return {key: float(number) for key, number in numbers.items()} | texts
 
 
-_BLANK = {"difference": np.nan, "low": np.nan, "high": np.nan, "ours": "", "verdict": NOT_RUN}
+_BLANK = dict.fromkeys(["p", *JUDGED], np.nan) | {"ours": "", "verdict": NOT_RUN, "collections": ""}
+NOT_ASKED = "–"  # of unpooled documents there are no means; finding 8 is about those of unit length
 
 
-def _sum_of_means(*groups: np.ndarray, axis: int = -1) -> np.ndarray:
-    return sum(np.mean(group, axis=axis) for group in groups)
+def _what_was_run(part: Part, cells: OurCells, renormalized: bool) -> tuple:
+    """The data sets that a part rests on, and its comparisons on them; none if it was not run."""
+    enough = any if part.partial else all
+
+    def measured(datasets):
+        build = [
+            (label, _searched(first, renormalized), _searched(second, renormalized))
+            for label, first, second in part.build(datasets)
+        ]
+        found = [comparison for comparison in build if cells.seeds(comparison)]
+        return found if enough(comparison in found for comparison in build) else []
+
+    run = tuple(d for d in part.datasets if part.together or measured((d,)))
+    return run, measured(run) if run else []
 
 
-def intervals(groups: list[np.ndarray], seed: int, resamples: int) -> tuple:
-    """Simultaneous 95 % intervals of sums over collections of means over queries: (low, high).
+def _searched(side: Side, renormalized: bool) -> Side:
+    return [
+        (weight, cell._replace(renormalized=renormalized) if cell.renormalized is None else cell)
+        for weight, cell in side
+    ]
 
-    `groups` are (comparisons, queries) per collection. Queries are drawn within each, and a draw
-    serves all comparisons. The ends, each (comparisons,), are percentiles at 1 − .05 / comparisons
-    (Bonferroni); NaN where a collection has a single query.
-    """
-    count = len(groups[0])
-    if min(group.shape[1] for group in groups) < 2:
-        return (np.full(count, np.nan),) * 2
-    options = {"n_resamples": resamples, "batch": 5_000, "axis": -1, "method": "percentile"}
-    options |= {"confidence_level": 1 - 0.05 / count, "rng": np.random.default_rng(seed)}
-    interval = bootstrap(groups, _sum_of_means, **options).confidence_interval
-    return interval.low, interval.high
+
+def _p_value(found: Sequence[Interval], margin: float) -> float:
+    """Two-sided, at most .05 where the intervals at 1 − .05 / comparisons give a verdict."""
+    weakest = np.max([above(one, -margin) for one in found])
+    return np.minimum(2 * len(found) * min(weakest, 1 - weakest), 1.0)
 
 
 def _sides(label: str, first: float, second: float, unit: str) -> str:
@@ -345,14 +439,13 @@ def check_claims(
     per_query: pd.DataFrame | None,
     paper: pd.DataFrame,
     roles: Mapping[str, str] | None = None,
-    seed: int = 42,
-    resamples: int = 10_000,
 ) -> pd.DataFrame:
-    """Judge the seven findings on the paper's numbers (`read_paper`) and on ours.
+    """Judge the findings on the paper's numbers (`read_paper`) and on ours.
 
     Without `rows` and `per_query` on the paper's alone; `roles` as in `paper.roles_of`. One row per
-    part, columns `CLAIM_COLUMNS`: ``difference``, ``low`` and ``high`` are ours, of the weakest
-    comparison, in ``unit``; NaN where not run. Models measured on different queries are refused.
+    part, columns `CLAIM_COLUMNS`: numbers are ours, of the weakest comparison, in ``unit``; NaN
+    where not run. Parts about unpooled documents are in the columns of raw means alone; so is, in
+    those of unit length, finding 8. Models measured on different queries are refused.
     """
     roles = roles_of(rows, roles)
     names = {dataset: dataset for dataset in ROLES}
@@ -365,9 +458,32 @@ def check_claims(
         line = {"finding": int(part.name[0]), "part": part.name, "unit": part.unit}
         line |= {"statement": part.statement.format_map(both)}
         line |= {key: text.format_map(names) for key, text in judge_paper(part, theirs).items()}
-        line |= judge_ours(part, cells, seed, resamples) if run else _BLANK
-        lines.append(line | {"ours": line["ours"].format_map(ours)})
-    return pd.DataFrame(lines)[CLAIM_COLUMNS]
+        for head, asked in {"": part.printed, UNIT: part.pooled}.items():
+            judged = judge_ours(part, cells, head == UNIT) if run and asked else _BLANK
+            named = {key: judged[key].format_map(ours) for key in ("ours", "collections")}
+            named |= {} if asked else {"verdict": NOT_ASKED}
+            line |= {head + key: value for key, value in (judged | named).items()}
+        lines.append(line)
+    claims = pd.DataFrame(lines)
+    p_values = claims[["p", UNIT + "p"]].to_numpy(dtype=float)
+    claims[["p_holm", UNIT + "p_holm"]] = holm(p_values.ravel()).reshape(-1, 2)
+    return claims[CLAIM_COLUMNS]
+
+
+def by_finding(claims: pd.DataFrame, head: str = "") -> pd.Series:
+    """One verdict per finding, of raw means, or with `UNIT` of unit-length ones.
+
+    "Holds in part" needs a part about pooled documents that holds.
+    """
+    pooled = {part.name for part in PARTS if part.pooled}
+    verdicts = {}
+    for finding, parts in claims.set_index("part").groupby("finding")[head + "verdict"]:
+        asked = parts[parts != NOT_ASKED]
+        found = {verdict for part, verdict in asked.items() if part in pooled}
+        order = (FAILS, UNDECIDED, NOT_RUN)
+        verdict = IN_PART if HOLDS in found else next((v for v in order if v in found), NOT_ASKED)
+        verdicts[finding] = HOLDS if {*asked} == {HOLDS} else verdict
+    return pd.Series(verdicts, name="verdict").rename_axis("finding")
 
 
 # ---------------------------------------------------------------- showing
@@ -375,16 +491,62 @@ def check_claims(
 
 def claims_table(claims: pd.DataFrame, note: bool = True) -> str:
     """The claims as a Markdown table, finding by finding; with a note on how they are judged."""
-    lines = ["| | statement | the paper | by its sign | ours | difference [95 %] | verdict |"]
-    lines.append("|" + " --- |" * 7)
+    heads = "statement | the paper | by its sign | raw means | verdict | unit length | verdict"
+    lines = [f"| | {heads} | rests on |", "|" + " --- |" * 9]
     for finding, parts in claims.groupby("finding", sort=False):
-        lines.append(f"| **{finding}** | **{FINDINGS[finding]}** | | | | | |")
-        for part in parts.itertuples():
-            sign = part.paper_verdict.removesuffix(" (by sign)")
-            verdict = f"**{part.verdict}**" if part.verdict in (HOLDS, FAILS) else part.verdict
-            cells = [part.part, part.statement, part.paper, sign, part.ours or "–"]
-            lines.append(f"| {' | '.join([*cells, _interval(part), verdict])} |")
-    return "\n".join([*lines, "", NOTE] if note else lines) + "\n"
+        lines.append(f"| **{finding}** | **{FINDINGS[finding]}** |" + " |" * 7)
+        for part in parts.to_dict("records"):
+            sign = part["paper_verdict"].removesuffix(" (by sign)")
+            cells = [part["part"], part["statement"], part["paper"], sign]
+            cells += [*_shown(part, ""), *_shown(part, UNIT), _rests_on(part)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{NOTE} {power(claims)}"] if note else lines) + "\n"
+
+
+def _shown(part: Mapping, head: str) -> tuple[str, str]:
+    """The numbers of ours and the verdict, as the table has them."""
+    verdict = part[head + "verdict"]
+    if verdict in (NOT_RUN, NOT_ASKED):
+        return "–", verdict
+    numbers = {key: part[head + key] for key in ("difference", "low", "high")}
+    text, span = part[head + "ours"], _interval(SimpleNamespace(unit=part["unit"], **numbers))
+    text = f"{text.split('Δ')[0]}Δ {span}" if part["unit"] == "ndcg" else f"{text}; {span}"
+    if part[head + "p_holm"] <= 0.05 and verdict in (HOLDS, FAILS):
+        verdict = f"**{verdict}**"
+    return text, verdict + (" (equivalent)" if part[head + "p_equivalent"] <= 0.05 else "")
+
+
+def _rests_on(part: Mapping) -> str:
+    """Collections and seeds; of unit length after a semicolon, if they are others."""
+    found = []
+    for head in ("", UNIT):
+        names = part[head + "collections"]
+        if names:
+            seeds = int(part[head + "seeds"])
+            count = f"all {len(ROLES)}" if names.count(",") == len(ROLES) - 1 else names
+            found.append(f"{count}, {seeds} seed{'s' if seeds > 1 else ''}")
+    return "; ".join(dict.fromkeys(found)) or "–"
+
+
+def power(claims: pd.DataFrame) -> str:
+    """What the design can see, and what its intervals do not cover: the table's foot."""
+    both = [claims[["part", "unit", *(head + c for c in JUDGED)]] for head in ("", UNIT)]
+    both = pd.concat([frame.set_axis(["part", "unit", *JUDGED], axis=1) for frame in both])
+    found = both.loc[both["unit"] == "points", "detectable"].dropna()
+    if found.empty:
+        return ""
+    text = (
+        f"With 80 % power the design detects a true difference of {found.median():.1f} points "
+        f"(median of the parts; {found.min():.1f} to {found.max():.1f})."
+    )
+    several, single = both[both["seeds"] > 1], both.loc[both["seeds"] == 1, "part"].unique()
+    if len(several):
+        more = (several["error_seeds"] > several["error_queries"]).sum()
+        text += f" Seeds vary more than queries in {more} of {len(several)} verdicts."
+    if len(single):
+        names = ", ".join(single) if len(several) else "all"
+        text += f" Of one training seed, whose choice no interval covers: {names}."
+    return text
 
 
 def _interval(part) -> str:

@@ -25,7 +25,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from l2p_utils.claims import check_claims, claims_table
+from l2p_utils.claims import (
+    FAILS,
+    HOLDS,
+    PARTS,
+    UNDECIDED,
+    UNIT,
+    check_claims,
+    claims_table,
+)
 from l2p_utils.files import UserError, atomic_path
 from l2p_utils.paper import (
     ENGINE,
@@ -469,6 +477,56 @@ def draw_kept(rows: pd.DataFrame) -> NotebookFigure:
     return figure
 
 
+# ---------------------------------------------------------------- the claims
+
+
+# Of a verdict the marker and whether it is filled; of raw and unit-length means the looks.
+VERDICTS = {HOLDS: ("o", True), UNDECIDED: ("o", False), FAILS: ("X", True)}
+MEANS = {"": ("raw means", "#222222", 1.6, -0.17), UNIT: ("unit-length means", SKY, 3.2, 0.17)}
+
+
+def draw_claims(claims: pd.DataFrame) -> NotebookFigure:
+    """A forest plot: the difference and interval of each part, raw means above unit-length ones.
+
+    `claims` are from `claims.check_claims`. NDCG@10 (finding 7) is drawn × 100, beside percentages.
+    """
+    claims, title = claims.reset_index(drop=True), "The findings, part by part"
+    notes = ["Lines: 95 % intervals of a part's weakest comparison. Ticks: the margin, if not 0."]
+    scale = np.where(claims["unit"] == "ndcg", 100, 1)
+    names = claims["part"].tolist()
+    margins = scale * claims["part"].map({part.name: part.margin for part in PARTS}).to_numpy()
+    with matplotlib.rc_context(STYLE):
+        figure, (axis,), strip = _panels(1, 1, (8.6, 0.3 * len(names) + 1), title, notes)
+        axis.axvline(0, color="#333333", linestyle="--", linewidth=1, zorder=1)
+        for place in np.flatnonzero(claims["finding"].diff() > 0):
+            axis.axhline(place - 0.5, color="#999999", linewidth=0.8, zorder=0)
+        for place in np.flatnonzero(margins):
+            ends = [place - 0.4, place + 0.4]
+            axis.plot([-margins[place]] * 2, ends, color="#777777", linewidth=1.5, zorder=1)
+        handles, said = {}, []
+        for head, (name, colour, width, offset) in MEANS.items():
+            for place, verdict in enumerate(claims[head + "verdict"]):
+                if verdict not in VERDICTS:
+                    continue
+                ends = scale[place] * claims.loc[place, [head + "low", head + "high"]]
+                middle = scale[place] * claims.loc[place, head + "difference"]
+                where = [place + offset] * 2
+                (handles[name],) = axis.plot(ends, where, color=colour, linewidth=width, zorder=2)
+                marker, filled = VERDICTS[verdict]
+                look = {"color": colour, "markerfacecolor": colour if filled else "white"}
+                look |= dict(markeredgecolor="#222222", linestyle="none", zorder=3)
+                (dot,) = axis.plot(middle, where[0], marker=marker, **look)
+                handles.setdefault(verdict, dot)
+                said.append(f"{names[place]} {name}: {verdict}")
+        axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+        axis.set_xlabel("Difference (percent of the unpooled baseline; finding 7: NDCG@10 × 100)")
+        sns.despine(ax=axis)
+        if handles:
+            _legend(strip, {k: handles[k] for k in sorted(handles, key=lambda k: k in VERDICTS)})
+    figure.alt = f"{title}. {'; '.join(said)}."
+    return figure
+
+
 # ---------------------------------------------------------------- the paper against ours
 
 
@@ -728,8 +786,9 @@ def save(source: Exhibits, exhibit: str, folder: str | Path) -> list[Path]:
 
 
 def save_claims(claims: pd.DataFrame, folder: str | Path) -> list[Path]:
-    """Write the judged findings into `folder` as ``claims.csv`` and ``claims.md``."""
-    return _write(folder, "claims", {"csv": _csv(claims.round(4)), "md": claims_table(claims)})
+    """Write the judged findings into `folder` as ``claims`` (CSV, Markdown, PNG, SVG)."""
+    files = {"csv": _csv(claims.round(4)), "md": claims_table(claims)}
+    return _write(folder, "claims", files | _pictures(draw_claims(claims)))
 
 
 def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Result rows and per-query values: write, read, select, compare.
+"""Result rows and per-query values: write, read, select, compare runs.
 
 A result row is one measurement: a model on a collection, searched by an engine, with its documents
 pooled in one way. What was not measured is NaN, never 0. A folder of results holds one Parquet file
@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from numpy.typing import ArrayLike
-from scipy.stats import bootstrap, t
+from scipy.stats import t
 
 from l2p_utils.files import UserError, atomic_path, from_root
 
@@ -295,35 +294,6 @@ def query_values(
     measured = _select(per_query, model=model, collection=collection, engine=engine, **pooling)
     chosen = searched(measured, renormalized)
     return chosen.set_index("query_id")["ndcg@10"].sort_index()
-
-
-def paired_bootstrap(
-    a: ArrayLike, b: ArrayLike, seed: int = 42, resamples: int = 10_000
-) -> tuple[float, float, float]:
-    """Mean of ``a - b`` over queries and its 95 % percentile interval: (difference, low, high).
-
-    `a` and `b`, (queries,), are values of the same queries in the same order, without NaN. Queries
-    are drawn with replacement, each with both its values. One query has no interval: NaN.
-
-    Source: Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13; for
-    retrieval: Sakai, SIGIR 2006.
-    """
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise UserError(
-            f"paired_bootstrap: expected two lists of the same queries, got shapes {a.shape} and "
-            f"{b.shape}. Compare settings that were measured on the same queries."
-        )
-    difference = a - b
-    if np.isnan(difference).any():
-        raise UserError("paired_bootstrap: NaN among the values; leave out what was not measured.")
-    if len(difference) == 1:
-        return float(difference[0]), np.nan, np.nan
-    rng = np.random.default_rng(seed)
-    options = {"n_resamples": resamples, "method": "percentile", "rng": rng}
-    found = bootstrap((difference,), np.mean, batch=1_000, **options)  # resamples in memory
-    interval = found.confidence_interval
-    return float(difference.mean()), float(interval.low), float(interval.high)
 
 
 # ---------------------------------------------------------------- a run against the reference

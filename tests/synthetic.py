@@ -112,3 +112,32 @@ def write_synthetic(folder, models=OFFLINE_MODELS, **options) -> None:
     for model in sorted(rows["model"].unique()):
         chosen = rows["model"] == model
         write_rows(folder, model, rows[chosen], per_query[per_query["model"] == model])
+
+
+def with_seeds_and_lengths(rows, per_query, seeds=(42, 43, 44), unit=0.05, trained=0.03):
+    """Rows of three seeds, raw and at unit length, also at PF 8–24 and of models trained so.
+
+    The seeds' baselines, and with them all models, lie .05 apart. Unit length adds `unit` to pooled
+    values, and `trained` more to models that were trained with pooling.
+    """
+
+    def copies(frame):
+        last = frame[frame["pool_factor"] == 6]
+        frame = pd.concat([frame, *(last.assign(pool_factor=factor) for factor in (8, 12, 16, 24))])
+        scaled = frame[frame["pool_factor"] > 1].assign(renormalized=True)
+        gain = unit + trained * scaled["model"].str.contains("pf1-6")
+        frame = pd.concat([frame, scaled.assign(**{"ndcg@10": scaled["ndcg@10"] + gain})])
+        same = frame[frame["model"].str.contains("pf1-6")]
+        return pd.concat([frame, same.assign(model=same["model"].str.replace("-s42", "-unit-s42"))])
+
+    def of_seed(frame, seed):
+        names = frame["model"].str.replace("s42", f"s{seed}")
+        if seed != seeds[0]:
+            names = names.replace("baseline", f"baseline-s{seed}")
+        shift = 0.05 * (seed - seeds[0])
+        return frame.assign(model=names, **{"ndcg@10": frame["ndcg@10"] + shift})
+
+    rows, per_query = copies(rows), copies(per_query)
+    rows["train_renormalized"] = rows["model"].str.contains("-unit-")
+    rows = pd.concat([of_seed(rows, seed).assign(seed=seed) for seed in seeds])
+    return rows, pd.concat([of_seed(per_query, seed) for seed in seeds])

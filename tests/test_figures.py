@@ -11,12 +11,21 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
-from synthetic import COLLECTIONS, OFFLINE_MODELS, PAPER, QUICK_MODELS, make_rows, write_synthetic
+from synthetic import (
+    COLLECTIONS,
+    OFFLINE_MODELS,
+    PAPER,
+    QUICK_MODELS,
+    make_rows,
+    with_seeds_and_lengths,
+    write_synthetic,
+)
 
 from l2p_utils import figures
-from l2p_utils.figures import COLOURS, PANELS, draw, table
+from l2p_utils.claims import check_claims
+from l2p_utils.figures import COLOURS, PANELS, draw, draw_claims, table
 from l2p_utils.files import UserError
-from l2p_utils.paper import FIGURES, TABLES, read_source, rows_source
+from l2p_utils.paper import FIGURES, TABLES, read_paper, read_source, rows_source
 from l2p_utils.results import read_per_query, validate_rows
 
 OFFLINE = PAPER.parent / "offline"
@@ -236,9 +245,9 @@ def test_the_command_redraws_every_folder_of_numbers(tmp_path, capsys):
     (data / "notes").mkdir()
     figures.main(["--data", str(data), "--out", str(out)])
     printed = capsys.readouterr().out
-    for name, count in (("paper", 18), ("quick", 18)):  # quick: no figure 4, but claims
+    for name, count in (("paper", 18), ("quick", 20)):  # quick: no figure 4, but claims
         assert len(list((out / name).iterdir())) == count and f"{name}: {count} files" in printed
-    assert set(pd.read_csv(out / "quick" / "claims.csv")["finding"]) == set(range(1, 8))
+    assert set(pd.read_csv(out / "quick" / "claims.csv")["finding"]) == set(range(1, 9))
     with Image.open(out / "paper" / "figure1.png") as image:
         assert min(image.info["dpi"]) >= 200 - 1 and image.width > 2000
     with pytest.raises(SystemExit, match="no folder"):
@@ -254,3 +263,21 @@ def test_drawing_needs_no_model_library():
     code = "import sys, l2p_utils.figures; print(sorted({'torch', 'pylate'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_forest_plot_tells_verdicts_raw_and_unit_length_apart():
+    rows = with_seeds_and_lengths(*make_rows(QUICK_MODELS, queries=12, plaid=False))
+    claims = check_claims(*rows, read_paper(PAPER))
+    figure = draw_claims(claims)
+    drawn = [line for line in figure.axes[0].lines if line.get_linestyle() == "None"]
+    judged = claims[["verdict", "renormalized_verdict"]].isin(
+        ["holds", "does not hold", "undecided"]
+    )
+    assert len(drawn) == judged.to_numpy().sum()
+    shapes = {(line.get_marker(), line.get_markerfacecolor() == "white") for line in drawn}
+    assert {("o", False), ("o", True)} <= shapes <= {("o", False), ("o", True), ("X", False)}
+    seven = claims.set_index("part").loc["7a"]  # NDCG is drawn × 100
+    assert any(line.get_xdata()[0] == pytest.approx(100 * seven["difference"]) for line in drawn)
+    assert "8a unit-length means: holds" in figure.alt and "8a raw" not in figure.alt
+    nothing = draw_claims(check_claims(None, None, read_paper(PAPER)))
+    assert not [line for line in nothing.axes[0].lines if line.get_linestyle() == "None"]

@@ -11,7 +11,6 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from synthetic import OFFLINE_MODELS, QUICK_MODELS, make_rows
 
-from l2p_utils import claims
 from l2p_utils.results import write_rows
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -48,7 +47,6 @@ def runs(tmp_path_factory):
 def outputs(monkeypatch, runs):
     """Run a notebook's code in this process: what each cell after the parameters shows."""
     monkeypatch.chdir(NOTEBOOKS.parent)
-    monkeypatch.setattr(claims.check_claims, "__defaults__", (None, 42, 200))  # few resamples
 
     def run(notebook, name):
         shell = InteractiveShell.instance()
@@ -89,7 +87,7 @@ def test_own_collections_are_shown_and_nothing_is_blank(outputs, name, notebook)
     text = "\n".join(shown)
     assert not re.search(r"\bnan\b|docs:scipy \(in", text, flags=re.IGNORECASE)
     if notebook == "08_claims":
-        assert "0 of 28 parts" in text and "other collections" in text
+        assert "0 of 34 parts" in text and "other collections" in text
     elif (name, notebook) != ("own", "07_beir_validation"):
         assert "my docs" in text
     silent = [place for place, output in enumerate(shown) if not output.strip()]
