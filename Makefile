@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PROFILE ?= quick
 CORES ?= 2
 GPUS ?= 1
+# a folder of result rows, as data/offline: models that it has are not made again
+HAVE ?=
 # MB that the jobs of `make run` share: all of this machine's, where the system tells
 MEM_MB ?= $(shell awk '/^MemTotal/ {print int($$2 / 1000)}' /proc/meminfo 2>/dev/null)
 VENV ?= .venv
@@ -16,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NOTEBOOKS := $(PY) -m l2p_utils.notebooks
 SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) \
 	--resources gpu=$(GPUS) $(addprefix mem_mb=,$(MEM_MB)) \
-	--config "profile=$(PROFILE)" --rerun-incomplete --nolock --scheduler greedy --quiet all
+	--config "profile=$(PROFILE)" $(if $(HAVE),"have=$(HAVE)") --rerun-incomplete --nolock --scheduler greedy --quiet all
 
 .PHONY: help run plan fetch test lab figures notebooks bench verify clean setup
 .DEFAULT_GOAL := help
@@ -31,7 +33,7 @@ run: setup  ## run a profile, or resume it: PROFILE=quick (default), offline, sm
 		$(NOTEBOOKS) report "$(PROFILE)" && exit $$status
 
 plan: setup  ## check a profile and its data, and show the jobs of `make run`
-	@$(NOTEBOOKS) plan "$(PROFILE)"
+	@$(NOTEBOOKS) plan "$(PROFILE)" $(if $(HAVE),--have "$(HAVE)")
 
 fetch: setup  ## bring here what a profile needs from the hub (`make run` does it first)
 	@env -u HF_HUB_OFFLINE $(PY) -m l2p_utils.hub "$(PROFILE)"

@@ -311,18 +311,22 @@ def check_data(profile: Profile) -> None:
         raise UserError(f"The data of {profile.name} were refused, nothing was run:\n  {listed}")
 
 
-def plan(profile: Profile, name: str) -> str:
-    """Jobs per stage of the profile (`name` as the user gave it): all, still to do, how long."""
+def plan(profile: Profile, name: str, have: str = "") -> str:
+    """Jobs per stage of the profile (`name` as the user gave it): all, still to do, how long.
+
+    Models whose rows are in the folder `have` need not be made; the others are named.
+    """
     jobs = {
         "fetch": int(profile.needs_hub),
         "mine": len(profile.training_collections),
-        "baseline": 1,
+        "baseline": len(profile.baselines),
         "train": len(profile.runs),
         "evaluate": len(profile.evaluated_names),
         "read": len(READING),
         "token_pooling": 1,
     }
     command = ["-m", "snakemake", "-n", "--cores", "1", "--nolock", "--config", f"profile={name}"]
+    command += [f"have={have}"] if have else []
     shown = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     if shown.returncode:
         raise UserError(shown.stdout + shown.stderr)
@@ -339,6 +343,10 @@ def plan(profile: Profile, name: str) -> str:
             lines.append(row(stage, count, count - todo, todo, about))
     if total:
         lines.append(f"In all {duration(total)}, one job at a time.")
+    if have:
+        stored = {path.stem for path in Path(have, "rows").glob("*.parquet")}
+        lacking = [model for model in profile.evaluated_names if model not in stored]
+        lines.append(f"Not in {have}: {', '.join(lacking) or 'none'}.")
     return "\n".join(lines)
 
 
@@ -501,7 +509,9 @@ def main(arguments: list[str] | None = None) -> int:
         "plan": "check it and show its jobs",
         "report": "show what its run made",
     }.items():
-        commands.add_parser(name, help=text).add_argument("profile")
+        command = commands.add_parser(name, help=text)
+        command.add_argument("profile")
+        command.add_argument("--have", default="", help="rows that need not be made again")
     commands.add_parser("refresh", help="store outputs again").add_argument("names", nargs="*")
     options = parser.parse_args(arguments)
     try:
@@ -515,7 +525,7 @@ def main(arguments: list[str] | None = None) -> int:
             profile = load_profile(options.profile)
             check_data(profile)
             if options.command == "plan":
-                print(plan(profile, options.profile))
+                print(plan(profile, options.profile, options.have))
     except (UserError, NotebookError) as error:
         print(error, file=sys.stderr, flush=True)
         return 1

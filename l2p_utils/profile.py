@@ -270,6 +270,7 @@ class Adaptation(FitSettings):
 
     collection: str = "docs:mixed"  # no run may train on it
     batch_size: Count = 32
+    learning_rate: float = Field(1e-4, gt=0)
     temperature: float = Field(0.2, gt=0)  # MaxSim is divided by it before the softmax
 
 

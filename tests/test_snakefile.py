@@ -87,6 +87,7 @@ def command(folder, *arguments, profile=None):
         "--config",
         f"profile={profile or folder / 'my small.yaml'}",
         f"folder={folder / 'run'}",
+        *(f"have={have}" for have in [folder / "have"] if have.exists()),
     ]
     if profile is None:
         config += [f"notebooks={folder / 'notebooks'}"]
@@ -141,8 +142,8 @@ def offline(tmp_path_factory):
 def test_the_offline_plan_is_the_papers_grid(offline):
     stages = Counter(job.split("--")[0] for job in offline)
     models = len(load_profile("offline").model_names)
-    assert models == 15
-    assert stages["01_data_mining"] == 2  # the baseline's job mines its own collection
+    assert models == 5 + 2 * (5 * 3 + 3 * 3) + 2 * 2 + 2  # baselines, PF1 and PF1-6, one factor
+    assert stages["01_data_mining"] == 2
     assert stages["02_training"] == stages["03_evaluation"] == models
     assert {"00_token_pooling", *READING} <= stages.keys()
     assert len(offline) == 2 + 2 * models + 6
@@ -176,8 +177,12 @@ def test_each_job_gets_its_parameters(offline):
         "collection": "docs:torch",
         "pool_method": "kmeans",
         "pool_factors": "1-6",
+        "renormalize": "False",
         "seed": "42",
     }
+    unit = offline["02_training--docs-scipy-span-pf1-6-unit-s43"][1]
+    assert (unit["renormalize"], unit["seed"]) == ("True", "43")
+    assert offline["02_training--baseline-s43"][1]["seed"] == "43"
     assert offline["03_evaluation--docs-scipy-pf1-s42"][1]["model"] == "docs-scipy-pf1-s42"
     read = offline["08_claims"][1]
     assert Path(read["source"]).parts[-2:] == ("run", "results")
@@ -191,7 +196,7 @@ def test_what_is_read_waits_for_every_models_rows(tmp_path):
     models = load_profile("quick").evaluated_names
     assert len(inputs) == len(READING) and models[0] == "baseline"
     for line in inputs:
-        named = [Path(name).stem for name in line.split(", ") if name.endswith(".csv")]
+        named = [Path(name).stem for name in line.split(", ") if name.endswith(".parquet")]
         assert named == models
 
 
@@ -222,7 +227,7 @@ def test_only_what_is_missing_or_changed_runs_again(project):
     for name in ("mined/docs-scipy", "models/baseline", f"models/{TRAINED}"):
         make_file(run / name / "provenance.json")
     for name in ("baseline", TRAINED):
-        make_file(run / "results" / f"{name}.csv")
+        make_file(run / "results" / "rows" / f"{name}.parquet")
     for name in everything:
         for suffix in (".ipynb", ".html"):
             make_file(run / "notebooks" / f"{name}{suffix}")
@@ -233,6 +238,16 @@ def test_only_what_is_missing_or_changed_runs_again(project):
     before = everything_in(run / "notebooks")
     assert set(plan(project)) == after_training
     assert everything_in(run / "notebooks") == before
+
+
+def test_models_whose_rows_there_are_are_not_made_again(project):
+    make_file(project / "have" / "rows" / "baseline.parquet")
+    everything = {"00_token_pooling", "01_data_mining--docs-scipy", f"02_training--{TRAINED}"}
+    # the baseline's training is what the other's starts from; nothing is read from a part of rows
+    everything |= {f"03_evaluation--{TRAINED}", "02_training--baseline"}
+    assert set(plan(project)) == everything
+    make_file(project / "have" / "rows" / f"{TRAINED}.parquet")
+    assert set(plan(project)) == {"00_token_pooling", "01_data_mining--docs-scipy"}
 
 
 def test_what_a_job_made_is_kept_when_it_runs_again_and_made_again_when_deleted(project):
