@@ -161,6 +161,40 @@ def read_paper(folder: str | Path) -> pd.DataFrame:
     return paper[PAPER_COLUMNS]
 
 
+# ---------------------------------------------------------------- the author's result rows
+
+METRICS = ["ndcg@10", "mrr@10", "map@100", "recall@10"]
+RUN_COLUMNS = [
+    "run", *TRAINING, "version", "engine", "dataset", "pool_method", "pool_factor",
+    *METRICS, "recall@100", "query_length", "document_length", "sweep",
+]  # fmt: skip
+_RUN_FILES = {"exact": "nanobeir_runs.csv", "plaid": "beir_runs.csv"}
+_RUN_NAMES = {
+    "train_collection": "trained_on", "seed_or_version": "version", "collection": "dataset",
+    "query_length_in_filename": "query_length", "document_length_in_filename": "document_length",
+}  # fmt: skip
+
+
+def read_runs(folder: str | Path) -> pd.DataFrame:
+    """Read the result rows that the paper's author published (``data/paper/runs``).
+
+    One row per run, engine, data set (a key of `ROLES`), pool method and factor, columns
+    `RUN_COLUMNS`. Metrics are 0–1. ``version`` is 2 for the second run of a training, else 1;
+    training is "" for the baseline; lengths that are not known are missing, as is ``recall@100``
+    under exact search. Unpooled rows stand once under each pool method.
+    """
+    frames = []
+    for engine, name in _RUN_FILES.items():
+        file = Path(folder) / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing: the author's rows. `git restore data/paper`.")
+        frames.append(pd.read_csv(file).assign(engine=engine))
+    runs = pd.concat(frames, ignore_index=True).rename(columns=_RUN_NAMES)
+    lengths = runs[["query_length", "document_length"]].astype("Int64")
+    training, version = runs[TRAINING].fillna(""), runs["version"].fillna(1).astype(int)
+    return runs.assign(**training, version=version, **lengths)[RUN_COLUMNS]
+
+
 # ---------------------------------------------------------------- figures and tables
 
 AVERAGE = {"Average": ("Average of the five", "Average")}
