@@ -215,7 +215,9 @@ def test_the_variant_that_most_models_have_is_the_default(stored):
 
 def test_models_are_found_by_their_training(stored):
     rows = stored[0]
-    released = rows[rows["model"] == "baseline"].assign(model="baseline-d180", train_method="none")
+    released = rows[rows["model"] == "baseline"].assign(
+        model="baseline-d180-q32", train_method="none"
+    )
     rows = pd.concat([rows, released])
     assert results.find_models(rows, "docs:scipy", "kmeans", "1-6") == [KMEANS]
     assert results.find_models(rows, "docs:scipy", "none", "1") == ["docs-scipy-pf1-s42"]
