@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from l2p_utils.files import UserError
-from l2p_utils.paper import NOT_RUN, ROLES, TRAINED, Roles, roles_of
+from l2p_utils.paper import METRICS, NOT_RUN, ROLES, TRAINED, Roles, roles_of
 from l2p_utils.results import POOL_FACTORS, VARIANTS, default_variant, find_models
 from l2p_utils.statistics import Interval, above, detectable, equivalent, holm, interval
 
@@ -554,3 +554,173 @@ def _interval(part) -> str:
     numbers = [f"{x:+.{digits}f}" for x in (part.difference, part.low, part.high)]
     middle, low, high = (n.replace("-", "−").replace("+nan", "–") for n in numbers)
     return middle if low == "–" else f"{middle} [{low}, {high}]"
+
+
+# ---------------------------------------------------------------- the author's rows
+
+AUTHOR_COLUMNS = ["author", "author_difference", "author_error", "author_verdict"]
+AUTHOR_NOTE = (
+    "A case is one collection and one training run of the author's; by sign, a part holds in so "
+    "many. Models trained on the data set that a statement names (on either, where it names none) "
+    "count on all five collections; in brackets are the cases on their own. The difference is the "
+    "mean over cases, of the weakest comparison; ± is two standard errors of training noise, from "
+    "the three models that he trained twice. *Holds* and *does not hold*: beyond that noise. The "
+    "baseline is one run: what concerns it alone has no ± and is judged by sign. On NanoBEIR it "
+    "probably read 180 word pieces and the trained models 300, which flatters them. Without values "
+    "per query, whether other queries would agree is not part of it."
+)
+
+
+class AuthorCells:
+    """The author's result rows (`paper.read_runs`) as cells, of one metric and engine.
+
+    A model that was trained twice has two values a cell, in the order of its versions.
+    """
+
+    def __init__(self, runs: pd.DataFrame, metric: str = "ndcg@10", engine: str = "exact"):
+        rows = runs[runs["engine"] == engine]
+        # A few models were evaluated unpooled under each pool method, with small differences.
+        alone = rows[rows["pool_factor"] == 1].assign(pool_method="none")
+        keys = [*Cell._fields[:6], "version"]
+        means = pd.concat([rows, alone]).groupby(keys)[metric].mean()
+        self._values: dict[Cell, list[float]] = {}
+        for (*key, _), value in means.items():
+            self._values.setdefault(Cell(*key), []).append(value)
+        self._twice = sorted({cell[:4] for cell, v in self._values.items() if len(v) > 1})
+
+    def versions(self, terms: Side) -> range:
+        """Versions of training that tell `terms` apart: 0, or 0 and 1; empty if a cell lacks."""
+        cells = [*(cell for _, cell in terms), *(unpooled(cell.dataset) for _, cell in terms)]
+        counts = [len(self._values.get(cell, ())) for cell in cells]
+        return range(max(counts) if all(counts) else 0)
+
+    def scaled(self, terms: Side, unit: str) -> Side:
+        """`terms` in percent of the unpooled baseline where `unit` is "points"."""
+        if unit == "ndcg":
+            return terms
+        return [(100 * w / self._values[unpooled(c.dataset)][0], c) for w, c in terms]
+
+    def total(self, terms: Side, version: int) -> float:
+        """The weighted sum; of a model that was trained once, its only run."""
+        return sum(w * self._values[cell][self._run(cell, version)] for w, cell in terms)
+
+    def _run(self, cell: Cell, version: int) -> int:
+        return min(version, len(self._values[cell]) - 1)
+
+    def error(self, cases: list[tuple[Side, int]]) -> float:
+        """Standard error, from training noise, of the mean over `cases` (terms, version).
+
+        A run's share is its weighted sum on one collection, over all cases, for they may have the
+        run in common. Its variance is that of the same sum between the two runs of SciFact PF1-6
+        models, mean over the three such models and all collections (in NDCG@10, their noise is
+        much alike): they stand for what was trained once, too. Shares of different runs and
+        collections count as independent; the baseline has none. NaN where nothing was run twice.
+        """
+        shares: dict[tuple, Side] = {}
+        for terms, version in cases:
+            for weight, cell in terms:
+                if cell.trained_on:
+                    share = cell[:4], self._run(cell, version)
+                    shares.setdefault(share, []).append((weight / len(cases), cell))
+        return float(np.sqrt(sum(map(self._variance, shares.values()))))
+
+    def _variance(self, terms: Side) -> float:
+        gaps = []
+        for dataset, *training in self._twice:
+            twins = [(w, Cell(dataset, *training, *cell[4:])) for w, cell in terms]
+            if all(len(self._values.get(cell, ())) == 2 for _, cell in twins):
+                gaps.append(self.total(twins, 0) - self.total(twins, 1))
+        return float(np.mean(np.square(gaps)) / 2) if gaps else np.nan
+
+
+def _on_all(part: Part) -> list[tuple[bool, list[Comparison]]]:
+    """A part's comparisons on every collection, and whether each is as the part states it.
+
+    Models that a part measures on the collection that they were trained on are moved to the others.
+    """
+    if part.together:
+        return [(True, part.build(part.datasets))]
+    stated = [part.build((dataset,)) for dataset in part.datasets]
+    cells = [cell for built in stated for _, *sides in built for _, cell in sum(sides, [])]
+    if {cell.trained_on == cell.dataset for cell in cells if cell.trained_on} != {True}:
+        return [(True, built) for built in stated]
+    sources = [d for d in TRAINED if f"{{{d}}}" in part.statement] or TRAINED
+    pairs = [(source, dataset) for source in sources for dataset in ROLES]
+    return [(s == d, _move(part.build((s,)), d)) for s, d in pairs]
+
+
+def _move(comparisons: list[Comparison], dataset: str) -> list[Comparison]:
+    def moved(side: Side) -> Side:
+        return [(weight, cell._replace(dataset=dataset)) for weight, cell in side]
+
+    return [(label, moved(first), moved(second)) for label, first, second in comparisons]
+
+
+def judge_author(
+    part: Part, runs: pd.DataFrame, metric: str = "ndcg@10", engine: str = "exact"
+) -> dict[str, object]:
+    """How a part comes out on the author's result rows (`paper.read_runs`), see `AUTHOR_NOTE`.
+
+    Columns `AUTHOR_COLUMNS`: ``author_difference``, of the weakest comparison, and
+    ``author_error``, one standard error, are in the part's unit, of `metric` in place of NDCG@10;
+    in ``author``, as in `judge_paper`, {SciFact} stands for a data set.
+    """
+    cells = AuthorCells(runs, metric, engine)
+    cases: list[tuple[bool, bool]] = []  # as stated, holds
+    groups: dict[str, list[tuple[Side, int]]] = {}  # by comparison
+    for stated, comparisons in _on_all(part):
+        signed = {label: a + [(-w, c) for w, c in b] for label, a, b in comparisons}
+        for version in cells.versions(sum(signed.values(), [])):
+            terms = {label: cells.scaled(t, part.unit) for label, t in signed.items()}
+            least = min(cells.total(t, version) for t in terms.values())
+            cases.append((stated, bool(least >= -part.margin - 1e-9)))
+            for label, t in terms.items():
+                groups.setdefault(label, []).append((t, version))
+    if not cases:
+        return dict(zip(AUTHOR_COLUMNS, ["", np.nan, np.nan, NOT_RUN], strict=True))
+    means = np.array([np.mean([cells.total(*case) for case in group]) for group in groups.values()])
+    errors = np.array([cells.error(group) for group in groups.values()])
+    low, high = means - 2 * errors + part.margin, means + 2 * errors + part.margin
+    verdict = FAILS if (high < -1e-9).any() else UNDECIDED
+    verdict = HOLDS if (low > -1e-9).all() else verdict
+    worst = int(high.argmin() if verdict == FAILS else low.argmin())
+    text = _author_text(cases, [*groups][worst], means[worst], errors[worst], part.unit)
+    values = [text, float(means[worst]), float(errors[worst]), verdict]
+    return dict(zip(AUTHOR_COLUMNS, values, strict=True))
+
+
+def _author_text(
+    cases: list[tuple[bool, bool]], label: str, mean: float, error: float, unit: str
+) -> str:
+    text = f"{sum(holds for _, holds in cases)} of {len(cases)} hold"
+    own = [holds for stated, holds in cases if stated]
+    if 0 < len(own) < len(cases):
+        text += f" ({sum(own)} of {len(own)})"
+    digits = 3 if unit == "ndcg" else 1
+    number = f"{mean:+z.{digits}f}".replace("-", "−")
+    number += "" if error == 0 else f" ± {2 * error:.{digits}f}".replace("nan", "?")
+    return f"{text}; {label + ': ' if label else ''}{number}"
+
+
+def author_claims(runs: pd.DataFrame, engine: str = "exact") -> pd.DataFrame:
+    """All parts on the author's rows: a row per part and metric, ``part``, ``statement``,
+    ``metric``, `AUTHOR_COLUMNS`.
+    """
+    names = {dataset: dataset for dataset in ROLES}
+    lines = []
+    for part in PARTS:
+        for metric in METRICS:
+            found = judge_author(part, runs, metric, engine)
+            found["author"] = found["author"].format_map(names)
+            key = {"part": part.name, "statement": part.statement.format_map(names)}
+            lines.append(key | {"metric": metric} | found)
+    return pd.DataFrame(lines)
+
+
+def author_table(found: pd.DataFrame, note: bool = True) -> str:
+    """`author_claims` as a Markdown table with a column per metric; verdicts in italics."""
+    cell = found["author"].where(found["author"] != "", "–") + ", *" + found["author_verdict"] + "*"
+    index = ["part", "statement"]
+    wide = found.assign(cell=cell).pivot(index=index, columns="metric", values="cell")[METRICS]
+    text = wide.reset_index().to_markdown(index=False)
+    return text + (f"\n\n{AUTHOR_NOTE}\n" if note else "\n")

@@ -44,7 +44,6 @@ from l2p_utils.profile import (
     HUB,
     Profile,
     factors_name,
-    length_name,
     pinned,
     plain_name,
     released_name,
@@ -228,7 +227,7 @@ def evaluate_collection(
 def describe_model(profile: Profile, name: str) -> dict[str, Any]:
     """The columns of a result row that say which model it is about.
 
-    A released model's training is read from its name. The baseline at another document length has
+    A released model's training is read from its name. The baseline at other lengths has
     the training method "none", which tells it from the baseline itself.
     """
     seed, renormalized = profile.baselines.get(name, profile.seed), False
@@ -251,16 +250,16 @@ def describe_model(profile: Profile, name: str) -> dict[str, Any]:
 def load_evaluated(profile: Profile, name: str) -> PooledColBERT:
     """Load a model that the profile evaluates.
 
-    A trained one comes from its folder. A baseline from the hub, at any document length, and a
-    released model come from their snapshot, with the profile's lengths; a checkpoint that is not
+    A trained one comes from its folder. A baseline from the hub, at any lengths, and a released
+    model come from their snapshot, with the profile's lengths; a checkpoint that is not
     what the profile expects is refused.
     """
     source, folder = _weights(profile, name)
     if not source:
         return load_model(folder)
     settings = profile.model
-    others = {length_name(length): length for length in settings.other_document_lengths}
-    lengths = settings.query_length, others.get(name, settings.document_length)
+    cut = settings.baselines.get(name, settings)
+    lengths = cut.query_length, cut.document_length
     return load_checkpoint(folder, source, settings.model_dump(include=EXPECTED), *lengths)
 
 
@@ -364,7 +363,8 @@ def _run_tasks(
     limits = profile.evaluation
     source = tasks[0].collection
     whole = subset(load_collection(source), limits.max_queries, limits.max_documents)
-    if not profile.model.bundled:  # the bundled model was trained at one length
+    # The bundled model was trained at one length; a baseline at other lengths has its own.
+    if not profile.model.bundled and name not in profile.model.baselines:
         model.query_length = profile.model.query_length_on(source)
     precision = limits.precision or profile.precision
     encoded = None

@@ -59,11 +59,6 @@ def pinned(source: str) -> tuple[str, str | None]:
     return (found[1], found[2]) if found and not Path(source).exists() else (source, None)
 
 
-def length_name(document_length: int) -> str:
-    """The name of the baseline with its documents cut at another length."""
-    return f"{BASELINE}-d{document_length}"
-
-
 def released_name(repository: str) -> str:
     """A released model's name in the rows: `owner/Some-Model@v1` → `released-some-model`."""
     return f"released-{slug(pinned(repository)[0].rstrip('/').rsplit('/', 1)[-1])}"
@@ -168,6 +163,18 @@ class _Settings(BaseModel):
         return []
 
 
+class Lengths(_Settings):
+    """Where documents and queries are cut."""
+
+    document_length: DocumentLength
+    query_length: QueryLength
+
+    @property
+    def baseline_name(self) -> str:
+        """The name of the baseline at these lengths: `baseline-d180-q32`."""
+        return f"{BASELINE}-d{self.document_length}-q{self.query_length}"
+
+
 class ModelSettings(_Settings):
     """The encoder that all runs start from. What is null may be anything, else it must be that."""
 
@@ -176,7 +183,7 @@ class ModelSettings(_Settings):
     query_length: QueryLength = 32  # queries are cut here
     document_length: DocumentLength = 128  # documents are cut here
     query_lengths: dict[str, QueryLength] = {}  # what differs, by collection
-    other_document_lengths: list[DocumentLength] = []  # a hub baseline is measured at these too
+    other_lengths: list[Lengths] = []  # a hub baseline is measured at these too
     dim: Count | None = None  # output dimension
     query_prefix: str | None = None
     document_prefix: str | None = None
@@ -190,6 +197,11 @@ class ModelSettings(_Settings):
     def bundled(self) -> bool:
         """Whether the base is the bundled encoder, which needs an adaptation."""
         return self.base == "bundled"
+
+    @property
+    def baselines(self) -> dict[str, Lengths]:
+        """The baselines at other lengths, by name."""
+        return {lengths.baseline_name: lengths for lengths in self.other_lengths}
 
     def query_length_on(self, collection: str) -> int:
         """Length of the queries of `collection`, whichever revision of it."""
@@ -374,7 +386,7 @@ class Profile(_Settings):
         if self.model.bundled != (self.adaptation is not None):
             yield f"adaptation: `{{}}` with the bundled model, else null; {base}"
         if self.model.bundled and self.prepared_names:
-            yield f"other_document_lengths, released_models belong to a base from the hub; {base}"
+            yield f"other_lengths, released_models belong to a base from the hub; {base}"
         lacking = sorted({*self.training_collections} - {*self.released_rows})
         if self.training_data == "released" and lacking:
             yield f"training_data: no released_rows of {', '.join(lacking)}"
@@ -434,8 +446,7 @@ class Profile(_Settings):
     def prepared_names(self) -> list[str]:
         """Models that come from the hub as they are: baseline, its other lengths, released ones."""
         base = [] if self.model.bundled else [BASELINE]
-        lengths = map(length_name, self.model.other_document_lengths)
-        return [*base, *lengths, *map(released_name, self.released_models)]
+        return [*base, *self.model.baselines, *map(released_name, self.released_models)]
 
     @property
     def evaluated_names(self) -> list[str]:

@@ -393,10 +393,11 @@ def test_a_trained_model_comes_from_its_folder_or_is_refused(profile, encoded, b
 
 @pytest.fixture
 def hub_profile(root):
-    """A base from a folder, at a second document length, and a released model."""
+    """A base from a folder, at other lengths too, and a released model."""
     base = tiny_colbert(root / "base", TOPICS)
     released = shutil.copytree(base, root / "Their-SciFact-KMeans-PF1-6")
-    lengths = {"query_length": 10, "document_length": 20, "other_document_lengths": [12]}
+    lengths = {"query_length": 10, "document_length": 20}
+    lengths["other_lengths"] = [{"document_length": 12, "query_length": 8}]
     return tiny_profile(
         [root / "one"],
         model={"base": str(base), **lengths, "query_lengths": {str(root / "one"): 6}},
@@ -407,13 +408,21 @@ def hub_profile(root):
 
 
 def test_hub_models_are_measured_from_their_source_at_the_profiles_lengths(hub_profile):
-    names = {"baseline": 20, "baseline-d12": 12, "released-their-scifact-kmeans-pf1-6": 20}
+    names = {
+        "baseline": (10, 20),
+        "baseline-d12-q8": (8, 12),
+        "released-their-scifact-kmeans-pf1-6": (10, 20),
+    }
     assert hub_profile.evaluated_names == list(names)
-    for name, length in names.items():
+    for name, lengths in names.items():
         model = evaluation.load_evaluated(hub_profile, name)
-        assert (model.query_length, model.document_length) == (10, length)
-    rows = evaluate_model(hub_profile, name, model, progress=False)
-    assert set(rows["query_length"]) == {6} and set(rows["document_length"]) == {20}
+        assert (model.query_length, model.document_length) == lengths
+    # The collection has a query length of its own; other lengths hold on every collection.
+    for other, lengths in (("baseline-d12-q8", (8, 12)), (name, (6, 20))):
+        model = evaluation.load_evaluated(hub_profile, other)
+        rows = evaluate_model(hub_profile, other, model, progress=False)
+        columns = rows[["query_length", "document_length"]].drop_duplicates()
+        assert list(columns.itertuples(index=False, name=None)) == [lengths]
     assert not (hub_profile.folder / "models" / name).exists()
     wrong = hub_profile.model.model_copy(update={"dim": 64})
     with pytest.raises(UserError, match="dim"):
@@ -423,7 +432,7 @@ def test_hub_models_are_measured_from_their_source_at_the_profiles_lengths(hub_p
 def test_a_released_model_is_described_by_its_name(hub_profile, profile):
     described = {
         "baseline": ["", "", ""],
-        "baseline-d12": ["", "none", ""],
+        "baseline-d12-q8": ["", "none", ""],
         "released-their-scifact-kmeans-pf1-6": ["released:scifact", "kmeans", "1-6"],
     }
     for name, training in described.items():

@@ -190,9 +190,11 @@ def test_the_rows_are_the_profiles_grid(mini):
 
 def test_lengths_are_the_profiles(mini):
     lengths = mini.rows.groupby("model")["document_length"].unique().map(list).to_dict()
-    assert lengths.pop("baseline-d12") == [12]
+    assert lengths.pop("baseline-d12-q8") == [12]
     assert list(lengths.values()) == [[24]] * 4
-    queries = mini.rows.groupby("collection")["query_length"].unique().map(list).to_dict()
+    other = mini.rows["model"] == "baseline-d12-q8"
+    assert set(mini.rows.loc[other, "query_length"]) == {8}
+    queries = mini.rows[~other].groupby("collection")["query_length"].unique().map(list).to_dict()
     assert queries == {name: [8 if name == "beir:fiqa" else 12] for name in [*NANO, *BEIR]}
 
 
@@ -271,9 +273,11 @@ def test_with_the_network_gone_all_is_made_again_from_what_was_fetched(hub, mini
     """Last of all: it stops the hub and puts the run aside."""
     hub.shutdown()
     hub.server_close()
-    before = mini.rows[mini.rows["model"] == "baseline-d12"].reset_index(drop=True)
+    before = mini.rows[mini.rows["model"] == "baseline-d12-q8"].reset_index(drop=True)
     mini.run.rename(mini.folder / "first_run")
-    target = mini.run.relative_to(mini.folder) / "notebooks" / "03_evaluation--baseline-d12.ipynb"
+    target = (
+        mini.run.relative_to(mini.folder) / "notebooks" / "03_evaluation--baseline-d12-q8.ipynb"
+    )
     done = snakemake(mini, hub.address, str(target))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     again = results.read_rows(mini.run / "results").reset_index(drop=True)

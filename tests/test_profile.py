@@ -124,7 +124,10 @@ def test_wrong_type_or_impossible_value_is_refused_with_its_key(write, key, valu
         ({"plaid.0.model": "basline"}, "plaid: model 'basline' is none of"),
         ({"plaid": [QUICK["plaid"][0]] * 2}, "listed twice: plaid: baseline"),
         ({"runs.0.collection": "docs:mixed"}, "kept for the adaptation"),
-        ({"model.other_document_lengths": [64]}, "belong to a base from the hub"),
+        (
+            {"model.other_lengths": [{"document_length": 64, "query_length": 32}]},
+            "belong to a base from the hub",
+        ),
         ({"released_models": ["owner/name"]}, "belong to a base from the hub"),
         ({"adaptation": None}, "adaptation: `{}` with the bundled model"),
         ({"model.base": "owner/name"}, "adaptation: .*else null; model.base is 'owner/name'"),

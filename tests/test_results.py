@@ -251,7 +251,9 @@ def test_models_are_found_by_their_training(stored):
     assert results.find_models(several, "docs:scipy", "kmeans", "1-6") == [KMEANS, "b"]
     assert results.find_models(several, "docs:scipy", "kmeans", "1-6", True) == ["unit"]
     assert results.find_models(several, "", "", "") == ["baseline", "a"]
-    released = rows[rows["model"] == "baseline"].assign(model="baseline-d180", train_method="none")
+    released = rows[rows["model"] == "baseline"].assign(
+        model="baseline-d180-q32", train_method="none"
+    )
     rows = pd.concat([rows, released])
     assert results.find_models(rows, "docs:scipy", "kmeans", "1-6") == [KMEANS]
     assert results.find_models(rows, "docs:scipy", "none", "1") == ["docs-scipy-pf1-s42"]
