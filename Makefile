@@ -3,8 +3,9 @@ SHELL := /bin/bash
 PROFILE ?= quick
 CORES ?= 2
 GPUS ?= 1
-# a folder of result rows, as data/offline: models that it has are not made again
+# Part of the models: not those whose rows are in the folder HAVE; those that fit a pattern in ONLY
 HAVE ?=
+ONLY ?=
 # MB that the jobs of `make run` share: all of this machine's, where the system tells
 MEM_MB ?= $(shell awk '/^MemTotal/ {print int($$2 / 1000)}' /proc/meminfo 2>/dev/null)
 VENV ?= .venv
@@ -18,9 +19,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NOTEBOOKS := $(PY) -m l2p_utils.notebooks
 SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) \
 	--resources gpu=$(GPUS) $(addprefix mem_mb=,$(MEM_MB)) \
-	--config "profile=$(PROFILE)" $(if $(HAVE),"have=$(HAVE)") --rerun-incomplete --nolock --scheduler greedy --quiet all
+	--config "profile=$(PROFILE)" $(if $(HAVE),"have=$(HAVE)") $(if $(ONLY),"only=$(ONLY)") --rerun-incomplete --nolock --scheduler greedy --quiet all
 
-.PHONY: help run plan fetch test lab figures notebooks bench verify clean setup
+.PHONY: help run plan fetch test lab figures notebooks bench clean setup
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -55,9 +56,6 @@ notebooks: setup  ## execute the stored notebooks again from data/; copy 01-03 f
 
 bench: setup  ## measure beside the libraries that people use: executes 10_speed
 	@$(NOTEBOOKS) run notebooks/10_speed.ipynb runs/bench/10_speed.ipynb --parameters measure=True $(BENCH)
-
-verify: run  ## run quick, and say whether its rows are within the spread of the reference's seeds
-	@$(PY) -m l2p_utils.results "runs/$(PROFILE)/results"
 
 clean:  ## remove runs/ (and say how much it was); .venv stays
 	@if [ -d runs ]; then du -sh runs | sed 's/\t.*/ in runs\/ removed/'; rm -rf runs; \

@@ -10,6 +10,7 @@
 import os
 import shlex
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -36,9 +37,14 @@ RESULT = f"{FOLDER}/results/rows/{{}}.parquet".format
 
 ADAPTATION = PROFILE.adaptation
 MINED = {slug(name): name for name in PROFILE.training_collections}
-# `--config have=FOLDER`: models whose rows are there need not be made again
-HAVE = Path(config.get("have") or ".") / "rows"
-EVALUATED = [n for n in PROFILE.evaluated_names if not (HAVE / f"{n}.parquet").exists()]
+# A part of the models: `have=FOLDER`, not those whose rows are there; `only="*-s43 baseline"`, those
+# that fit a pattern.
+PART = {"have", "only"} & config.keys()
+HAVE, ONLY = Path(config.get("have", ".")) / "rows", str(config.get("only", "*")).split()
+EVALUATED = [
+    name for name in PROFILE.evaluated_names
+    if not (HAVE / f"{name}.parquet").exists() and any(fnmatchcase(name, some) for some in ONLY)
+]
 RUNS = {PROFILE.run_name(run): run for run in PROFILE.runs}
 BASELINES = PROFILE.baselines  # with their seeds; one without adaptation
 STARTS = {name: PROFILE.baseline_name(PROFILE.seed_of(run)) for name, run in RUNS.items()}
@@ -102,7 +108,7 @@ rule all:
         [[ROWS(name), f"{DONE}/01_data_mining--{name}.ipynb"] for name in MINED],
         [[MODEL(n), f"{DONE}/02_training--{n}.ipynb"] for n in TRAINED if n in EVALUATED],
         [[RESULT(n), f"{DONE}/03_evaluation--{n}.ipynb"] for n in EVALUATED],
-        [] if "have" in config else expand(f"{DONE}/{{reading}}.ipynb", reading=READING),
+        [] if PART else expand(f"{DONE}/{{reading}}.ipynb", reading=READING),
         f"{DONE}/00_token_pooling.ipynb",
 
 rule fetch:

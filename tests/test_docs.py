@@ -21,7 +21,7 @@ def test_every_split_is_the_one_that_rows_were_measured_on(name):
 
 
 def test_an_unknown_collection_or_split_is_refused_with_those_that_exist():
-    with pytest.raises(UserError, match="Known are: docs:numpy, .*docs:transformers"):
+    with pytest.raises(UserError, match="Known are: docs:mixed, docs:numpy, .*docs:transformers"):
         load_collection("docs:keras")
     with pytest.raises(UserError, match="It has: dev, test, train"):
         load_collection("docs:scipy", "validation")

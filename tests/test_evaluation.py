@@ -225,6 +225,7 @@ def tiny_content(collections, **changes):
         "collections": [str(collection) for collection in collections],
         "pool_methods": ["span"],
         "pool_factors": [1, 2],
+        "means": ["raw"],
     }
     return {**content, "name": "tiny", "plaid": [], **changes}
 
@@ -437,9 +438,9 @@ def test_a_released_model_is_described_by_its_name(hub_profile, profile):
     }
     for name, training in described.items():
         found = evaluation.describe_model(hub_profile, name)
-        assert list(found.values()) == [name, *training, 42]
+        assert list(found.values()) == [name, *training, False, 42]
     trained = evaluation.describe_model(profile, "docs-scipy-pf1-s42")
-    assert list(trained.values()) == ["docs-scipy-pf1-s42", "docs:scipy", "none", "1", 42]
+    assert list(trained.values()) == ["docs-scipy-pf1-s42", "docs:scipy", "none", "1", False, 42]
 
 
 # --- tasks ----------------------------------------------------------------------------------------

@@ -214,8 +214,7 @@ def test_what_was_not_measured_is_said_to_be(root, model_folder):
     profile = make_profile(evaluation=evaluation)
     prepare(profile, model_folder)
     results = profile.folder / "results"
-    for file in results.glob("baseline.*"):
-        file.unlink()
+    (results / "rows" / "baseline.parquet").unlink()
     frames = make_rows([QUICK_MODELS[2]], queries=8, plaid=False)
     write_rows(results, NAME, *(f[f["collection"] != "docs:sklearn"] for f in frames))
     card = release(profile, NAME)
@@ -344,7 +343,10 @@ def mined_anew(folder):
     ("damage", "message"),
     [
         (lambda folder: shutil.rmtree(folder / "models" / NAME), "train the model .notebook 02"),
-        (lambda folder: (folder / "results" / f"{NAME}.csv").unlink(), "no result.*03_evaluation"),
+        (
+            lambda folder: (folder / "results" / "rows" / f"{NAME}.parquet").unlink(),
+            "no result.*03_evaluation",
+        ),
         (lambda folder: shutil.rmtree(folder / "results"), "no result rows"),
         (measured_of_other_weights, "measured of other weights"),
         (mined_anew, "not those that the model was trained on"),

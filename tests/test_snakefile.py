@@ -7,6 +7,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -88,6 +89,7 @@ def command(folder, *arguments, profile=None):
         f"profile={profile or folder / 'my small.yaml'}",
         f"folder={folder / 'run'}",
         *(f"have={have}" for have in [folder / "have"] if have.exists()),
+        *(f"only={only.read_text()}" for only in [folder / "only"] if only.exists()),
     ]
     if profile is None:
         config += [f"notebooks={folder / 'notebooks'}"]
@@ -247,7 +249,11 @@ def test_models_whose_rows_there_are_are_not_made_again(project):
     everything |= {f"03_evaluation--{TRAINED}", "02_training--baseline"}
     assert set(plan(project)) == everything
     make_file(project / "have" / "rows" / f"{TRAINED}.parquet")
-    assert set(plan(project)) == {"00_token_pooling", "01_data_mining--docs-scipy"}
+    rest = {"00_token_pooling", "01_data_mining--docs-scipy"}
+    assert set(plan(project)) == rest
+    shutil.rmtree(project / "have")
+    (project / "only").write_text("b*e *-s41")
+    assert set(plan(project)) == rest | {"02_training--baseline", "03_evaluation--baseline"}
 
 
 def test_what_a_job_made_is_kept_when_it_runs_again_and_made_again_when_deleted(project):
