@@ -752,17 +752,20 @@ def engines_table(per_query: pd.DataFrame) -> pd.DataFrame:
     """NDCG@10 of exact search and of PLAID on the same queries, unpooled and at the largest factor.
 
     A line per model, collection and pool method that both engines searched; ``queries`` is how
-    many both answered.
+    many both answered. Exact search of unit-length means, where it was run, has columns of its own.
     """
     keys = ["model", "collection", "pool_method", "pool_variant", "pool_factor", "query_id"]
     values = per_query.assign(
         collection=per_query["collection"].map(_short(per_query["collection"]))
     )
-    split = {
-        SEARCH[engine]: part.set_index(keys)["ndcg@10"] for engine, part in values.groupby("engine")
-    }
+    exact, plaid = (values[values["engine"] == engine] for engine in SEARCH)
+    parts = {SEARCH["exact"]: searched(exact), SEARCH["plaid"]: plaid}
+    if exact["renormalized"].any():
+        raw, other = (f"{SEARCH['exact']}, {length}" for length in ("raw", "unit length"))
+        parts = {raw: searched(exact), other: searched(exact, True), SEARCH["plaid"]: plaid}
+    split = {name: part.set_index(keys)["ndcg@10"] for name, part in parts.items()}
     both = pd.concat(split, axis=1, join="inner").reset_index()
-    if len(split) < 2 or both.empty:
+    if both.empty:
         return pd.DataFrame()
     groups = both.groupby(keys[:-1])
     means = groups[list(split)].mean().assign(queries=groups.size()).reset_index()

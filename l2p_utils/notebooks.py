@@ -40,9 +40,9 @@ FROM_QUICK = {  # copied from a finished run of quick; 09 is executed on it
 }
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-# Seconds per job of `quick` on two idle cores: what a plan goes by before anything has run.
+# Seconds per job of `quick` on two cores without bfloat16: what a plan goes by before anything ran.
 SECONDS = {
-    "mine": 60, "baseline": 240, "train": 240, "evaluate": 420, "read": 15, "token_pooling": 20,
+    "mine": 220, "baseline": 720, "train": 550, "evaluate": 640, "read": 15, "token_pooling": 25,
 }  # fmt: skip
 STAGES = ["fetch", *SECONDS]
 

@@ -236,6 +236,15 @@ def test_the_notebooks_tables_say_what_the_rows_do(paper, reference):
     engines = figures.engines_table(values)
     assert len(engines) == 24 and (engines["", "queries"] == 100).all()
     assert figures.engines_table(values[values["engine"] == "exact"]).empty
+    pooled = values[(values["engine"] == "exact") & (values["pool_method"] != "none")]
+    unit = pooled.assign(renormalized=True, **{"ndcg@10": 0.5})
+    both = figures.engines_table(pd.concat([values, unit]))
+    names = ["Exact search, raw", "Exact search, unit length", "PLAID search"]
+    assert list(both["PF6"]) == list(both["PF1"]) == names
+    assert set(both["PF6", names[1]]) == {0.5}
+    assert both["PF6", names[0]].tolist() == engines["PF6", "Exact search"].tolist()
+    assert both["PF1", names[0]].equals(both["PF1", names[1]].rename(("PF1", names[0])))
+    assert figures.engines_table(pd.concat([values, unit]).query("engine == 'exact'")).empty
 
 
 def test_the_command_redraws_every_folder_of_numbers(tmp_path, capsys):
