@@ -169,7 +169,7 @@ def texts_of(hub, name):
 
 
 def test_the_rows_are_the_profiles_grid(mini):
-    rows, pooled = mini.rows, 5  # factors
+    rows, pooled = mini.rows, 5 * 2  # factors, raw and unit length
     profile = load_profile(MINI)
     exact = rows[rows["engine"] == "exact"]
     each = exact.groupby("model").size().to_dict()

@@ -66,8 +66,8 @@ def test_every_job_leaves_an_executed_notebook_and_its_page(project):
 def test_the_rows_are_the_profiles_grid(project):
     rows = results.read_rows(project / "runs" / "smoke" / "results")
     exact = rows[rows["engine"] == "exact"]
-    # 3 models × 2 collections × (unpooled + 3 methods × 2 factors)
-    assert len(exact) == 3 * 2 * (1 + 3 * 2)
+    # 3 models × 2 collections × (unpooled + 3 methods × 2 factors × raw and unit length)
+    assert len(exact) == 3 * 2 * (1 + 3 * 2 * 2)
     assert sorted(set(rows["model"])) == MODELS
     plaid = rows[rows["engine"] == "plaid"]
     assert len(plaid) == 2 * (1 + 2)
