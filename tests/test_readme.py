@@ -61,6 +61,7 @@ def test_the_gains_at_pool_factor_6_are_the_rows():
 
 def test_the_verdicts_are_counted_right():
     claims = pd.read_csv(ROOT / "figures" / "offline" / "claims.csv")
+    claims = claims[claims["finding"] <= 7]  # the paper's
     counts = claims["verdict"].value_counts()
     said = re.search(
         r"Of the (\d+) testable parts.*?(\d+) hold here, (\d+) are undecided and (\d+) do\s+not",
