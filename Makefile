@@ -19,7 +19,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 NOTEBOOKS := $(PY) -m l2p_utils.notebooks
 SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) \
 	--resources gpu=$(GPUS) $(addprefix mem_mb=,$(MEM_MB)) \
-	--config "profile=$(PROFILE)" $(if $(HAVE),"have=$(HAVE)") $(if $(ONLY),"only=$(ONLY)") --rerun-incomplete --nolock --scheduler greedy --quiet all
+	--config "profile=$(PROFILE)" $(if $(HAVE),"have=$(HAVE)") $(if $(ONLY),"only=$(ONLY)") \
+	--rerun-incomplete --nolock --scheduler greedy --quiet all
 
 .PHONY: help run plan fetch test lab figures notebooks bench clean setup
 .DEFAULT_GOAL := help

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from l2p_utils.collection import Collection, load_collection
-from l2p_utils.files import UserError
+from l2p_utils.files import UserError, locked
 from l2p_utils.model import (
     PooledColBERT,
     autocast,
@@ -123,13 +123,11 @@ def untrained_model(profile: Profile) -> PooledColBERT:
             "the released rows (training_data: released)."
         )
     corpus = load_collection(profile.model.projection_collection, split="train").corpus
-    return build_bundled_model(
-        profile.folder / "models" / "bundled",
-        [corpus[document] for document in sorted(corpus)[: profile.model.projection_texts]],
-        profile.model.query_length,
-        profile.model.document_length,
-        profile.seed,
-    )
+    folder = profile.folder / "models" / "bundled"
+    texts = [corpus[document] for document in sorted(corpus)[: profile.model.projection_texts]]
+    lengths = profile.model.query_length, profile.model.document_length
+    with locked(folder.with_suffix(".lock"), "makes the bundled model"):
+        return build_bundled_model(folder, texts, *lengths, profile.seed)
 
 
 # --- the paper's teacher --------------------------------------------------------------------------

@@ -536,7 +536,7 @@ def make_baseline(profile: Profile, progress: bool = True, seed: int | None = No
     settings = {
         "model": name,
         **_settings(profile, run),
-        "base": profile.model.model_dump(),
+        "base": profile.model.model_dump() | {"seed": profile.seed},
         "fingerprint": profile_split(profile, run.collection).fingerprint,
     }
     if settings_match(target, settings):

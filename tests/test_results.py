@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import re
 
 import numpy as np
 import pandas as pd
@@ -323,29 +322,45 @@ def test_one_more_seed_is_outside_in_a_twentieth_of_cells():
     assert len(found) == number and 0.03 < 1 - found["inside"].mean() < 0.07
 
 
-def runs_of(folder, seeds, noise=0.002, shift=0.0):
-    """Rows of the quick models with so many training seeds, the trained ones shifted."""
+def runs_of(folder, seeds, models=QUICK_MODELS, shift=0.0, **shifts):
+    """Rows of models with so many training seeds; those trained with kmeans are shifted.
+
+    `shifts` are of the kmeans model of one training collection, by its package.
+    """
     random = np.random.default_rng(len(seeds))
-    for model, seed in itertools.product(QUICK_MODELS, seeds):
+    for model, seed in itertools.product(models, seeds):
         rows, values = make_rows([model], queries=4, plaid=False)
         name = f"{rows['model'].iloc[0]}-{seed}"
-        moved = (
-            rows["ndcg@10"] + random.normal(0, noise, len(rows)) + shift * (model[1] == "kmeans")
-        )
+        moved = rows["ndcg@10"] + random.normal(0, 0.002, len(rows))
+        if model[1] == "kmeans":
+            moved += shift + shifts.get(model[0].removeprefix("docs:"), 0.0)
         rows = rows.assign(model=name, seed=seed, **{"ndcg@10": moved})
         write_rows(folder, name, rows, values.assign(model=name))
     return str(folder)
 
 
-def test_verify_passes_one_more_seed_and_fails_another_training(tmp_path, capsys):
-    reference = runs_of(tmp_path / "reference", range(5))
+def test_a_run_is_within_the_spread_and_another_training_is_not(tmp_path, capsys):
+    # the reference has a second training collection, on which kmeans gains much more
+    both = [*QUICK_MODELS, ("docs:torch", "none", "1"), ("docs:torch", "kmeans", "1-6")]
+    reference = runs_of(tmp_path / "reference", range(5), both, torch=0.1)
     same = runs_of(tmp_path / "same", [42])
     assert results.main([same, "--reference", reference]) == 0
     shown = capsys.readouterr().out
     assert "of 240 cells are outside" in shown and "The run is within" in shown
+    assert shown.count("docs:scipy") >= 2 and "docs:torch       False" not in shown
     other = runs_of(tmp_path / "other", [43], shift=-0.02)
     assert results.main([other, "--reference", reference]) == 1
-    shown = capsys.readouterr().out
-    assert re.search(r"kmeans PF1-6 over FT PF1, PF6, raw .* False", shown)
-    assert results.main([str(tmp_path / "none"), "--reference", reference]) == 1
+    headlines = results.compare_headlines(*map(read_rows, (other, reference)))
+    assert headlines["rival"].tolist() == ["FT PF1", "the baseline"]
+    assert headlines["train_collection"].tolist() == ["docs:scipy"] * 2
+    assert not headlines["inside"].any()
+
+
+def test_without_a_spread_or_a_headline_no_run_passes(tmp_path, capsys):
+    one = runs_of(tmp_path / "one", [42])
+    assert results.main([one, "--reference", one]) == 1
+    assert "one training seed" in capsys.readouterr().err
+    baseline = runs_of(tmp_path / "baseline", [42], QUICK_MODELS[:1])
+    assert results.main([baseline, "--reference", runs_of(tmp_path / "r", range(3))]) == 1
+    assert results.main([str(tmp_path / "none"), "--reference", one]) == 1
     assert "no result rows" in capsys.readouterr().err
