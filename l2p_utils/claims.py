@@ -280,14 +280,16 @@ def paper_cells(paper: pd.DataFrame) -> dict[str, dict[Cell, float]]:
 
 
 class OurCells:
-    """Our values of a cell under exact search, by query and training seed.
+    """Our values of a cell, by query and training seed, under one engine.
 
     A baseline that all trainings share stands beside models of any seed; of several, each beside
     those that started from it.
     """
 
-    def __init__(self, rows: pd.DataFrame, per_query: pd.DataFrame, roles: Roles):
-        exact = per_query[per_query["engine"] == "exact"]
+    def __init__(
+        self, rows: pd.DataFrame, per_query: pd.DataFrame, roles: Roles, engine: str = "exact"
+    ):
+        exact = per_query[per_query["engine"] == engine]
         variants = {method: default_variant(exact, method) for method in VARIANTS}
         exact = exact[exact["pool_variant"] == exact["pool_method"].map(variants)]
         keys = ["model", "collection", "pool_method", "pool_factor", "renormalized"]
@@ -297,7 +299,7 @@ class OurCells:
         self._seeds = models.set_index("model")["seed"]
         self._names = cache(partial(find_models, models))
         self._shared = len(self._names("", "", "")) == 1
-        self._roles = roles
+        self._roles, self._engine = roles, engine
         self._cache: dict[Cell, pd.DataFrame | None] = {}
 
     def values(self, cell: Cell) -> pd.DataFrame | None:
@@ -309,7 +311,7 @@ class OurCells:
             pooling = ("none", 1, False)
             if cell.pool_factor > 1:
                 pooling = (cell.pool_method, cell.pool_factor, bool(cell.renormalized))
-            where = (self._roles.evaluated(cell.dataset), *pooling)
+            where = (self._roles.evaluated(cell.dataset, self._engine), *pooling)
             names = [name for name in names if (name, *where) in self._values]
             found = {self._seeds[name]: self._values[name, *where] for name in names}
             self._cache[cell] = pd.concat(found, axis=1) if found else None
@@ -344,6 +346,24 @@ class OurCells:
                 empty = np.zeros((2, len(seeds), len(base)))
                 groups.setdefault(cell.dataset, empty)[row] += scale * chosen
         return [groups[dataset] for dataset in sorted(groups)]
+
+    def error_bar(self, cells: Sequence[Cell]) -> float:
+        """Half the 95 % interval of a percentage of the unpooled baseline, mean over data sets.
+
+        `cells` has one cell per data set. The percentage is a ratio of two means over the same
+        queries and seeds: its error is that of value − ratio × baseline. NaN where not measured.
+        """
+        groups = []
+        for cell in cells:
+            base, values = self.values(unpooled(cell.dataset)), self.values(cell)
+            if base is None or values is None or not values.index.equals(base.index):
+                return np.nan
+            start = base[values.columns] if {*values} <= {*base} else base.mean(axis=1).to_frame()
+            ratio = values.to_numpy().mean() / start.to_numpy().mean()
+            share = 100 / len(cells) / base.to_numpy().mean()
+            groups.append(share * (values.to_numpy() - ratio * start.to_numpy()).T)
+        found = interval(groups)
+        return float(found.high - found.low) / 2
 
 
 # ---------------------------------------------------------------- judging

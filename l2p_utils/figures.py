@@ -11,6 +11,7 @@ import argparse
 import math
 import textwrap
 from collections.abc import Iterable
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -31,6 +33,8 @@ from l2p_utils.claims import (
     PARTS,
     UNDECIDED,
     UNIT,
+    Cell,
+    OurCells,
     check_claims,
     claims_table,
 )
@@ -59,6 +63,7 @@ from l2p_utils.results import (
     VARIANTS,
     default_variant,
     has_rows,
+    is_baseline,
     kept_ndcg,
     read_per_query,
     relative_ndcg,
@@ -96,6 +101,11 @@ OWN_METHOD = {
     "overview": "kmeans", "figure2": "span",
     "table1": "span", "table2": "kmeans", "table3": "hierarchical", "table4": "kmeans",
 }  # fmt: skip
+OVERVIEW = {
+    "FT KMeans PF1-6": "trained with pooling",
+    "FT PF1": "trained without pooling",
+    "Baseline": "baseline",
+}
 SEARCH = {"exact": "Exact search", "plaid": "PLAID search"}
 OWN = "Each model is trained on its panel's collection."
 CAPTIONS = {"figure2": OWN, "figure3": f"{OWN} The baseline is pooled hierarchically."}
@@ -202,6 +212,7 @@ class Line(NamedTuple):
     name: str  # in the legend
     values: pd.Series
     style: dict
+    half: pd.Series | None = None  # of a band around it
 
 
 def _draw_lines(
@@ -216,14 +227,24 @@ def _draw_lines(
             axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
             for line in lines:
                 (handles[line.name],) = axis.plot(line.values.index, line.values, **line.style)
+                if line.half is not None:
+                    ends = line.values - line.half, line.values + line.half
+                    look = dict(color=line.style["color"], alpha=0.15, linewidth=0, zorder=1)
+                    axis.fill_between(line.values.index, *ends, **look)
             axis.set_title(name, fontsize=11.5)
             sns.despine(ax=axis)
             if place % columns == 0:
                 axis.set_ylabel(ylabel)
             if place >= len(axes) - columns:
                 axis.set_xlabel("Pool factor")
-        values = pd.concat([line.values for lines in facets.values() for line in lines])
-        low, high = min(values.min(), 100.0), max(values.max(), 100.0)
+        if handles.pop(THIN_NAME, None):  # the last entry
+            handles[THIN_NAME] = Line2D([], [], color=GREY, marker="o", **THIN)
+        every = [line for lines in facets.values() for line in lines]
+        values = pd.concat([line.values for line in every])
+        bands = [line.values + sign * line.half for line in every if line.half is not None
+                 for sign in (-1, 1)]  # fmt: skip
+        reach = pd.concat([values, *bands])
+        low, high = min(reach.min(), 100.0), max(reach.max(), 100.0)
         around = (5 * np.floor((low - 1) / 5), 5 * np.ceil((high + 1) / 5))
         axes[0].set(ylim=limits or around, xticks=sorted(set(values.index)))
         axes[0].yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
@@ -233,6 +254,47 @@ def _draw_lines(
 
 def _by_factor(curve: pd.DataFrame, value: str = "relative") -> pd.Series:
     return curve.set_index("pool_factor")[value].sort_index()
+
+
+# ---------------------------------------------------------------- raw and unit length, bands
+
+THIN_NAME = "the same, raw means"
+THIN = dict(linewidth=0.9, markersize=4.5, markerfacecolor="white", markevery=[-1])
+LAYERS_NOTE = "Thick: pooled means scaled to unit length. Thin: raw means, as in the paper."
+BANDS_NOTE = "Bands: 95 % intervals of the percentage, over queries and training seeds."
+
+
+def _layers(source: Exhibits, exhibit: str) -> list[tuple[Exhibits, bool]]:
+    """What an exhibit's figure shows, back to front: raw means thin, where there are others."""
+    if source.unit is None or ENGINE.get(exhibit) == "plaid":  # which has one length
+        return [(source, False)]
+    return [(source, True), (source.unit, False)]
+
+
+def _line(source: Exhibits, name: str, curve: pd.DataFrame, style: dict, thin: bool) -> Line:
+    """A curve of exhibit cells, with its band where values per query are known."""
+    curve = curve.sort_values("pool_factor")
+    if thin:
+        return Line(THIN_NAME, _by_factor(curve), style | THIN | {"zorder": 2})
+    halves = [_error_bar(source, cell) for cell in curve.itertuples()]
+    half = pd.Series(halves, index=curve["pool_factor"])
+    return Line(name, _by_factor(curve), style, half if half.notna().any() else None)
+
+
+def _error_bar(source: Exhibits, cell) -> float:
+    if source.per_query is None:
+        return np.nan
+    datasets = ROLES if cell.dataset == "Average" else [cell.dataset]
+    training = cell.trained_on, cell.train_method, cell.train_factors
+    method = "none" if cell.pool_factor == 1 else cell.pool_method
+    unit = source.unit is None and bool(source.rows["renormalized"].any())
+    cells = [Cell(d, *training, method, cell.pool_factor, renormalized=unit) for d in datasets]
+    return _our_cells(source, ENGINE.get(cell.exhibit, "exact")).error_bar(cells)
+
+
+@lru_cache(maxsize=4)
+def _our_cells(source: Exhibits, engine: str) -> OurCells:
+    return OurCells(source.rows, source.per_query, source.roles, engine)
 
 
 # ---------------------------------------------------------------- the paper's figures
@@ -246,10 +308,12 @@ def _title(source: Exhibits, exhibit: str) -> str:
 
 def _notes(source: Exhibits, exhibit: str) -> list[str]:
     engine = ENGINE.get(exhibit, "exact")
-    on = f" on {source.suites[engine]}" if source.suites else ""
+    on = f" on {source.roles.suites[engine]}" if source.roles.own else ""
     gaps = missing(source, exhibit) if exhibit in PANELS else ""
     notes = [f"{source.note_on(exhibit)}. {SEARCH[engine]}{on}. {CAPTIONS.get(exhibit, '')}"]
-    return [*notes, f"Not run: {gaps}."] if gaps else notes
+    looks = [LAYERS_NOTE] if len(_layers(source, exhibit)) > 1 else []
+    looks += [BANDS_NOTE] if source.per_query is not None else []
+    return notes + [" ".join(looks)] * bool(looks) + [f"Not run: {gaps}."] * bool(gaps)
 
 
 def _style(label: str, pool_method: str) -> dict:
@@ -285,19 +349,23 @@ def draw(source: Exhibits, exhibit: str) -> NotebookFigure:
     if frame.empty:
         return _draw_own(source, exhibit)
     if exhibit == "overview":
-        return _draw_overview(source, frame)
+        return _draw_overview(source)
     facets: dict[str, list[Line]] = {}
-    for dataset in PANELS[exhibit]:
-        curves = frame[frame["dataset"] == dataset]
-        for (label, method), curve in curves.groupby(["label", "pool_method"], sort=False):
+    for layer, thin in _layers(source, exhibit):
+        shown = _cells(layer, exhibit)
+        for (dataset, label, method), curve in shown.groupby(
+            ["dataset", "label", "pool_method"], sort=False
+        ):
             name = _legend_name(source, exhibit, label, method)
-            line = Line(name, _by_factor(curve), _style(label, method))
-            facets.setdefault(source.names[dataset][0], []).append(line)
+            line = _line(layer, name, curve, _style(label, method), thin)
+            facets.setdefault(dataset, []).append(line)
+    facets = {source.names[d][0]: facets[d] for d in PANELS[exhibit] if d in facets}
     columns, size = (3, (4.1, 3.0)) if exhibit == "figure1" else (2, (5.1, 3.6))
     limits = PAPER_LIMITS[exhibit] if source.is_paper else None
     title, notes = _title(source, exhibit), _notes(source, exhibit)
     figure = _draw_lines(facets, title, notes, columns, size, limits=limits)
-    figure.alt = f"{title}. {_spoken(source, frame)}"
+    spoken = _spoken(source, _cells(_layers(source, exhibit)[-1][0], exhibit))
+    figure.alt = f"{title}. {spoken}"
     return figure
 
 
@@ -324,38 +392,60 @@ def _legend_name(source: Exhibits, exhibit: str, label: str, method: str) -> str
     return f"{name}, {method}" if label == "Baseline" else name
 
 
-def _draw_overview(source: Exhibits, frame: pd.DataFrame) -> NotebookFigure:
+def _draw_overview(source: Exhibits) -> NotebookFigure:
     """The project in one picture: baseline, FT PF1 and FT kmeans PF1-6 under kmeans pooling.
 
-    From Table 4's cells (SciFact or the collection in its role). Where the source knows them, mean
-    vectors per document stand under the pool factors.
+    On SciFact or the collection in its role; of a run at all its factors. Where the source knows
+    them, mean vectors per document stand under the pool factors.
     """
-    wanted = {
-        "FT KMeans PF1-6": "trained with pooling",
-        "FT PF1": "trained without pooling",
-        "Baseline": "baseline",
-    }
-    frame = frame[frame["label"].isin(wanted)]
+    layers = [(layer, thin, _overview_cells(layer)) for layer, thin in _layers(source, "overview")]
     lines = []
-    for label, text in wanted.items():
-        curve = _by_factor(frame[frame["label"] == label])
-        if len(curve):
-            name = f"{text} ({curve.iloc[-1]:.1f} % at PF{curve.index[-1]})"
-            style = _style(label, "kmeans") | dict(linewidth=2.6, markersize=8)
-            lines.append(Line(name, curve, style))
+    for layer, thin, cells in layers:
+        for label, text in OVERVIEW.items():
+            curve = cells[cells["label"] == label].sort_values("pool_factor")
+            if len(curve):
+                end = curve.iloc[-1]
+                name = f"{text} ({end.relative:.1f} % at PF{end.pool_factor})"
+                style = _style(label, "kmeans") | dict(linewidth=2.6, markersize=8)
+                lines.append(_line(layer, name, curve, style, thin))
     who = "The paper" if source.is_paper else "This run"
     title = f"{who}. {TITLES['overview']} {source.names['SciFact'][1]}"
     unit = "Relative NDCG@10\n(% of the unpooled baseline)"
     limits = PAPER_LIMITS["overview"] if source.is_paper else None
     notes = _notes(source, "overview")
     figure = _draw_lines({"": lines}, title, notes, 1, (9.2, 4.4), unit, limits)
-    vectors = source.vectors
-    if vectors is not None and vectors.notna().all():
-        labels = [f"{factor}\n{count:.0f}" for factor, count in vectors.items()]
-        figure.axes[0].set_xticks(vectors.index, labels)
-        figure.axes[0].set_xlabel("Pool factor, and mean vectors stored per document")
-    figure.alt = f"{title}. {_spoken(source, frame)}"
+    axis, cells = figure.axes[0], layers[-1][2]
+    factors = sorted(cells["pool_factor"].unique())
+    if factors[-1] > 6:
+        axis.set_xscale("log", base=2)
+        axis.minorticks_off()
+    axis.set_xticks(factors, map(str, factors))
+    if "vectors" in cells and (vectors := cells.groupby("pool_factor")["vectors"].first()).all():
+        axis.set_xticks(factors, [f"{factor}\n{count:.0f}" for factor, count in vectors.items()])
+        axis.set_xlabel("Pool factor, and mean vectors stored per document")
+    figure.alt = f"{title}. {_spoken(source, cells)}"
     return figure
+
+
+def _overview_cells(source: Exhibits) -> pd.DataFrame:
+    """Table 4's cells of the three models; of a run at all factors, with mean ``vectors``."""
+    cells = _cells(source, "table4")
+    cells = cells[cells["label"].isin(OVERVIEW)]
+    if source.is_paper:
+        return cells
+    rows = relative_ndcg(_main_variants(source.rows), partial=True)
+    rows = rows[(rows["engine"] == "exact") & rows["pool_method"].isin(["none", "kmeans"])]
+    rows = rows[(rows["collection"] == source.roles.evaluated("SciFact"))]
+    rows = rows[~rows["train_renormalized"]]
+    training = ["trained_on", "train_method", "train_factors"]
+    models = cells[["exhibit", "dataset", "label", *training]].drop_duplicates()
+    source_names = models["trained_on"].map(source.roles.training).fillna("")
+    models = models.assign(train_collection=source_names)
+    rows = rows[is_baseline(rows) | (rows["train_collection"] != "")]
+    rows = rows.rename(columns={"relative_ndcg@10": "relative", "vectors_per_document": "vectors"})
+    keys = ["train_collection", "train_method", "train_factors"]
+    means = rows.groupby([*keys, "pool_factor"])[["relative", "vectors"]].mean().reset_index()
+    return models.merge(means, on=keys).assign(pool_method="kmeans")
 
 
 # ---------------------------------------------------------------- any run, by model and collection
@@ -625,7 +715,18 @@ def _models_table(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def table_values(source: Exhibits, exhibit: str) -> pd.DataFrame:
-    """A table's numbers, one per row, in the columns of ``data/paper/table*.csv``."""
+    """A table's numbers, one per row, in the columns of ``data/paper/table*.csv``.
+
+    Where a run has unit-length means, ``renormalized`` tells them from raw ones.
+    """
+    if source.unit is None:
+        return _values(source, exhibit)
+    raw, unit = _values(source, exhibit), _values(source.unit, exhibit)
+    parts = [raw.assign(renormalized=False), unit.assign(renormalized=True)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _values(source: Exhibits, exhibit: str) -> pd.DataFrame:
     frame = source.frame[source.frame["exhibit"] == exhibit]
     names = {"label": "model", "ndcg": "ndcg10", "relative": "relative_percent"}
     frame = frame.rename(columns=names)
@@ -649,7 +750,8 @@ def table_markdown(source: Exhibits, exhibit: str) -> str:
     else:
         cells = f"Collection: {source.names['SciFact'][0]}. {cells}"
     text = shown.to_markdown(index=False) if len(shown) else "Not run."
-    return f"**{title}.** {source.note_on(exhibit)}. {cells}.\n\n{text}\n"
+    text = f"**{title}.** {source.note_on(exhibit)}. {cells}.\n\n{text}\n"
+    return text if source.unit is None else f"{text}\n{table_markdown(source.unit, exhibit)}"
 
 
 # ---------------------------------------------------------------- six tables for the notebooks
@@ -679,7 +781,7 @@ def means_table(sources: Iterable[Exhibits], exhibit: str) -> pd.DataFrame:
             numbers[f"mean of PF {pooled[0]}–{pooled[-1]}"] = wide[pooled].mean(axis=1)
             numbers[f"PF {pooled[-1]}"] = wide[pooled[-1]]
         tables["the paper" if source.is_paper else "this run"] = numbers.round(1)
-        if not (own or source.is_paper or source.suites):
+        if not (own or source.is_paper or source.roles.own):
             names = {dataset: f"{dataset} · {source.names[dataset][1]}" for dataset in ROLES}
     found = pd.concat(tables, axis=1).rename(index=names, level=0).astype(object)
     found = found.where(found.notna(), "not run")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,10 @@ from l2p_utils.results import (
     VARIANTS,
     default_variant,
     is_baseline,
+    read_per_query,
     read_rows,
     relative_ndcg,
     searched,
-    series,
 )
 
 # The bundled collection that stands for each of the paper's data sets.
@@ -202,7 +202,7 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
 AVERAGE = {"Average": ("Average of the five", "Average")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Exhibits:
     """The cells of all figures and tables, and the names of their data sets."""
 
@@ -210,10 +210,11 @@ class Exhibits:
     frame: pd.DataFrame  # columns PAPER_COLUMNS
     names: dict[str, tuple[str, str]]  # data set → (panel title, short name)
     note: str  # what the numbers are, in one line
-    vectors: pd.Series | None = None  # mean vectors per document by factor (kmeans, SciFact's role)
-    suites: Mapping[str, str] = field(default_factory=dict)  # as in `Roles`
     is_paper: bool = False
+    roles: Roles = field(default_factory=lambda: roles_of(None))
     rows: pd.DataFrame | None = None  # a run's result rows
+    per_query: pd.DataFrame | None = None  # and its values, raw and unit-length means
+    unit: Exhibits | None = None  # the run with means of unit length, where it has any
 
     def rename(self, label: str) -> str:
         """A model's label with the short name of the collection that it was trained on."""
@@ -233,10 +234,10 @@ def holds_paper(folder: str | Path) -> bool:
     return (Path(folder) / "figure1.csv").is_file()
 
 
-def read_source(folder: str | Path, renormalized: bool = False) -> Exhibits:
+def read_source(folder: str | Path) -> Exhibits:
     """Read `folder`: the paper's CSVs or a run's result rows, see `rows_source`."""
     if not holds_paper(folder):
-        return rows_source(read_rows(folder), Path(folder).name, renormalized=renormalized)
+        return rows_source(read_rows(folder), Path(folder).name, read_per_query(folder))
     names = {name: (name, name) for name in ROLES} | AVERAGE
     note = "The paper's numbers (S. Josef, LIR @ ECIR 2026, CC BY 4.0)"
     return Exhibits("paper", read_paper(folder), names, note, is_paper=True)
@@ -245,34 +246,30 @@ def read_source(folder: str | Path, renormalized: bool = False) -> Exhibits:
 def rows_source(
     rows: pd.DataFrame,
     name: str,
+    per_query: pd.DataFrame | None = None,
     roles: Mapping[str, str] | None = None,
-    renormalized: bool = False,
 ) -> Exhibits:
     """A run's result rows as exhibits: every cell that the paper prints, NaN where not run.
 
     `rows` may be any part of the grid; without the unpooled baseline percentages are NaN. `name`
     is the run's where the rows have no profile; `roles` as in `roles_of`. Exact search is that of
-    raw means, as in the paper, or of unit-length ones (`renormalized`).
+    raw means, as in the paper; `unit` has that of unit-length ones.
     """
-    roles, rows = roles_of(rows, roles), searched(rows, renormalized)
+    played = roles_of(rows, roles)
+    unit = None
+    if rows["renormalized"].any():
+        unit = _exhibits(searched(rows, True), name, per_query, played)
+    return replace(_exhibits(searched(rows), name, per_query, played), unit=unit)
+
+
+def _exhibits(
+    rows: pd.DataFrame, name: str, per_query: pd.DataFrame | None, roles: Roles
+) -> Exhibits:
     titles = {d: (f"{c} (in {d}’s role)", c) for d, c in roles.exact.items()}
     names = {d: (d, d) for d in roles.exact} if roles.own else titles
-    return Exhibits(
-        name,
-        _fill(read_paper(from_root("data/paper")), rows, roles),
-        names | AVERAGE,
-        _note(rows, name),
-        series(
-            rows,
-            BASELINE,
-            roles.evaluated("SciFact"),
-            "kmeans",
-            value="vectors_per_document",
-            renormalized=renormalized,
-        ),
-        roles.suites,
-        rows=rows,
-    )
+    frame = _fill(read_paper(from_root("data/paper")), rows, roles)
+    note = _note(rows, name)
+    return Exhibits(name, frame, names | AVERAGE, note, roles=roles, rows=rows, per_query=per_query)
 
 
 def _place(frame: pd.DataFrame, roles: Roles) -> pd.DataFrame:

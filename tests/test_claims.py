@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t
 
 from l2p_utils.claims import (
     FINDINGS,
     PARTS,
+    Cell,
     OurCells,
     Part,
     by_finding,
@@ -17,6 +19,7 @@ from l2p_utils.claims import (
     curve,
     judge_ours,
     paper_cells,
+    unpooled,
 )
 from l2p_utils.files import UserError
 from l2p_utils.paper import read_paper, roles_of
@@ -164,6 +167,24 @@ def test_a_part_of_several_comparisons_shows_its_weakest_and_widens_its_interval
     weakest = min(alone, key=lambda factor: alone[factor]["low"])
     assert together["ours"].startswith(f"PF{weakest}:")
     assert together["low"] < alone[weakest]["low"] < alone[weakest]["high"] < together["high"]
+
+
+def test_a_percentages_error_bar_is_that_of_a_ratio(offline):
+    rows, per_query = offline
+    cells = OurCells(rows, per_query, roles_of(rows))
+    pooled = Cell("FiQA", "", "", "", "kmeans", 4)
+    a, b = (cells.values(cell)[42].to_numpy() for cell in (pooled, unpooled("FiQA")))
+    # the same by the delta method: var(a / b) = (var a − 2 r cov + r² var b) / (n b²)
+    r, n = a.mean() / b.mean(), len(a)
+    (va, covariance), (_, vb) = np.cov(a, b)
+    variance = (va - 2 * r * covariance + r * r * vb) / (n * b.mean() ** 2)
+    bar = cells.error_bar([pooled])
+    assert bar == pytest.approx(100 * t.ppf(0.975, n - 1) * np.sqrt(variance))
+    assert cells.error_bar([unpooled("FiQA")]) == 0  # 100 % by definition
+    both = [cells.error_bar([pooled._replace(dataset=name)]) for name in ("FiQA", "SciFact")]
+    mean = cells.error_bar([pooled, pooled._replace(dataset="SciFact")])
+    assert mean == pytest.approx(np.hypot(*both) / 2, rel=0.03)
+    assert np.isnan(cells.error_bar([pooled._replace(pool_factor=24)]))
 
 
 def test_one_comparison_below_fails_the_whole_part(paper, quick):

@@ -22,11 +22,11 @@ from synthetic import (
 )
 
 from l2p_utils import figures
-from l2p_utils.claims import check_claims
+from l2p_utils.claims import Cell, OurCells, check_claims
 from l2p_utils.figures import COLOURS, PANELS, draw, draw_claims, table
 from l2p_utils.files import UserError
 from l2p_utils.paper import FIGURES, TABLES, read_paper, read_source, rows_source
-from l2p_utils.results import read_per_query, validate_rows
+from l2p_utils.results import read_per_query, validate_per_query, validate_rows
 
 OFFLINE = PAPER.parent / "offline"
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -129,6 +129,55 @@ def test_the_overview_has_three_models_and_the_vectors_that_are_stored(paper, re
     axis = draw(reference, "overview").axes[0]
     assert axis.get_xticklabels()[1].get_text() == "2\n35" and len(lines(axis)) == 3
     assert "trained with pooling (98.3 % at PF6)" in legend(draw(paper, "overview"))
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Three seeds, raw and unit-length means."""
+    frames = with_seeds_and_lengths(*make_rows(OFFLINE_MODELS[:9], queries=8))
+    rows, per_query = validate_rows(frames[0]), validate_per_query(frames[1])
+    return rows_source(rows, "both", per_query)
+
+
+@pytest.mark.parametrize("exhibit", ["figure1", "figure3", "overview"])
+def test_unit_length_stands_out_with_bands_before_thin_raw_means(both, exhibit):
+    figure = draw(both, exhibit)
+    for axis in panels(figure):
+        drawn = lines(axis)
+        thin = [line for line in drawn if line.get_linewidth() < 1]
+        assert len(thin) == len(drawn) / 2 == len(axis.collections)
+        for raw, unit in zip(thin, drawn[len(thin) :], strict=True):
+            same = raw.get_color(), raw.get_marker(), raw.get_linestyle()
+            assert same == (unit.get_color(), unit.get_marker(), unit.get_linestyle())
+            assert (raw.get_ydata()[1:] < unit.get_ydata()[1:]).all()
+    assert legend(figure)[-1] == "the same, raw means" and "Thin: raw means" in words(figure)
+    assert "unit" not in words(draw(both, "figure4")) and "Bands" in words(draw(both, "figure4"))
+
+
+def test_a_band_is_the_interval_of_the_percentage(both):
+    axis = panels(draw(both, "overview"))[0]
+    assert [text.get_text() for text in axis.get_xticklabels()][-1] == "24\n17"
+    cells = OurCells(both.rows, both.per_query, both.roles)
+    trained = cells.error_bar(
+        [Cell("SciFact", "SciFact", "kmeans", "1-6", "kmeans", 24, False, True)]
+    )
+    (top,) = axis.lines[4].get_ydata()[-1:]  # after the line at 100 and three thin ones
+    ends = axis.collections[0].get_paths()[0].vertices
+    last = ends[ends[:, 0] == 24, 1]
+    assert [last.min(), last.max()] == pytest.approx([top - trained, top + trained])
+    assert trained > 0.1
+
+
+def test_tables_have_both_lengths(both):
+    values = figures.table_values(both, "table4")
+    raw, unit = (
+        values[values["renormalized"] == u].set_index(["model", "pool_factor"])
+        for u in (False, True)
+    )
+    gain = (unit["ndcg10"] - raw["ndcg10"]).loc["Baseline"]
+    assert gain[1] == 0 and gain[6] == pytest.approx(0.05)
+    text = figures.table_markdown(both, "table4")
+    assert text.count("Table 4 in this run") == 2 and text.count("unit length") == 1
 
 
 def test_what_was_not_run_is_said_and_its_panels_are_left_out(quick, rows):
