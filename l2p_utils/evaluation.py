@@ -6,6 +6,7 @@ soon as it is measured, so that an interrupted evaluation resumes there.
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -140,6 +141,33 @@ def measure(collection: Collection, ranking: Ranking) -> pd.DataFrame:
     return pd.DataFrame({"query_id": list(ranked), **table})
 
 
+def run_name(setting: Setting) -> str:
+    """A setting as a run's name: ``kmeans-fast-pf6-unit``, ``none-pf1``."""
+    parts = [setting.pool_method, setting.pool_variant, f"pf{setting.pool_factor}"]
+    return "-".join([part for part in parts if part] + ["unit"] * setting.renormalized)
+
+
+def write_trec(file: Path, collection: Collection, ranking: Ranking, tag: str) -> None:
+    """Write a ranking as a gzipped TREC run: query, ``Q0``, document, rank, score, `tag`.
+
+    trec_eval measures on it what `measure` does; equal rankings give equal bytes. UserError for ids
+    with blanks, which the format cannot hold.
+    """
+    lines = []
+    for query, *found in zip(collection.queries, ranking.documents, ranking.scores, strict=True):
+        scores = dict(zip(*found, strict=True))
+        for rank, document in enumerate(_without_itself(collection, query, found[0]), 1):
+            lines.append(f"{query} Q0 {document} {rank} {scores[document]:.9g} {tag}\n")
+            if len(lines[-1].split()) != 6:
+                raise UserError(
+                    f"A TREC run cannot hold ids with blanks: query {query!r}, document "
+                    f"{document!r} of {collection.name}. Rename them, or set evaluation.trec_runs "
+                    "to false."
+                )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+
+
 def _without_itself(collection: Collection, query: str, found: list[str]) -> list[str]:
     """`found` without the document that has the query's id and text (on the hub: its id)."""
     text = collection.corpus.get(query)
@@ -185,12 +213,14 @@ def evaluate_collection(
     variants: Sequence[str] = (DEFAULT_VARIANT,),
     use_sklearn: bool = False,
     means: Sequence[str] = ("raw",),
+    runs: Path | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure one model on one collection in every setting, by ``exact`` search or ``plaid``.
 
     `variants` are hierarchical's, `use_sklearn` is kmeans', see `l2p_utils.pooling.pool`. `means`
     are ``raw``, ``unit`` (scaled to unit length) or both. PLAID, which scales by itself, is given
-    raw ones and builds an index for each setting.
+    raw ones and builds an index for each setting. In the folder `runs`, if given, every ranking is
+    kept (`write_trec`).
 
     Returns
     -------
@@ -205,6 +235,9 @@ def evaluate_collection(
     for setting, documents in pooled:
         ranking = search(encoded.queries, documents, encoded.document_ids, TOP_K)
         values = measure(encoded.collection, ranking)
+        if runs is not None:
+            name = run_name(setting)
+            write_trec(runs / f"{name}.trec.gz", encoded.collection, ranking, name)
         key = {"collection": encoded.collection.name, "engine": engine, **vars(setting)}
         vectors = float(np.mean([len(document) for document in documents]))
         row = {
@@ -383,7 +416,7 @@ def _run_tasks(
             "fingerprint": collection.fingerprint,
             "lengths": [model.query_length, model.document_length],
             "precision": forward_precision(precision, model.device),
-        }
+        } | ({"trec_runs": True} if limits.trec_runs else {})
         if not settings_match(folder, settings):
             if encoded is None:
                 cut = cut_documents(model, whole)
@@ -392,17 +425,18 @@ def _run_tasks(
                 encoded = encode_collection(model, whole, precision, progress=False)
             vectors = dict(zip(whole.queries, encoded.queries, strict=True))
             queries = [vectors[query] for query in collection.queries]
-            rows, per_query = evaluate_collection(
-                Encoded(collection, queries, encoded.documents),
-                task.pool_methods,
-                limits.pool_factors,
-                task.engine,
-                task.variants,
-                profile.use_sklearn,
-                limits.means,
-            )
             with atomic_path(folder) as temporary:
                 temporary.mkdir()
+                rows, per_query = evaluate_collection(
+                    Encoded(collection, queries, encoded.documents),
+                    task.pool_methods,
+                    limits.pool_factors,
+                    task.engine,
+                    task.variants,
+                    profile.use_sklearn,
+                    limits.means,
+                    temporary / "runs" if limits.trec_runs else None,
+                )
                 rows.to_parquet(temporary / "rows.parquet", index=False)
                 per_query.to_parquet(temporary / "per_query.parquet", index=False)
                 write_json(temporary / PROVENANCE, {"settings": settings})

@@ -261,7 +261,7 @@ def _by_factor(curve: pd.DataFrame, value: str = "relative") -> pd.Series:
 THIN_NAME = "the same, raw means"
 THIN = dict(linewidth=0.9, markersize=4.5, markerfacecolor="white", markevery=[-1])
 LAYERS_NOTE = "Thick: pooled means scaled to unit length. Thin: raw means, as in the paper."
-BANDS_NOTE = "Bands: 95 % intervals of the percentage, over queries and training seeds."
+BANDS_NOTE = "Bands: 95 % intervals of the percentage, over queries{}."
 
 
 def _layers(source: Exhibits, exhibit: str) -> list[tuple[Exhibits, bool]]:
@@ -312,7 +312,9 @@ def _notes(source: Exhibits, exhibit: str) -> list[str]:
     gaps = missing(source, exhibit) if exhibit in PANELS else ""
     notes = [f"{source.note_on(exhibit)}. {SEARCH[engine]}{on}. {CAPTIONS.get(exhibit, '')}"]
     looks = [LAYERS_NOTE] if len(_layers(source, exhibit)) > 1 else []
-    looks += [BANDS_NOTE] if source.per_query is not None else []
+    if source.per_query is not None:
+        several = source.rows["seed"].nunique() > 1
+        looks.append(BANDS_NOTE.format(" and training seeds" if several else ""))
     return notes + [" ".join(looks)] * bool(looks) + [f"Not run: {gaps}."] * bool(gaps)
 
 

@@ -339,6 +339,7 @@ class EvaluationSettings(_Settings):
     # the pool methods of some models alone, by a pattern of their names: {"*-span-*": [span]}
     methods_of: dict[str, Methods] = {}
     further: list[Further] = []  # some models at another document length, stored apart
+    trec_runs: bool = False  # keep every ranking: evaluated/<model>/<collection>-exact/runs/
 
     def methods(self, model: str) -> list[str]:
         """Pool methods that `model` is measured with: the first pattern's that it fits, or all."""

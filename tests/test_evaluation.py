@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import functools
+import gzip
 import json
 import math
 import shutil
@@ -20,7 +21,15 @@ from tiny import tiny_colbert
 
 from l2p_utils import evaluation
 from l2p_utils.collection import Collection
-from l2p_utils.evaluation import Encoded, Setting, evaluate_model, evaluation_tasks, measure
+from l2p_utils.evaluation import (
+    Encoded,
+    Setting,
+    evaluate_model,
+    evaluation_tasks,
+    measure,
+    run_name,
+    write_trec,
+)
 from l2p_utils.files import ROOT, UserError
 from l2p_utils.model import encode
 from l2p_utils.pooling import pool
@@ -81,6 +90,26 @@ def test_measures_agree_with_trec_eval_on_ties_and_graded_judgments(pairs):
         reciprocal = expected["recip_rank"] if expected["recip_rank"] > 1 / 10.5 else 0
         values = [expected["ndcg_cut_10"], expected["recall_10"], reciprocal]
         assert ours.loc[query, METRICS].tolist() == pytest.approx(values, abs=1e-9)
+
+
+def test_trec_eval_reads_a_written_run_as_we_measure_it(tmp_path):
+    # d1 and d2 tie, and d0 is the query itself, ignored by the metrics
+    texts = {"q0": SAME, "d1": "a", "d2": "b", "d3": "c"}
+    collection = collection_of({"q0": {"d1": 2, "d3": 1}}, texts, {"q0": SAME}, "folder")
+    ranking = Ranking([["q0", "d2", "d1", "d3"]], [[3.0, 1.0000001, 1.0000001, 1.0]], 0.1)
+    for name in ("one", "two"):
+        write_trec(tmp_path / name, collection, ranking, run_name(Setting("span", "", 3, True)))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    with gzip.open(tmp_path / "one", "rt") as lines:
+        first = lines.readline()
+        run = pytrec_eval.parse_run([first, *lines])
+    assert first == "q0 Q0 d2 1 1.0000001 span-pf3-unit\n"
+    judge = pytrec_eval.RelevanceEvaluator(collection.qrels, {"ndcg_cut_10"})
+    expected = measure(collection, ranking)["ndcg@10"][0]
+    assert judge.evaluate(run)["q0"]["ndcg_cut_10"] == pytest.approx(expected)
+    blank = collection_of({"q0": {"a b": 1}}, {"a b": "x"})
+    with pytest.raises(UserError, match="'a b' of"):
+        write_trec(tmp_path / "three", blank, Ranking([["a b"]], [[1.0]], 0.1), "x")
 
 
 SAME, OTHER = "Should we?", "wing flutter"
@@ -374,6 +403,15 @@ def test_another_document_length_is_measured_apart(root, encoded, bundled_model)
     encoded.clear()
     pd.testing.assert_frame_equal(evaluated(profile, bundled_model), rows)
     assert encoded == []
+
+
+def test_rankings_are_kept_as_trec_runs_where_asked(root, encoded, bundled_model):
+    content = tiny_content([root / "one"])
+    content["evaluation"]["trec_runs"] = True
+    profile = Profile.model_validate(content)
+    rows = evaluated(profile, bundled_model)
+    runs = sorted(profile.folder.glob("evaluated/baseline/*-exact/runs/*.trec.gz"))
+    assert len(runs) == len(rows) and runs[-1].name == "span-pf2.trec.gz"
 
 
 # --- models ---------------------------------------------------------------------------------------
