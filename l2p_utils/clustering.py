@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -32,16 +33,32 @@ def squared_distances(vectors: torch.Tensor) -> torch.Tensor:
     return sums.baddbmm_(vectors, vectors.transpose(1, 2), alpha=-2).clamp_(min=0)
 
 
-def ward_labels(
+class Trees(NamedTuple):
+    """Ward's tree of each set.
+
+    Attributes
+    ----------
+    merges
+        (sets, n − 1, 2) int32: two members whose clusters join, lowest first; members are counted
+        from 0 among those of a set.
+    heights
+        (sets, n − 1) float64, ascending: squared heights as SciPy's ``linkage`` has them; infinite
+        behind a set's last merge.
+    """
+
+    merges: np.ndarray
+    heights: np.ndarray
+
+
+def ward_trees(
     distances: np.ndarray,
     mask: np.ndarray,
-    counts: np.ndarray,
     same: np.ndarray,
-    ties: bool,
     threads: int = 1,
     cosines: bool = False,
-) -> np.ndarray:
-    """Grow Ward's tree of each set and cut it into each of several numbers of clusters.
+    sizes: np.ndarray | None = None,
+) -> Trees:
+    """Grow Ward's tree of each set.
 
     Parameters
     ----------
@@ -50,18 +67,33 @@ def ward_labels(
         vectors: the distance is then 1 - cosine, or 0 where rounding makes that negative.
     mask
         (sets, n) bool: which vectors take part.
-    counts
-        (sets, cuts) int64: how many clusters are wanted.
     same
         (sets, n) squared distances of two vectors up to the mean of their two values are rounding
         and count as 0: such vectors are never parted, which can give fewer clusters.
-    ties
-        Whether merges of equal height are all made or none, as SciPy's
-        ``fcluster(…, criterion="maxclust")`` does, which gives fewer clusters too.
     threads
         Number of threads; each takes some of the sets.
     cosines
         Whether `distances` holds products of unit vectors.
+    sizes
+        (sets, n) float64: how many vectors each one is the mean of; 1 by default. The tree of means
+        goes on where that of their members stopped.
+    """
+    sets, n = mask.shape
+    sizes = np.ones(mask.shape) if sizes is None else sizes
+    merges = np.zeros((sets, max(n - 1, 0), 2), dtype=np.int32)
+    trees = Trees(merges, np.full(merges.shape[:2], np.inf))
+    arrays = (distances, mask, same, sizes, *trees)
+    _over_sets(lambda part: _ward_trees(*(a[part] for a in arrays), cosines), sets, threads)
+    return trees
+
+
+def cut_trees(
+    trees: Trees, mask: np.ndarray, counts: np.ndarray, ties: bool, threads: int = 1
+) -> np.ndarray:
+    """Cut trees into each of several numbers of clusters.
+
+    `counts` are (sets, cuts) int64. With `ties`, merges of equal height are all made or none, as
+    SciPy's ``fcluster(…, criterion="maxclust")`` does, which can give fewer clusters.
 
     Returns
     -------
@@ -69,10 +101,8 @@ def ward_labels(
         (sets, cuts, n) int64: labels 0, 1, 2, … in order of first occurrence; −1 outside the mask.
     """
     labels = np.empty((len(mask), counts.shape[1], mask.shape[1]), dtype=np.int64)
-    arrays = (distances, mask, counts, same, labels)
-    _over_sets(
-        lambda part: _ward_labels(*(a[part] for a in arrays), ties, cosines), len(mask), threads
-    )
+    arrays = (*trees, mask, counts, labels)
+    _over_sets(lambda part: _cut_trees(*(a[part] for a in arrays), ties), len(mask), threads)
     return labels
 
 
@@ -83,6 +113,7 @@ def lloyd(
     same: np.ndarray,
     threads: int = 1,
     steps: int = LLOYD_STEPS,
+    sizes: np.ndarray | None = None,
 ) -> np.ndarray:
     """Improve clusterings by Lloyd's steps until no label changes: k-means from a given start.
 
@@ -92,8 +123,8 @@ def lloyd(
 
     Parameters
     ----------
-    distances, mask, same, threads
-        As for `ward_labels`.
+    distances, mask, same, threads, sizes
+        As for `ward_trees`; a vector of size s counts as s equal ones.
     labels
         (sets, cuts, n) int64, the start: 0, 1, 2, … inside the mask.
     steps
@@ -105,7 +136,8 @@ def lloyd(
         (sets, cuts, n) int64, in order of first occurrence; outside the mask as given.
     """
     labels = labels.copy()
-    arrays = (distances, mask, labels, same)
+    sizes = np.ones(mask.shape) if sizes is None else sizes
+    arrays = (distances, mask, labels, same, sizes)
     _over_sets(lambda part: _lloyd(*(a[part] for a in arrays), steps), len(mask), threads)
     return labels
 
@@ -121,28 +153,43 @@ def _over_sets(work: Callable[[slice], None], sets: int, threads: int) -> None:
 
 
 @COMPILED
-def _ward_labels(
-    distances, mask, counts, same, labels, ties, cosines
+def _ward_trees(
+    distances, mask, same, sizes, merges, heights, cosines
 ):  # pragma: no cover (compiled)
     # One for all sets: memory that is new each time costs more than growing the tree.
     buffer = np.empty(mask.shape[1] ** 2)
     for i in range(len(mask)):
         members = np.flatnonzero(mask[i])
         n = len(members)
-        labels[i] = -1
         # a copy: growing the tree uses it up; float64, for merges round again and again
         among = buffer[: n * n].reshape(n, n)
         _copy_among(distances[i], members, same[i], cosines, among)
-        first, second, heights = _nearest_neighbour_chain(among)
-        order = np.argsort(heights, kind="mergesort")  # stable: children stay before parents
+        size = sizes[i][members]
+        if (size != 1).any():  # as far apart as Ward's criterion has clusters of such sizes
+            for j in range(n):
+                for k in range(n):
+                    among[j, k] *= 2 * size[j] * size[k] / (size[j] + size[k])
+        first, second, found = _nearest_neighbour_chain(among, size)
+        order = np.argsort(found, kind="mergesort")  # stable: children stay before parents
+        for j in range(n - 1):
+            merges[i, j, 0], merges[i, j, 1] = first[order[j]], second[order[j]]
+            heights[i, j] = found[order[j]]
+
+
+@COMPILED
+def _cut_trees(merges, heights, mask, counts, labels, ties):  # pragma: no cover (compiled)
+    for i in range(len(mask)):
+        members = np.flatnonzero(mask[i])
+        n = len(members)
+        labels[i] = -1
         for cut in range(counts.shape[1]):
-            merges = max(n - counts[i, cut], 0)
-            while 0 < merges < n - 1:  # equal heights
-                height = heights[order[merges]]
-                if height > heights[order[merges - 1]] or (height > 0 and not ties):
+            made = max(n - counts[i, cut], 0)
+            while 0 < made < n - 1:  # equal heights
+                height = heights[i, made]
+                if height > heights[i, made - 1] or (height > 0 and not ties):
                     break
-                merges += 1
-            _join(first, second, order[:merges], members, labels[i, cut])
+                made += 1
+            _join(merges[i, :made], members, labels[i, cut])
 
 
 @COMPILED
@@ -172,15 +219,16 @@ def _copy_among(distances, members, same, cosines, among):  # pragma: no cover (
 
 
 @COMPILED
-def _nearest_neighbour_chain(distances):  # pragma: no cover (compiled)
+def _nearest_neighbour_chain(distances, size):  # pragma: no cover (compiled)
     """Merges of Ward's tree, unordered: vectors `first` and `second` join at squared `heights`.
+
+    `size` are floats, for they are multiplied with distances; both arrays are used up.
 
     A cluster is named by its last vector, and has that vector's slot: a row and a column. When half
     of the slots are empty, the others move together: rows are shorter then, and in a nearer cache.
     """
     n = len(distances)
     name = np.arange(n)  # of the cluster in each slot
-    size = np.ones(n)  # floats: they are multiplied with distances
     empty = np.zeros(n, distances.dtype)  # infinity where a slot is empty, whatever its distances
     first = np.empty(max(n - 1, 0), np.int64)
     second = np.empty(max(n - 1, 0), np.int64)
@@ -256,11 +304,11 @@ def _least(values, more):  # pragma: no cover (compiled)
 
 
 @COMPILED
-def _join(first, second, merges, members, labels):  # pragma: no cover (compiled)
+def _join(merges, members, labels):  # pragma: no cover (compiled)
     """Labels, by first occurrence, after the given merges."""
     parent = np.arange(len(members))
-    for merge in merges:
-        x, y = first[merge], second[merge]
+    for merge in range(len(merges)):
+        x, y = merges[merge, 0], merges[merge, 1]
         while parent[x] != x:
             x = parent[x]
         while parent[y] != y:
@@ -280,7 +328,7 @@ def _join(first, second, merges, members, labels):  # pragma: no cover (compiled
 
 
 @COMPILED
-def _lloyd(distances, mask, labels, same, steps):  # pragma: no cover (compiled)
+def _lloyd(distances, mask, labels, same, sizes, steps):  # pragma: no cover (compiled)
     buffer = np.empty(mask.shape[1] ** 2, distances.dtype)
     for i in range(len(mask)):
         members = np.flatnonzero(mask[i])
@@ -292,59 +340,68 @@ def _lloyd(distances, mask, labels, same, steps):  # pragma: no cover (compiled)
                     among[j, k] = distances[i, members[j], members[k]]
             for cut in range(labels.shape[1]):
                 moved = labels[i, cut][members]
-                _refine(among, moved, same[i][members], steps)
+                _refine(among, moved, same[i][members], sizes[i][members], steps)
                 _rename(moved)
                 labels[i, cut][members] = moved
 
 
 @COMPILED
-def _refine(distances, labels, same, steps):  # pragma: no cover (compiled)
-    """Lloyd's steps for one set, in place; `distances` (n, n), `labels` and `same` (n,)."""
+def _add(total, times, row):  # pragma: no cover (compiled)
+    for i in range(len(total)):
+        total[i] += times * row[i]
+
+
+@COMPILED
+def _refine(distances, labels, same, sizes, steps):  # pragma: no cover (compiled)
+    """Lloyd's steps for one set, in place; `distances` (n, n), the others (n,)."""
     n = len(labels)
     clusters = labels.max() + 1
-    size = np.zeros(clusters, np.int64)
+    count = np.zeros(clusters, np.int64)  # of vectors
+    weight = np.zeros(clusters)
     sums = np.zeros((clusters, n))  # of each vector's squared distances to the cluster's members
     for j in range(n):
-        size[labels[j]] += 1
-        sums[labels[j]] += distances[j]
+        weight[labels[j]] += sizes[j]
+        _add(sums[labels[j]], sizes[j], distances[j])
     nearest = np.empty(n, np.int64)
     least = np.empty(n)  # squared distance to the nearest centre
     for _ in range(steps):
         inertia = np.zeros(clusters)
         for j in range(n):
-            inertia[labels[j]] += sums[labels[j], j]
+            inertia[labels[j]] += sizes[j] * sums[labels[j], j]
         for j in range(n):  # ties go to the present cluster, then to the smaller number
             k = labels[j]
             nearest[j] = k
-            least[j] = sums[k, j] / size[k] - inertia[k] / (2 * size[k] ** 2)
+            least[j] = sums[k, j] / weight[k] - inertia[k] / (2 * weight[k] ** 2)
         for k in range(clusters):
-            if size[k] > 0:
-                share = 1 / size[k]
+            if weight[k] > 0:
+                share = 1 / weight[k]
                 half = inertia[k] * share * share / 2
                 for j in range(n):
                     squared = sums[k, j] * share - half
                     if squared < least[j]:
                         least[j] = squared
                         nearest[j] = k
-        size[:] = 0
+        count[:] = 0
         for j in range(n):
-            size[nearest[j]] += 1
+            count[nearest[j]] += 1
         for k in range(clusters):
-            if size[k] == 0:
+            if count[k] == 0:
                 farthest = -1
                 for j in range(n):
-                    if size[nearest[j]] > 1 and (farthest < 0 or least[j] > least[farthest]):
+                    if count[nearest[j]] > 1 and (farthest < 0 or least[j] > least[farthest]):
                         farthest = j
                 if farthest >= 0 and least[farthest] > same[farthest]:
-                    size[nearest[farthest]] -= 1
-                    size[k] = 1
+                    count[nearest[farthest]] -= 1
+                    count[k] = 1
                     nearest[farthest] = k
         changed = False
         for j in range(n):
             if nearest[j] != labels[j]:
                 changed = True
-                sums[labels[j]] -= distances[j]
-                sums[nearest[j]] += distances[j]
+                _add(sums[labels[j]], -sizes[j], distances[j])
+                _add(sums[nearest[j]], sizes[j], distances[j])
+                weight[labels[j]] -= sizes[j]
+                weight[nearest[j]] += sizes[j]
                 labels[j] = nearest[j]
         if not changed:
             break

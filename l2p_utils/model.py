@@ -14,7 +14,7 @@ import logging
 import string
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,12 +39,12 @@ from l2p_utils.files import (
 )
 from l2p_utils.pooling import (
     DEFAULT_VARIANT,
+    Budget,
     PoolMethod,
     PoolVariant,
-    check_pool_factor,
     check_pooling,
     check_protected_tokens,
-    pool,
+    pool_sweep,
 )
 
 BUNDLED_DIM = 128
@@ -67,20 +67,17 @@ class NotAColBERT(UserError):
 
 @dataclass(frozen=True)
 class _Pooling:
-    """A pool factor that carries the other pool settings through PyLate's `encode`.
+    """A pool factor that carries the budget and pool settings through PyLate's `encode`.
 
     Of such settings PyLate passes on the factor alone: to itself for nested lists, to other
     processes, and to the step that pools. Nothing is kept on the model, which threads share.
     """
 
-    pool_factor: int
-    pool_method: PoolMethod = "hierarchical"
-    variant: PoolVariant = DEFAULT_VARIANT
-    use_sklearn: bool = False
-    renormalize: bool = False
+    budget: Budget
+    settings: dict[str, Any]  # further arguments of `pool_sweep`
 
     def __gt__(self, other: int) -> bool:  # PyLate pools where this is larger than 1
-        return self.pool_factor > other and self.pool_method != "none"
+        return self.budget.pool_factor != other and self.settings["pool_method"] != "none"
 
 
 class PooledColBERT(models.ColBERT):
@@ -118,8 +115,9 @@ class PooledColBERT(models.ColBERT):
         `sentences` are a text, a list of texts, or a list of such lists. The other arguments are
         those of `pylate.models.ColBERT.encode`, in its order: ``is_query`` (True by default),
         ``pool_factor`` (1) and ``protected_tokens`` (1) among them; and, by keyword,
-        ``pool_method`` (hierarchical, as in PyLate), ``pool_variant``, ``use_sklearn`` and
-        ``renormalize``: see `l2p_utils.pooling.pool`. Gives (vectors, dim) per text, as PyLate.
+        ``pool_method`` (hierarchical, as in PyLate), ``max_vectors`` or ``distance_threshold``
+        instead of a pool factor, ``pool_variant``, ``use_sklearn`` and ``renormalize``: see
+        `l2p_utils.pooling.pool`. Gives (vectors, dim) per text, as PyLate.
         """
         given = _arguments(models.ColBERT.encode, self, sentences, *args, **kwargs)
         if not isinstance(sentences, str) and hasattr(sentences, "__len__") and not len(sentences):
@@ -156,8 +154,12 @@ class PooledColBERT(models.ColBERT):
     ) -> list[torch.Tensor]:
         """PyLate's pooling step, here by the method that `encode` was given; see `pool`."""
         if not isinstance(pool_factor, _Pooling):
-            pool_factor = _Pooling(pool_factor)
-        return pool(documents_embeddings, protected_tokens=protected_tokens, **asdict(pool_factor))
+            pool_factor = _Pooling(Budget(pool_factor), {"pool_method": "hierarchical"})
+        budget, settings = pool_factor.budget, pool_factor.settings
+        pooled = pool_sweep(
+            documents_embeddings, [budget], protected_tokens=protected_tokens, **settings
+        )
+        return pooled[budget]
 
 
 def _arguments(
@@ -167,17 +169,22 @@ def _arguments(
     use_sklearn: bool = False,
     pool_variant: PoolVariant = DEFAULT_VARIANT,
     renormalize: bool = False,
+    max_vectors: int | None = None,
+    distance_threshold: float | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """A PyLate method's arguments by name, with the pool settings, checked, in its pool factor."""
     given = inspect.signature(function).bind(*args, **kwargs).arguments
     del given["self"]
-    factor = given.get("pool_factor", 1)
+    factor = given.get("pool_factor", 1 if max_vectors is distance_threshold is None else None)
     if not isinstance(factor, _Pooling):  # it is one when PyLate's `encode` calls ours
         check_pooling(pool_method, pool_variant)
-        check_protected_tokens(given.get("protected_tokens", 1))
-        factor = check_pool_factor(factor)
-        factor = _Pooling(factor, pool_method, pool_variant, use_sklearn, renormalize)
+        protected = check_protected_tokens(given.get("protected_tokens", 1))
+        budget = Budget(factor, max_vectors, distance_threshold)
+        budget.check(pool_method, protected, use_sklearn)
+        settings = {"pool_method": pool_method, "variant": pool_variant}
+        settings |= {"use_sklearn": use_sklearn, "renormalize": renormalize}
+        factor = _Pooling(budget, settings)
     return given | {"pool_factor": factor}
 
 

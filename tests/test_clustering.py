@@ -14,9 +14,10 @@ from sklearn.cluster import KMeans
 
 from l2p_utils.clustering import (
     by_first_occurrence,
+    cut_trees,
     lloyd,
     squared_distances,
-    ward_labels,
+    ward_trees,
 )
 
 MANY = 100  # Lloyd's steps: more than any set here takes to stand still
@@ -38,7 +39,8 @@ def square(vectors):
 def ward(vectors, mask, counts, ties=True, threads=1, same=0.0, dtype=float):
     counts = np.zeros((len(mask), 1), np.int64) + counts
     equal = np.full(mask.shape, same)
-    return ward_labels(square(vectors).astype(dtype), mask, counts, equal, ties, threads)
+    trees = ward_trees(square(vectors).astype(dtype), mask, equal, threads)
+    return cut_trees(trees, mask, counts, ties)
 
 
 def improved(vectors, labels, mask=None, steps=MANY, threads=1, same=0.0):
@@ -218,3 +220,50 @@ def test_neither_order_nor_padding_nor_masked_vectors_matter(mask, seed, k, extr
 @given(st.lists(st.integers(0, 9), max_size=20))
 def test_names_come_in_order_of_first_occurrence(labels):
     assert by_first_occurrence(np.array(labels, dtype=np.int32)).tolist() == expected_order(labels)
+
+
+# --- heights and sizes ----------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(2, 12))
+def test_heights_are_scipys(seed, n):
+    vectors = points(3, n, 4, seed=seed)
+    mask = np.ones((3, n), bool)
+    mask[1, 0] = mask[2] = False
+    trees = ward_trees(square(vectors), mask, np.zeros(mask.shape))
+    for heights, (whole, free) in zip(trees.heights, zip(vectors, mask, strict=True), strict=True):
+        members = whole[free]
+        expected = hierarchy.linkage(members, "ward")[:, 2] ** 2 if len(members) > 1 else []
+        assert heights[: len(expected)] == pytest.approx(expected)
+        assert np.isinf(heights[len(expected) :]).all()
+
+
+@given(seeds, st.integers(3, 14), st.data())
+def test_a_tree_of_means_goes_on_where_their_members_stopped(seed, n, data):
+    vectors, mask = points(1, n, 3, seed=seed), np.ones((1, n), bool)
+    first = data.draw(st.integers(2, n))
+    then = data.draw(st.integers(1, first))
+    labels, direct = (ward(vectors, mask, k)[0, 0] for k in (first, then))
+    means, sizes = centres(vectors[0], labels)[None], np.bincount(labels)[None].astype(float)
+    some = np.ones(sizes.shape, bool)
+    trees = ward_trees(square(means), some, np.zeros(sizes.shape), sizes=sizes)
+    again = cut_trees(trees, some, np.array([[then]]), True)[0, 0]
+    assert groups(again[labels]) == groups(direct)
+    heights = ward_trees(square(vectors), mask, np.zeros(mask.shape)).heights[0]
+    assert trees.heights[0, : first - 1] == pytest.approx(heights[n - first :])
+
+
+@given(seeds, st.integers(3, 9), st.integers(1, 3))
+def test_a_vector_of_size_s_counts_as_s_equal_ones(seed, n, k):
+    generator = np.random.default_rng(seed)
+    vectors, sizes = points(1, n, 3, seed=seed), generator.integers(1, 5, (1, n)).astype(float)
+    start = np.arange(n)[None] % k
+    settings = np.ones((1, n), bool), start[:, None], np.zeros((1, n))
+    found = lloyd(square(vectors), *settings, steps=MANY, sizes=sizes)[0, 0]
+    weighted = np.stack(
+        [np.average(vectors[0, start[0] == j], 0, sizes[0, start[0] == j]) for j in range(k)]
+    )
+    judge = KMeans(k, init=weighted, n_init=1, max_iter=MANY, tol=0).fit(
+        vectors[0], sample_weight=sizes[0]
+    )
+    assert groups(found) == groups(judge.labels_)

@@ -74,6 +74,16 @@ def test_pooled_encoding_is_the_unpooled_one_pooled(bundled_model, texts, settin
         np.testing.assert_allclose(document, judge, atol=1e-5)
 
 
+@pytest.mark.parametrize("budget", [{"max_vectors": 5}, {"distance_threshold": 0.4}])
+def test_other_budgets_than_a_factor_are_kept_too(bundled_model, texts, budget):
+    whole = bundled_model.encode(texts, is_query=False, convert_to_numpy=False)
+    expected = pool(whole, None, "kmeans", **budget)
+    ours = bundled_model.encode(texts, is_query=False, pool_method="kmeans", **budget)
+    assert near(ours, expected) and not near(ours, whole)
+    with pytest.raises(UserError, match="expected one of pool_factor, max_vectors"):
+        bundled_model.encode(texts, is_query=False, pool_factor=2, **budget)
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_queries_are_never_pooled(bundled_model, texts, settings):
     pooled = bundled_model.encode(texts[:3], pool_factor=4, **settings)  # is_query by default
@@ -105,7 +115,13 @@ def test_single_and_empty_texts_come_back_as_from_pylate(bundled_model, pylate_m
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("pool_factor", 0), ("pool_method", "means"), ("variant", "ward"), ("protected_tokens", -1)],
+    [
+        ("pool_factor", 0),
+        ("pool_method", "means"),
+        ("variant", "ward"),
+        ("protected_tokens", -1),
+        ("max_vectors", 1),
+    ],  # fmt: skip
 )
 @pytest.mark.parametrize("is_query", [True, False])
 def test_bad_pool_settings_are_refused_before_any_work(

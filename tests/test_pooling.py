@@ -348,7 +348,7 @@ def test_documents_of_different_kinds_are_refused(other):
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("pool_factor", f, "whole number of at least 1") for f in (0, 2.0, True, "two", None, [2])]
+    [("pool_factor", f, "a number of at least 1") for f in (0, 0.9, math.nan, True, "two", [2])]
     + [("protected_tokens", n, "whole number of at least 0") for n in (-1, 1.0, "one", None, True)]
     + [("pool_method", m, "'span', 'kmeans', 'hierarchical'") for m in ("means", None, "KMeans")]
     + [("variant", "ward", "'pylate', 'paper', 'euclidean'")],
