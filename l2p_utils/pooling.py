@@ -542,6 +542,12 @@ def _span_group(place: Any, free: Any, groups: Any, budget: Any) -> Any:
     return whole.astype(np.int64) if isinstance(whole, np.ndarray) else whole.long()
 
 
+def pool_groups(vectors: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
+    """Raw means (groups, dim) of vectors (tokens, dim) by labels 0, 1, 2, … (tokens,)."""
+    index = torch.as_tensor(labels, device=vectors.device)
+    return _means(vectors, index, int(index.max()) + 1 if len(index) else 0)[0]
+
+
 def pool_padded(
     embeddings: torch.Tensor,
     mask: torch.Tensor,

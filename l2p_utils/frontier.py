@@ -1,0 +1,568 @@
+"""Ways of storing less, measured: what each keeps of NDCG@10, and at how many bytes (notebook 11).
+
+A `Way` turns a collection's token vectors into those that are stored, and says how they are coded.
+``python -m l2p_utils.frontier`` measures models of a run and stores the rows, model by model and
+collection by collection; it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.ticker import FuncFormatter
+from tqdm.auto import tqdm
+
+from l2p_utils.collection import Collection, load_collection, subset
+from l2p_utils.evaluation import load_evaluated
+from l2p_utils.evaluation import measure as measure_ranking
+from l2p_utils.figures import STYLE, NotebookFigure, render
+from l2p_utils.files import (
+    PROVENANCE,
+    ROOT,
+    UserError,
+    atomic_path,
+    from_root,
+    settings_match,
+    versions,
+    write_json,
+)
+from l2p_utils.model import PooledColBERT, autocast, encode, fingerprint, use_threads
+from l2p_utils.pooling import CACHE_VERSION, Budget, pool, pool_groups, pool_to_mean, unit_length
+from l2p_utils.profile import load_profile, slug
+from l2p_utils.search import exact_search
+from l2p_utils.statistics import interval
+
+Vectors = list[torch.Tensor]
+STORED = ROOT / "data" / "frontier"
+FACTORS = (2, 3, 4, 6, 8, 12, 16, 24)
+METHODS = ("span", "kmeans", "hierarchical")
+OFFSET_BYTES = 8  # where a document's vectors begin; its id is the user's own
+KEYS = ["model", "collection", "document_length"]
+UNPOOLED = "unpooled"
+
+# ---------------------------------------------------------------- what ways look at
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A collection's token vectors, unpooled, and what else a way of storing less may look at.
+
+    Attributes
+    ----------
+    documents, queries
+        (tokens, dim) float32 of unit length, one per text, in the collection's order.
+    norms
+        (tokens,) the documents' lengths before they were normalised.
+    pieces
+        (tokens,) word pieces of the documents, as numbers.
+    words, sentences
+        (tokens,) which word and which sentence of its document a token belongs to, ascending.
+    """
+
+    collection: Collection
+    documents: Vectors
+    queries: Vectors
+    norms: list[np.ndarray]
+    pieces: list[np.ndarray]
+    words: list[np.ndarray]
+    sentences: list[np.ndarray]
+
+
+def read_tokens(
+    model: PooledColBERT, collection: Collection, precision: str = "auto", progress: bool = False
+) -> Tokens:
+    """Encode a collection; tokens that take no part in search (punctuation) are left out."""
+    queries = encode(model, list(collection.queries.values()), True, precision)
+    # output_value=None: PyLate gives every token's vector, with the mask of those that count
+    with autocast(precision, model.device):
+        found = model.encode(
+            list(collection.corpus.values()),
+            is_query=False,
+            output_value=None,
+            normalize_embeddings=False,
+            show_progress_bar=progress,
+        )
+    parts: dict[str, list] = {
+        name: [] for name in ("documents", "norms", "pieces", "words", "sentences")
+    }
+    for ids, vectors, mask in zip(
+        found["input_ids"], found["token_embeddings"], found["masks"], strict=True
+    ):
+        ids, vectors, mask = (torch.as_tensor(part).cpu() for part in (ids, vectors, mask))
+        vectors, mask = vectors.float(), mask.bool()
+        names = model.tokenizer.convert_ids_to_tokens(ids.tolist())
+        counted = mask.numpy()
+        parts["documents"].append(unit_length(vectors[mask]))
+        parts["norms"].append(vectors[mask].norm(dim=1).numpy())
+        parts["pieces"].append(ids[mask].numpy())
+        parts["words"].append(np.cumsum(_word_starts(names))[counted])
+        ended = np.isin(names, [".", "!", "?", "Ġ.", "▁."])
+        parts["sentences"].append((np.cumsum(ended) - ended)[counted])
+    return Tokens(collection, queries=queries, **parts)
+
+
+def _word_starts(names: Sequence[str]) -> list[bool]:
+    """Whether each piece begins a word: WordPiece marks those that do not, others those that do."""
+    marked = any(name[:1] in "Ġ▁" for name in names)
+    return [name[:1] in "Ġ▁" if marked else not name.startswith("##") for name in names]
+
+
+# ---------------------------------------------------------------- codes
+
+
+class Code(NamedTuple):
+    """How a vector is stored."""
+
+    bits: float  # per value
+    extra: int  # bytes per vector: its scale
+    decode: Callable[[torch.Tensor], torch.Tensor]  # what comes back of (vectors, dim) float32
+
+
+def _levels(vectors: torch.Tensor, most: int) -> torch.Tensor:
+    """Whole numbers up to ± `most`, times a float16 scale per vector."""
+    scale = (vectors.abs().amax(dim=1, keepdim=True) / most).half().float()
+    return (vectors / scale.clamp(min=1e-8)).round().clamp(-most, most) * scale
+
+
+CODES = {
+    "float32": Code(32, 0, lambda vectors: vectors),
+    "float16": Code(16, 0, lambda vectors: vectors.half().float()),
+    "int8": Code(8, 2, partial(_levels, most=127)),
+    "4 bits": Code(4, 2, partial(_levels, most=7)),
+    # signs alone: for vectors of unit length, which all have the same scale
+    "1 bit": Code(1, 0, lambda v: torch.where(v >= 0, 1.0, -1.0) / math.sqrt(v.shape[1])),
+}
+
+
+def stored_bytes(vectors: float, dim: int, code: str = "float32") -> float:
+    """Bytes of a document with so many vectors: values, scales, and its offset in the index."""
+    return vectors * (dim * CODES[code].bits / 8 + CODES[code].extra) + OFFSET_BYTES
+
+
+# ---------------------------------------------------------------- ways
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of storing less.
+
+    Attributes
+    ----------
+    name, family
+        What tables and the legend call it.
+    store
+        From `Tokens` to the documents' vectors that are stored, before they are coded.
+    code
+        A key of `CODES`.
+    ask
+        What is done to the queries' vectors.
+    """
+
+    name: str
+    family: str
+    store: Callable[[Tokens], Vectors]
+    code: str = "float32"
+    ask: Callable[[Tokens], Vectors] = lambda tokens: tokens.queries
+
+
+def pooled(
+    method: str, budget: float | Budget, renormalize: bool = True, **options: Any
+) -> Callable[[Tokens], Vectors]:
+    """`pool` under a budget, unit-length means by default."""
+    budget = vars(Budget.of(budget))
+    return lambda tokens: pool(
+        tokens.documents, pool_method=method, renormalize=renormalize, **budget, **options
+    )
+
+
+def to_mean(method: str, factor: float, rule: str) -> Callable[[Tokens], Vectors]:
+    """As many vectors in all as a pool factor gives, shared out by a rule of `pool_to_mean`."""
+
+    def store(tokens: Tokens) -> Vectors:
+        mean = np.mean([len(document) for document in pool(tokens.documents, factor, method)])
+        return pool_to_mean(tokens.documents, mean, method, rule, renormalize=True)
+
+    return store
+
+
+def pooled_again(method: str, first: float, then: float, **options: Any) -> Callable:
+    """Pooled by one factor, and what was stored by another, with the clusters' sizes."""
+
+    def store(tokens: Tokens) -> Vectors:
+        means, sizes = pool(tokens.documents, first, method, return_sizes=True, **options)
+        return pool(means, then, method, weights=sizes, renormalize=True, **options)
+
+    return store
+
+
+def span_within(unit: str, factor: int) -> Callable[[Tokens], Vectors]:
+    """Groups of up to `factor` neighbours that end where a word ends (``words``) or do not cross
+    the end of a sentence (``sentences``); the first token alone.
+    """
+
+    def labels(places: np.ndarray) -> np.ndarray:
+        found, size, start = np.zeros(len(places), dtype=np.int64), 0, 1
+        ends = np.append(np.flatnonzero(np.diff(places)) + 1, len(places))
+        for end in ends[ends > 1]:
+            length = end - start
+            if unit == "words":  # a word joins the group if it fits
+                new = size == 0 or size + length > factor
+                found[start:end] = found[start - 1] + new
+                size = length if new else size + length
+            else:
+                found[start:end] = found[start - 1] + 1 + np.arange(length) // factor
+            start = end
+        return found
+
+    return lambda tokens: [
+        unit_length(pool_groups(document, labels(places)))
+        for document, places in zip(tokens.documents, getattr(tokens, unit), strict=True)
+    ]
+
+
+def kept(score: Callable[[Tokens], Iterable[np.ndarray]], factor: float) -> Callable:
+    """Pruning: the first token and, of the others, the 1 / factor with the highest scores."""
+
+    def store(tokens: Tokens) -> Vectors:
+        chosen = []
+        for document, scores in zip(tokens.documents, score(tokens), strict=True):
+            count = 1 + max(int((len(document) - 1) // factor), 1)
+            best = 1 + np.argsort(-np.asarray(scores)[1:], kind="stable")[: count - 1]
+            chosen.append(document[np.sort(np.append(0, best))] if len(document) else document)
+        return chosen
+
+    return store
+
+
+def first_tokens(tokens: Tokens) -> Iterable[np.ndarray]:
+    """Scores of pruning: the earlier, the higher."""
+    return (-np.arange(len(document)) for document in tokens.documents)
+
+
+def by_norm(tokens: Tokens) -> Iterable[np.ndarray]:
+    """Scores of pruning: a vector's length before it was normalised."""
+    return tokens.norms
+
+
+def by_idf(tokens: Tokens) -> Iterable[np.ndarray]:
+    """Scores of pruning: the fewer documents have the word piece, the higher."""
+    counts = pd.Series(np.concatenate([np.unique(p) for p in tokens.pieces])).value_counts()
+    return [-counts.reindex(pieces).to_numpy() for pieces in tokens.pieces]
+
+
+def fewer_dimensions(dim: int, store: Callable[[Tokens], Vectors]) -> dict[str, Callable]:
+    """Projection of documents and queries to the `dim` principal directions of the documents'."""
+
+    def directions(tokens: Tokens) -> torch.Tensor:
+        some = torch.cat(tokens.documents)[::7]  # dot products are kept: not centred
+        return torch.linalg.eigh(some.T @ some).eigenvectors[:, -dim:]
+
+    def project(tokens: Tokens) -> Vectors:
+        basis = directions(tokens)
+        return [document @ basis for document in store(tokens)]
+
+    return {
+        "store": project,
+        "ask": lambda tokens: [q @ directions(tokens) for q in tokens.queries],
+    }
+
+
+def fewer_query_vectors(factor: float) -> Callable[[Tokens], Vectors]:
+    """Queries pooled too, by k-means."""
+    return lambda tokens: pool(tokens.queries, factor, "kmeans", renormalize=True)
+
+
+def all_ways(max_factor: int = 24) -> list[Way]:
+    """What `measure` compares: the unpooled index first, then family by family."""
+    factors = [factor for factor in FACTORS if factor <= max_factor]
+    few = [factor for factor in (2, 4, 6, 12) if factor <= max_factor]
+    ways = [Way(UNPOOLED, UNPOOLED, lambda tokens: tokens.documents)]
+    for method in METHODS:
+        ways += [Way(f"{method} PF{f}", method, pooled(method, f)) for f in factors]
+        raw = f"{method}, raw means"
+        ways += [Way(f"{raw} PF{f}", "raw means", pooled(method, f, False)) for f in factors]
+    for k in (32, 24, 16, 12, 8, 6, 4, 3):
+        budget = Budget(max_vectors=k)
+        ways.append(Way(f"kmeans, {k} vectors", "same number for all", pooled("kmeans", budget)))
+    for rule, family in {"equal": "same number for all", "threshold": "one height for all"}.items():
+        for f in (4, 6, 12, 16):
+            name = f"kmeans, {family}, mean of PF{f}"
+            ways.append(Way(name, family, to_mean("kmeans", f, rule)))
+    for unit in ("words", "sentences"):
+        ways += [Way(f"span within {unit} PF{f}", "span", span_within(unit, f)) for f in few]
+    for name, score in {"first": first_tokens, "norm": by_norm, "IDF": by_idf}.items():
+        ways += [Way(f"pruned by {name} PF{f}", "pruning", kept(score, f)) for f in few]
+    for method, options in {"kmeans": {}, "hierarchical": {"variant": "euclidean"}}.items():
+        for first, then in ((2, 3), (4, 3)):
+            name = f"{method} PF{first}, again PF{then}"
+            ways.append(Way(name, "pooled again", pooled_again(method, first, then, **options)))
+    for f in (1, 4, 6, 12):
+        store = pooled("kmeans", f)
+        for q in (2, 4):
+            name = f"kmeans PF{f}, queries PF{q}"
+            ways.append(Way(name, "fewer query vectors", store, ask=fewer_query_vectors(q)))
+        for dim in (64, 32):
+            name = f"kmeans PF{f}, {dim} dimensions"
+            ways.append(Way(name, "fewer dimensions", **fewer_dimensions(dim, store)))
+    for code in list(CODES)[1:]:
+        for f in (1, *factors):
+            ways.append(Way(f"kmeans PF{f}, {code}", code, pooled("kmeans", f), code))
+        ways += [Way(f"span PF{f}, {code}", code, pooled("span", f), code) for f in factors]
+    return ways
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def measure(
+    tokens: Tokens, ways: Iterable[Way], progress: bool = True
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Search a collection with each way, exactly, the unpooled index first.
+
+    Returns
+    -------
+    tuple of pandas.DataFrame
+        A row per way: ``way``, ``family``, ``code``, ``vectors_per_document``,
+        ``bytes_per_document``, ``ndcg@10`` (0–1), ``store_ms`` (per document, reducing and coding),
+        ``query_ms``, ``queries``, ``documents``. And a row per way and query, ``ndcg@10``.
+    """
+    ids, count = list(tokens.collection.corpus), len(tokens.documents)
+    rows, per_query = [], []
+    for way in tqdm(list(ways), desc=f"Ways on {tokens.collection.name}", disable=not progress):
+        began = time.process_time()
+        stored = way.store(tokens)
+        decoded = [CODES[way.code].decode(document) for document in stored]
+        seconds = time.process_time() - began
+        ranking = exact_search(way.ask(tokens), decoded, ids, top_k=10)
+        values = measure_ranking(tokens.collection, ranking)[["query_id", "ndcg@10"]]
+        vectors = float(np.mean([len(document) for document in stored]))
+        row = {
+            "way": way.name, "family": way.family, "code": way.code,
+            "vectors_per_document": vectors,
+            "bytes_per_document": stored_bytes(vectors, stored[0].shape[1], way.code),
+            "ndcg@10": values["ndcg@10"].mean(), "store_ms": 1000 * seconds / count,
+            "query_ms": 1000 * ranking.seconds / len(tokens.queries),
+            "queries": len(tokens.queries), "documents": count,
+        }  # fmt: skip
+        rows.append(row)
+        per_query.append(values.assign(way=way.name))
+    return pd.DataFrame(rows), pd.concat(per_query, ignore_index=True)
+
+
+def measure_model(
+    profile_name: str,
+    name: str,
+    collections: Sequence[str],
+    output: str | Path,
+    document_length: int | None = None,
+    ways: Sequence[Way] | None = None,
+    progress: bool = True,
+) -> None:
+    """Measure a model of a profile on collections; finished ones of `output` are kept.
+
+    Rows are stored in ``<output>/rows``, values per query in ``<output>/per_query``: a Parquet file
+    per model, collection and document length.
+    """
+    profile = load_profile(profile_name)
+    use_threads(profile.threads)
+    model = load_evaluated(profile, name).eval()
+    model.document_length = document_length or model.document_length
+    ways = all_ways() if ways is None else list(ways)
+    for source in collections:
+        collection = subset(load_collection(source), None, profile.evaluation.max_documents)
+        stem = f"{name}--{slug(source)}-{model.document_length}"
+        done = Path(output) / "settings" / stem
+        settings = {
+            "weights": fingerprint(profile.folder / "models" / name),
+            "fingerprint": collection.fingerprint,
+            "length": model.document_length,
+            "ways": [way.name for way in ways],
+            "code": CACHE_VERSION,
+            "versions": versions(),
+        }
+        if settings_match(done, settings):
+            continue
+        tokens = read_tokens(model, collection, profile.precision, progress)
+        keys = dict(zip(KEYS, [name, source, model.document_length], strict=True))
+        for part, frame in zip(
+            ("per_query", "rows"), reversed(measure(tokens, ways, progress)), strict=True
+        ):
+            with atomic_path(Path(output) / part / f"{stem}.parquet") as temporary:
+                frame.assign(**keys).to_parquet(temporary, index=False, compression="zstd")
+        write_json(done / PROVENANCE, {"settings": settings})
+
+
+def read(folder: str | Path = STORED, part: str = "rows") -> pd.DataFrame:
+    """All stored rows, or with ``per_query`` the values of each query."""
+    files = sorted(Path(folder, part).glob("*.parquet"))
+    if not files:
+        raise UserError(
+            f"{folder} holds no measured ways ({part}/*.parquet). `python -m l2p_utils.frontier` "
+            "measures them; `git restore data/frontier` brings the stored ones back."
+        )
+    return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+
+
+# ---------------------------------------------------------------- what came out
+
+
+def summary(rows: pd.DataFrame, per_query: pd.DataFrame) -> pd.DataFrame:
+    """Each way beside the unpooled index of the same model: mean over the model's collections.
+
+    Columns ``model``, ``document_length``, ``way``, ``family``, ``code``, ``vectors_per_document``,
+    ``bytes_per_document``; ``kept``, percent of the unpooled NDCG@10, with the 95 % interval over
+    queries ``low`` and ``high``; ``smaller``, how many times; ``front``, whether no other way of
+    that model keeps as much in fewer bytes; ``collections``, how many.
+    """
+    parts, keys = [], ["model", "document_length"]
+    for (model, length), here in rows.groupby(keys, sort=False):
+        values = per_query[(per_query["model"] == model) & (per_query["document_length"] == length)]
+        order = here["way"].drop_duplicates().tolist()
+        groups, count = [], here["collection"].nunique()
+        for _, part in values.groupby("collection"):
+            wide = part.pivot(index="way", columns="query_id", values="ndcg@10").loc[order]
+            base = wide.loc[UNPOOLED].to_numpy()
+            # the percentage is a ratio: its error is that of value − ratio × unpooled
+            ratio = (wide.mean(axis=1) / base.mean()).to_numpy()[:, None]
+            groups.append(100 / count / base.mean() * (wide.to_numpy() - ratio * base)[:, None])
+        found = interval(groups)
+        kept = here["ndcg@10"] / here.groupby("collection")["ndcg@10"].transform("first")
+        means = here.assign(kept=100 * kept).groupby("way", sort=False)
+        table = means[["kept", "vectors_per_document", "bytes_per_document"]].mean()
+        table["low"] = table["kept"] - (found.high - found.low) / 2
+        table["high"] = table["kept"] + (found.high - found.low) / 2
+        table["smaller"] = table.loc[UNPOOLED, "bytes_per_document"] / table["bytes_per_document"]
+        table["front"] = pareto(table["bytes_per_document"], table["kept"])
+        table[["family", "code"]] = means[["family", "code"]].first()
+        named = dict(zip(keys, (model, length), strict=True))
+        parts.append(table.reset_index().assign(**named, collections=count))
+    first = [*keys, "way", "family", "code"]
+    found = pd.concat(parts, ignore_index=True)
+    return found[first + [column for column in found if column not in first]]
+
+
+def pareto(costs: Sequence[float], values: Sequence[float]) -> np.ndarray:
+    """Mask of the points with a larger value than all that cost no more."""
+    costs, values = np.asarray(costs, float), np.asarray(values, float)
+    order = np.lexsort((-values, costs))
+    best = np.maximum.accumulate(np.append(-np.inf, values[order][:-1]))
+    front = np.zeros(len(costs), dtype=bool)
+    front[order] = values[order] > best
+    return front
+
+
+LOOKS = {  # family or code: colour and marker
+    UNPOOLED: ("#000000", "*"),
+    "raw means": ("#8C8C8C", "s"),
+    "span": ("#009E73", "D"),
+    "kmeans": ("#E08A00", "^"),
+    "hierarchical": ("#0072B2", "o"),
+    "same number for all": ("#7B3294", "v"),
+    "one height for all": ("#7B3294", "1"),
+    "pruning": ("#CC79A7", "x"),
+    "pooled again": ("#E08A00", "2"),
+    "fewer query vectors": ("#555555", "3"),
+    "fewer dimensions": ("#555555", "4"),
+    "float16": ("#56B4E9", "h"),
+    "int8": ("#56B4E9", "P"),
+    "4 bits": ("#56B4E9", "X"),
+    "1 bit": ("#56B4E9", "d"),
+}
+
+
+def draw(found: pd.DataFrame, titles: Mapping[str, str] | None = None) -> NotebookFigure:
+    """Percent of the unpooled NDCG@10 against bytes per document, a panel per model and length.
+
+    `found` is from `summary`; `titles` are those of models. The black line is the Pareto front;
+    bars on it are 95 % intervals over queries.
+    """
+    titles, groups = titles or {}, list(found.groupby(["model", "document_length"], sort=False))
+    with matplotlib.rc_context(STYLE):
+        figure = NotebookFigure(figsize=(1 + 6.2 * len(groups), 5.6), layout="constrained")
+        axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+        for axis, ((model, length), part) in zip(axes, groups, strict=True):
+            axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
+            for family, (colour, marker) in LOOKS.items():
+                some = part[part["family"] == family]
+                look = dict(color=colour, marker=marker, linestyle="none", label=family)
+                look["markerfacecolor"] = "none" if family == "raw means" else colour
+                axis.plot(some["bytes_per_document"], some["kept"], **look, markersize=6, zorder=2)
+            front = part[part["front"]].sort_values("bytes_per_document")
+            x, y = front["bytes_per_document"], front["kept"]
+            axis.plot(x, y, color="black", linewidth=1.2, label="Pareto front", zorder=3)
+            bars = [y - front["low"], front["high"] - y]
+            axis.errorbar(x, y, bars, fmt="none", color="black", elinewidth=0.7, zorder=1.5)
+            axis.set(xscale="log", ylim=(60, None), xlabel="Bytes per document (log scale)")
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            title = titles.get(model, model)
+            axis.set_title(
+                f"{title}, {length} word pieces, {part['collections'].iloc[0]} collections"
+            )
+        axes[0].set_ylabel("NDCG@10 (% of the unpooled index)")
+        lines, labels = axes[0].get_legend_handles_labels()
+        look = dict(ncols=3 * len(groups), fontsize=9, frameon=False)
+        figure.legend(lines, labels, loc="outside lower center", **look)
+        figure.suptitle("What an index keeps, and what it takes", fontweight="bold")
+    figure.alt = "NDCG@10 kept against bytes per document. The Pareto front: " + "; ".join(
+        f"{titles.get(model, model)}, {row.way}: {row.kept:.0f} % in "
+        f"{row.bytes_per_document:,.0f} bytes"
+        for (model, _), part in groups
+        for row in part[part["front"]].sort_values("bytes_per_document").itertuples()
+    )
+    return figure
+
+
+def recommended(found: pd.DataFrame, losses: Sequence[float] = (1, 2, 5, 10)) -> pd.DataFrame:
+    """Per model, the fewest bytes with which at most so many percent are lost, two ways: by the
+    mean, and for sure (the lower end of the interval).
+    """
+    lines = []
+    for (model, length), part in found.groupby(["model", "document_length"], sort=False):
+        for loss in losses:
+            for sure, column in {"on average": "kept", "for sure": "low"}.items():
+                fits = part[part[column] >= 100 - loss].sort_values("bytes_per_document")
+                best = fits.iloc[0]
+                key = {"model": model, "document_length": length, "loss": f"{loss} %", "": sure}
+                numbers = best[["way", "bytes_per_document", "smaller", "kept", "low"]].to_dict()
+                lines.append(key | numbers)
+    table = pd.DataFrame(lines).set_index(["model", "document_length", "loss", ""])
+    return table.round({"bytes_per_document": 0, "smaller": 1, "kept": 1, "low": 1})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure ways of storing less for models of a run; without models, redraw the figure."""
+    parser = argparse.ArgumentParser(prog="python -m l2p_utils.frontier", description=main.__doc__)
+    parser.add_argument("models", nargs="*", help="such as baseline docs-scipy-pf1-s42")
+    parser.add_argument("--profile", default="offline")
+    parser.add_argument("--collections", nargs="+", help="default: the profile's")
+    parser.add_argument("--document-length", type=int, help="in word pieces; default: the model's")
+    parser.add_argument("--out", type=Path, default=STORED)
+    options = parser.parse_args(arguments)
+    try:
+        chosen = options.collections or load_profile(options.profile).evaluation.collections
+        for model in options.models:
+            measure_model(options.profile, model, chosen, options.out, options.document_length)
+        figure = draw(summary(read(options.out), read(options.out, "per_query")))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for kind in ("png", "svg"):
+        with atomic_path(from_root("figures/frontier") / f"frontier.{kind}") as temporary:
+            temporary.write_bytes(render(figure, kind))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
