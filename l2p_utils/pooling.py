@@ -387,7 +387,7 @@ class _Counts:
     """Each document's own number of clusters; in place of a budget."""
 
     shares: np.ndarray  # (documents,)
-    distance_threshold = None
+    pool_factor = max_vectors = distance_threshold = None
 
     def clusters(self, free: np.ndarray, protected: int, span: bool = False) -> np.ndarray:
         return np.minimum(self.shares, free)
@@ -448,7 +448,7 @@ def _pool(
                 means, members = _means(vectors, index, sum(counts))
             else:
                 means, members = _weighted_means(vectors, index, sum(counts), heavy.flatten())
-            if pool_method == "span" and getattr(asked[given], "pool_factor", None) != 1:
+            if pool_method == "span" and asked[given].pool_factor != 1:
                 _check_finite(_wide(means.detach()).sum().isfinite())  # as every token is in a mean
             if renormalize:
                 means = unit_length(means)
@@ -533,8 +533,7 @@ def _span_group(place: Any, free: Any, groups: Any, budget: Any) -> Any:
 
     `groups` of the pool factor's size, the last one smaller; or as even as can be.
     """
-    factor = getattr(budget, "pool_factor", None)
-    if factor is None:
+    if (factor := budget.pool_factor) is None:
         return place * groups // (free + (free == 0))
     if factor == int(factor):
         return place // int(factor)
@@ -684,7 +683,7 @@ def assign(
     free = mask & (rank >= protected_tokens)
     labels = dict.fromkeys(budgets, whole)
     asked = {b: b if isinstance(b, _Counts) else Budget.of(b) for b in labels}
-    asked = {b: budget for b, budget in asked.items() if getattr(budget, "pool_factor", 0) != 1}
+    asked = {b: budget for b, budget in asked.items() if budget.pool_factor != 1}
     if not asked or pool_method == "none" or not mask.numel():
         return labels
     if pool_method == "span":
@@ -710,12 +709,10 @@ def _span_labels(
     place: torch.Tensor, free: torch.Tensor, budgets: dict[Any, Any], protected_tokens: int
 ) -> dict[Any, torch.Tensor]:
     """Groups of neighbours, by each token's place among the free ones (documents, tokens)."""
-    found = {}
+    count, found = free.sum(dim=1, keepdim=True), {}
     for given, budget in budgets.items():
-        count = free.sum(dim=1, keepdim=True)
-        groups = count
-        if getattr(budget, "pool_factor", None) is None:
-            groups = count.clamp(max=budget.max_vectors - protected_tokens)
+        most = budget.max_vectors
+        groups = count if most is None else count.clamp(max=most - protected_tokens)
         found[given] = _span_group(place, count, groups, budget)
     return found
 
