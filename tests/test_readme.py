@@ -4,11 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from l2p_utils import results
-from l2p_utils.collection import load_collection
+from l2p_utils.collection import Collection, load_collection
+from l2p_utils.frontier import read_tokens
 from l2p_utils.paper import read_paper
 from l2p_utils.profile import load_profile
 from l2p_utils.statistics import interval
@@ -158,6 +161,21 @@ def test_the_snippet_for_ones_own_documents_runs(model_folder, capsys):
     path = re.search(r'PooledColBERT\("(.*?)"\)', snippet).group(1)
     exec(snippet.replace(path, str(model_folder)), {})
     assert set(eval(capsys.readouterr().out)) <= {"spline", "mean", "inverse"}
+
+
+def test_the_snippets_on_budgets_and_on_a_way_of_ones_own_run(bundled_model, texts):
+    known = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", DOCS["pooling.md"], re.S)), known)
+    again = known["pool"](known["means"], 3, "span", weights=known["sizes"])
+    direct = known["pool"](known["documents"], 6, "span")
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(again, direct, strict=True))
+    snippets = re.findall(r"```python\n(.*?)```", DOCS["extending.md"], re.S)
+    exec(next(snippet for snippet in snippets if "Way(" in snippet), known)
+    corpus = dict(enumerate(texts))
+    tokens = read_tokens(bundled_model, Collection("x", corpus, {}, {}))
+    stored = known["ways"][1].store(tokens)
+    expected = [len(np.unique(sentences)) for sentences in tokens.sentences]
+    assert [len(document) for document in stored] == expected
 
 
 @pytest.fixture
