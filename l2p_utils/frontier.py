@@ -320,6 +320,9 @@ def all_ways(max_factor: int = 24) -> list[Way]:
         for f in (1, *factors):
             ways.append(Way(f"kmeans PF{f}, {code}", code, pooled("kmeans", f), code))
         ways += [Way(f"span PF{f}, {code}", code, pooled("span", f), code) for f in factors]
+    for k in (24, 16, 12, 8, 6, 4):
+        store = pooled("kmeans", Budget(max_vectors=k))
+        ways.append(Way(f"kmeans, {k} vectors, 1 bit", "1 bit", store, "1 bit"))
     return ways
 
 
