@@ -112,16 +112,14 @@ def load_collection(
         known = ", ".join(sorted(judgments)) or "none"
         raise UserError(f"{name} has no split {split!r}. It has: {known}.")
     collection = _assemble(name, split, documents, queries, judgments[source], text_only, carved)
-    if split == "train" and "test" in judgments and not hub:
-        both = {query for _, query, *_ in judgments["test"]} & collection.queries.keys()
-        if both:
-            logger.warning(
-                "%s: %d of %d training queries are test queries, too: the model will have seen "
-                "them.",
-                collection.name,
-                len(both),
-                len(collection.queries),
-            )
+    tested = judgments.get("test", []) if split == "train" and not hub else []
+    if both := {query for _, query, *_ in tested} & collection.queries.keys():
+        logger.warning(
+            "%s: %d of %d training queries are test queries, too: the model will have seen them.",
+            collection.name,
+            len(both),
+            len(collection.queries),
+        )
     return collection
 
 
@@ -205,12 +203,12 @@ def _assemble(
         )
     if carved:  # before anything is left out for want of text, so that text_only moves no query
         count = min(max(int(DEV_SHARE * len(qrels)), 1), MAX_DEV_QUERIES, len(qrels) - 1)
-        dev = sorted(qrels, key=_hash)[:count]
+        dev = set(sorted(qrels, key=_hash)[:count])
         qrels = {query: qrels[query] for query in qrels if (query in dev) == (split == "dev")}
     qrels = {
-        query: kept
+        query: usable
         for query, judged in qrels.items()
-        if texts[query] and (kept := {d: score for d, score in judged.items() if corpus[d]})
+        if texts[query] and (usable := {d: score for d, score in judged.items() if corpus[d]})
     }
     if not qrels:
         raise UserError(f"{name}: the split {split!r} judges no query and document with any text.")
@@ -364,11 +362,10 @@ def _from_hub(name: str) -> tuple[Records, Records, dict[str, Iterable[Judgment]
         raise UserError(f"{name}: {repository} is not laid out as expected: {error}") from error
     # NanoBEIR calls its only split train, and some of BEIR's sets call dev validation
     names = {"train": "test"} if nano else {"validation": "dev"}
-    qrels = {names.get(found, found): table for found, table in tables[2].items()}
-    judgments = {
-        split: _hub_judgments(f"{repository}, {judged}/{split}", rows)
-        for split, rows in qrels.items()
-    }
+    judgments = {}
+    for found, rows in tables[2].items():
+        split = names.get(found, found)
+        judgments[split] = _hub_judgments(f"{repository}, {judged}/{split}", rows)
     return zip(repeat(repository), corpus), zip(repeat(repository), queries), judgments
 
 

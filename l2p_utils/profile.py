@@ -108,8 +108,7 @@ def check_run(pool_method: str, pool_factors: list[int], renormalize: bool = Fal
 
 
 def _refuse_repeats(values: Sequence[Any]) -> Sequence[Any]:
-    twice = sorted({str(value) for value in values if values.count(value) > 1})
-    if twice:
+    if twice := sorted({str(value) for value in values if values.count(value) > 1}):
         raise ValueError(f"listed twice: {', '.join(twice)}; expected each once")
     return values
 
@@ -143,8 +142,7 @@ class _Settings(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        problems = list(self.contradictions())
-        if problems:
+        if problems := list(self.contradictions()):
             raise ValueError("; ".join(problems))
         return self
 
