@@ -162,10 +162,8 @@ class Pooled:
     @property
     def groups(self) -> list[list[str]]:
         """The tokens of each cluster, in the order of `vectors`."""
-        tokens = self.document.counted_tokens
-        return [
-            list(itertools.compress(tokens, self.labels == n)) for n in range(len(self.vectors))
-        ]
+        tokens, labels = self.document.counted_tokens, self.labels
+        return [list(itertools.compress(tokens, labels == n)) for n in range(len(self.vectors))]
 
     @property
     def numbers(self) -> dict[int, int]:

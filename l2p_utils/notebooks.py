@@ -430,7 +430,8 @@ def _outputs(outputs: list[Any], count: int) -> Iterator[dict[str, Any]]:
         data = {k: _clean(v) if k.startswith("text/") else v for k, v in output.data.items()}
         if "<progress" in data.get("text/html", "") or any("widget-view" in kind for kind in data):
             continue
-        fixed = {"output_type": output.output_type, "data": data, "metadata": output.metadata}
+        fixed = {"output_type": output.output_type, "data": data}
+        fixed["metadata"] = output.metadata  # alt text
         if output.output_type == "execute_result":
             fixed["execution_count"] = count
         yield fixed

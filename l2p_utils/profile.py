@@ -75,11 +75,11 @@ def parse_factors(value: Any) -> list[int]:
     """Pool factors from `3`, `"1-6"`, `"2+4"` or a list of whole numbers: sorted, each once."""
     factors = [value] if type(value) is int else value
     if isinstance(value, str) and (found := re.fullmatch(r"(\d+)-(\d+)", value)):
-        factors = range(int(found[1]), int(found[2]) + 1)
+        factors = [*range(int(found[1]), int(found[2]) + 1)]
     elif isinstance(value, str) and re.fullmatch(r"\d+(\+\d+)*", value):
         factors = [int(number) for number in value.split("+")]
-    sequence = isinstance(factors, list | tuple | range) and len(factors)
-    if not sequence or not all(type(factor) is int and factor >= 1 for factor in factors):
+    whole = isinstance(factors, list | tuple) and all(type(n) is int and n >= 1 for n in factors)
+    if not whole or not factors:
         raise UserError(
             f"pool_factors is {value!r}; expected a whole number of at least 1 (2), a range "
             '("1-6") or a list ([1, 2, 4]).'
