@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import platform
 import re
 import time
@@ -286,27 +287,25 @@ def bench_training(
     mask = documents["attention_mask"].bool()
     runs = {
         (method, factor): functools.partial(pool_padded, vectors, mask, factor, method)
-        for method in METHODS
-        for factor in FACTORS
+        for method, factor in itertools.product(METHODS, FACTORS)
     }
     pooling = in_turns(runs, repetitions)
+    parts = np.array([np.mean([pooling.get((m, f), 0.0) for f in FACTORS]) for m in seconds])
     table = pd.DataFrame(seconds.items(), columns=["method", "seconds"])
     table.insert(0, "document_length", model.document_length)
-    parts = [np.mean([pooling.get((m, f), 0.0) for f in FACTORS]) for m in seconds]
     table["ratio"] = table["seconds"] / seconds["none"]
     table["pooling_share"] = parts / table["seconds"]
-    return table.assign(pooling_ms_per_document=1e3 * np.array(parts) / len(vectors))
+    return table.assign(pooling_ms_per_document=1e3 * parts / len(vectors))
 
 
 def bench_ndcg(encoded: Encoded) -> pd.DataFrame:
     """Mean NDCG@10 with every contestant's pooled vectors: one row per engine and factor."""
     rows = []
-    for pooler in poolers():
-        for factor in FACTORS:
-            pooled = pooler.pool(encoded.documents, factor)
-            found = exact_search(encoded.queries, pooled, encoded.document_ids)
-            ndcg = measure_ranking(encoded.collection, found)["ndcg@10"].mean()
-            rows.append((pooler.method, pooler.engine, factor, ndcg))
+    for pooler, factor in itertools.product(poolers(), FACTORS):
+        pooled = pooler.pool(encoded.documents, factor)
+        found = exact_search(encoded.queries, pooled, encoded.document_ids)
+        ndcg = measure_ranking(encoded.collection, found)["ndcg@10"].mean()
+        rows.append((pooler.method, pooler.engine, factor, ndcg))
     return pd.DataFrame(rows, columns=["method", "engine", "pool_factor", "ndcg@10"])
 
 

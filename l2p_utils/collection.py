@@ -15,12 +15,13 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from l2p_utils.files import ROOT, UserError
 from l2p_utils.hub import collection_repository, snapshot
-from l2p_utils.profile import BUNDLED, HUB, MiningSettings, Profile, plain_name
+from l2p_utils.profile import BUNDLED, HUB, Profile, plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ DEV_SHARE, MAX_DEV_QUERIES = 0.10, 100
 UNKNOWN_SHARE = 0.05
 QRELS_HEADER = ("query-id", "corpus-id", "score")
 Qrels = dict[str, dict[str, int]]
+Records = Iterable[tuple[str, dict[str, Any]]]  # where, record
 Judgment = tuple[str, str, str, int]  # where, query id, document id, relevance
 
 
@@ -101,23 +103,23 @@ def load_collection(
         judgments of what does not exist.
     """
     name = str(name)
-    if name.startswith(HUB):
-        return _load_hub(name, split, text_only, bool(carve_dev))
-    folder = _bundled_folder(name) if name.startswith(BUNDLED) else _check_folder(name)
-    carve = not name.startswith(BUNDLED) and (carve_dev is None or carve_dev)
-    splits = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
-    source, carved = _source(name, split, splits, carve)
-    collection = _assemble(
-        name,
-        split,
-        _read_jsonl(_jsonl(folder, "corpus")),
-        _read_jsonl(_jsonl(folder, "queries")),
-        _read_qrels(folder / "qrels" / f"{source}.tsv"),
-        text_only,
-        carved,
-    )
-    if split == "train" and "test" in splits:
-        _warn_of_test_queries(collection, folder / "qrels" / "test.tsv")
+    hub, bundled = name.startswith(HUB), name.startswith(BUNDLED)
+    documents, queries, judgments = _from_hub(name) if hub else _from_folder(name)
+    carve = not bundled and (not hub if carve_dev is None else carve_dev)
+    carved = carve and split in ("train", "dev") and "train" in judgments and "dev" not in judgments
+    source = "train" if carved else split
+    if source not in judgments:
+        known = ", ".join(sorted(judgments)) or "none"
+        raise UserError(f"{name} has no split {split!r}. It has: {known}.")
+    collection = _assemble(name, split, documents, queries, judgments[source], text_only, carved)
+    tested = judgments.get("test", []) if split == "train" and not hub else []
+    if both := {query for _, query, *_ in tested} & collection.queries.keys():
+        logger.warning(
+            "%s: %d of %d training queries are test queries, too: the model will have seen them.",
+            collection.name,
+            len(both),
+            len(collection.queries),
+        )
     return collection
 
 
@@ -137,19 +139,9 @@ def subset(
     return replace(
         collection,
         corpus={d: text for d, text in collection.corpus.items() if d in kept},
-        queries={
-            query: collection.queries[query] for query in collection.queries if query in qrels
-        },
+        queries={q: text for q, text in collection.queries.items() if q in qrels},
         qrels={q: {d: s for d, s in judged.items() if d in kept} for q, judged in qrels.items()},
     )
-
-
-def training_split(
-    name: str, settings: MiningSettings, carve_dev: bool | None = None
-) -> Collection:
-    """A collection's training split, limited to `max_queries` and `max_documents` (by id hash)."""
-    collection = load_collection(name, "train", settings.text_only, carve_dev)
-    return subset(collection, settings.max_queries, settings.max_documents)
 
 
 def carves_dev(profile: Profile, name: str) -> bool | None:
@@ -164,32 +156,28 @@ def carves_dev(profile: Profile, name: str) -> bool | None:
 
 
 def profile_split(profile: Profile, name: str) -> Collection:
-    """The training split of a collection as a profile mines it and trains on it."""
-    return training_split(name, profile.mining, carves_dev(profile, name))
+    """The training split of a collection as a profile mines it and trains on it.
+
+    Limited to `max_queries` and `max_documents` of its `mining` (by id hash).
+    """
+    mining = profile.mining
+    collection = load_collection(name, "train", mining.text_only, carves_dev(profile, name))
+    return subset(collection, mining.max_queries, mining.max_documents)
 
 
 # --- what all sources share -----------------------------------------------------------------------
 
 
-def _source(name: str, split: str, splits: list[str], carve: bool) -> tuple[str, bool]:
-    """The split whose judgments are read for `split`, and whether dev is carved out of them."""
-    carved = carve and "dev" not in splits and "train" in splits and split in ("train", "dev")
-    source = "train" if carved else split
-    if source not in splits:
-        raise UserError(f"{name} has no split {split!r}. It has: {', '.join(splits) or 'none'}.")
-    return source, carved
-
-
 def _assemble(
     name: str,
     split: str,
-    documents: Iterable[tuple[str, dict[str, Any]]],
-    queries: Iterable[tuple[str, dict[str, Any]]],
+    documents: Records,
+    queries: Records,
     judgments: Iterable[Judgment],
     text_only: bool,
     carved: bool,
 ) -> Collection:
-    """A collection from (where, record) pairs and judgments, with what cannot be used counted."""
+    """A collection from records and judgments, with what cannot be used counted."""
     corpus = _texts(documents, () if text_only else ("title",))
     texts = _texts(queries)
     if not any(corpus.values()):
@@ -214,14 +202,14 @@ def _assemble(
             "corpus belong together?"
         )
     if carved:  # before anything is left out for want of text, so that text_only moves no query
-        dev = _dev_queries(list(qrels))
+        count = min(max(int(DEV_SHARE * len(qrels)), 1), MAX_DEV_QUERIES, len(qrels) - 1)
+        dev = set(sorted(qrels, key=_hash)[:count])
         qrels = {query: qrels[query] for query in qrels if (query in dev) == (split == "dev")}
     qrels = {
-        query: {document: judged[document] for document in judged if corpus[document]}
+        query: usable
         for query, judged in qrels.items()
-        if texts[query]
+        if texts[query] and (usable := {d: score for d, score in judged.items() if corpus[d]})
     }
-    qrels = {query: judged for query, judged in qrels.items() if judged}
     if not qrels:
         raise UserError(f"{name}: the split {split!r} judges no query and document with any text.")
     empty = [sum(not text for text in mapping.values()) for mapping in (corpus, texts)]
@@ -237,9 +225,7 @@ def _assemble(
     return Collection(plain_name(name), kept, chosen, qrels, split, empty[0], len(unknown))
 
 
-def _texts(
-    records: Iterable[tuple[str, dict[str, Any]]], before: tuple[str, ...] = ()
-) -> dict[str, str]:
+def _texts(records: Records, before: tuple[str, ...] = ()) -> dict[str, str]:
     """Id → text, "" where there is none; the fields `before` come first in the text."""
     texts: dict[str, str] = {}
     for where, record in records:
@@ -260,45 +246,36 @@ def _texts(
     return texts
 
 
-def _dev_queries(train: list[str]) -> set[str]:
-    if len(train) < 2:
-        return set()
-    count = min(max(int(DEV_SHARE * len(train)), 1), MAX_DEV_QUERIES)
-    return set(sorted(train, key=_hash)[:count])
-
-
 def _hash(identifier: str) -> str:
     return hashlib.sha256(identifier.encode()).hexdigest()
-
-
-def _warn_of_test_queries(train: Collection, test: Path) -> None:
-    both = {query for _, query, *_ in _read_qrels(test)} & train.queries.keys()
-    if both:
-        logger.warning(
-            "%s: %d of %d training queries are test queries, too: the model will have seen them.",
-            train.name,
-            len(both),
-            len(train.queries),
-        )
 
 
 # --- folders in BEIR's layout ---------------------------------------------------------------------
 
 
+def _from_folder(name: str) -> tuple[Records, Records, dict[str, Iterable[Judgment]]]:
+    """Documents, queries, and judgments by split; each file is read when it is iterated over."""
+    folder = _bundled_folder(name) if name.startswith(BUNDLED) else _own_folder(name)
+    documents, queries = _jsonl(folder, "corpus"), _jsonl(folder, "queries")
+    if not (folder / "qrels").is_dir():
+        raise UserError(f"{folder} is not a collection: it has no folder qrels with <split>.tsv.")
+    judgments = {path.stem: _read_qrels(path) for path in (folder / "qrels").glob("*.tsv")}
+    return documents, queries, judgments
+
+
 def _bundled_folder(name: str) -> Path:
-    known = sorted(path.name for path in DOCS.glob("*") if path.is_dir())
+    known = {BUNDLED + path.name: path for path in sorted(DOCS.glob("*")) if path.is_dir()}
     if not known:
         raise UserError(
             f"The bundled collections are not in {DOCS}. They are part of the project's folder: "
             "install it from a clone with `pip install -e .` (make setup)."
         )
-    if name.removeprefix(BUNDLED) not in known:
-        names = ", ".join(BUNDLED + package for package in known)
-        raise UserError(f"There is no collection {name}. Known are: {names}.")
-    return DOCS / name.removeprefix(BUNDLED)
+    if name not in known:
+        raise UserError(f"There is no collection {name}. Known are: {', '.join(known)}.")
+    return known[name]
 
 
-def _check_folder(name: str) -> Path:
+def _own_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if not name.strip() or not folder.is_dir():
         found = "a file" if folder.is_file() else "not there"
@@ -307,17 +284,13 @@ def _check_folder(name: str) -> Path:
             "collection (docs:scipy, …), one from the hub (nano:scifact, beir:scifact, …) or a "
             "folder with corpus.jsonl, queries.jsonl and qrels/<split>.tsv."
         )
-    for part in ("corpus", "queries"):
-        _jsonl(folder, part)
-    if not (folder / "qrels").is_dir():
-        raise UserError(f"{folder} is not a collection: it has no folder qrels with <split>.tsv.")
     return folder
 
 
-def _jsonl(folder: Path, part: str) -> Path:
+def _jsonl(folder: Path, part: str) -> Records:
     for path in (folder / f"{part}.jsonl", folder / f"{part}.jsonl.gz"):
         if path.is_file():
-            return path
+            return _read_jsonl(path)
     raise UserError(f"{folder} is not a collection: it has no {part}.jsonl (or {part}.jsonl.gz).")
 
 
@@ -372,7 +345,7 @@ def _relevance(value: Any, where: str) -> int:
 # --- the hub --------------------------------------------------------------------------------------
 
 
-def _load_hub(name: str, split: str, text_only: bool, carve: bool) -> Collection:
+def _from_hub(name: str) -> tuple[Records, Records, dict[str, Iterable[Judgment]]]:
     """NanoBEIR: configs corpus, queries, qrels. BEIR through mteb: corpus, queries, default."""
     from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetsError
@@ -389,17 +362,11 @@ def _load_hub(name: str, split: str, text_only: bool, carve: bool) -> Collection
         raise UserError(f"{name}: {repository} is not laid out as expected: {error}") from error
     # NanoBEIR calls its only split train, and some of BEIR's sets call dev validation
     names = {"train": "test"} if nano else {"validation": "dev"}
-    qrels = {names.get(found, found): table for found, table in tables[2].items()}
-    source, carved = _source(name, split, sorted(qrels), carve)
-    return _assemble(
-        name,
-        split,
-        ((repository, record) for record in corpus),
-        ((repository, record) for record in queries),
-        _hub_judgments(f"{repository}, {judged}/{source}", qrels[source]),
-        text_only,
-        carved,
-    )
+    judgments = {}
+    for found, rows in tables[2].items():
+        split = names.get(found, found)
+        judgments[split] = _hub_judgments(f"{repository}, {judged}/{split}", rows)
+    return zip(repeat(repository), corpus), zip(repeat(repository), queries), judgments
 
 
 def _hub_judgments(where: str, rows: Iterable[dict[str, Any]]) -> Iterator[Judgment]:

@@ -162,10 +162,8 @@ class Pooled:
     @property
     def groups(self) -> list[list[str]]:
         """The tokens of each cluster, in the order of `vectors`."""
-        groups: list[list[str]] = [[] for _ in self.vectors]
-        for token, label in zip(self.document.counted_tokens, self.labels, strict=True):
-            groups[label].append(token)
-        return groups
+        tokens, labels = self.document.counted_tokens, self.labels
+        return [list(itertools.compress(tokens, labels == n)) for n in range(len(self.vectors))]
 
     @property
     def numbers(self) -> dict[int, int]:
@@ -222,14 +220,10 @@ def cluster_table(pooled: Pooled) -> pd.DataFrame:
     return table.round(3)
 
 
-def sweep(
-    example: Example,
-    methods: Sequence[PoolMethod] = METHODS,
-    factors: Sequence[int] = (1, 2, 3, 4, 5, 6),
-) -> pd.DataFrame:
+def sweep(example: Example, factors: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> pd.DataFrame:
     """The first document at every method × factor: count and mean length of vectors, MaxSim."""
     rows = []
-    for method, factor in itertools.product(methods, factors):
+    for method, factor in itertools.product(METHODS, factors):
         pooled = pool_document(example.documents[0], factor, method)
         norm = np.linalg.norm(pooled.vectors, axis=1).mean()
         rows.append((method, factor, len(pooled.vectors), norm, maxsim(example.query, pooled)))

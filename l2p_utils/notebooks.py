@@ -16,10 +16,8 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +159,7 @@ def _check_job(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> N
         known = papermill.inspect_notebook(str(notebook))
     except Exception as error:  # several unrelated types for a broken file
         raise UserError(f"{notebook} is not a valid notebook: {error}") from error
-    unknown = sorted(set(parameters) - set(known))
-    if unknown:
+    if unknown := sorted(set(parameters) - set(known)):
         raise UserError(
             f"{notebook.name} has no parameter {', '.join(unknown)}. It has: {', '.join(known)}."
         )
@@ -211,7 +208,7 @@ def _tags(cell: Any) -> list[str]:
     return list(cell.metadata.get("tags", []))
 
 
-def hold_gpus(count: int, pause: float = 1.0) -> list[Any]:
+def hold_gpus(count: int) -> list[Any]:
     """Show this process and its children `count` free GPUs, and hold them until it ends.
 
     Snakemake counts the GPUs that its jobs use but does not tell them apart. Where as many are
@@ -223,7 +220,7 @@ def hold_gpus(count: int, pause: float = 1.0) -> list[Any]:
     if not count:
         os.environ[VISIBLE] = ""  # they belong to other jobs
         return []
-    names = os.environ.get(VISIBLE, "").split(",") if os.environ.get(VISIBLE) else []
+    names = list(filter(None, os.environ.get(VISIBLE, "").split(",")))
     names = names or [str(number) for number in range(torch.cuda.device_count())]
     if len(names) <= count:
         return []
@@ -232,41 +229,31 @@ def hold_gpus(count: int, pause: float = 1.0) -> list[Any]:
     while True:
         held: dict[str, FileLock] = {}
         for name in names:
+            lock = FileLock(folder / name, timeout=0)
             with contextlib.suppress(Timeout):
-                if len(held) < count:
-                    lock = FileLock(folder / name)
-                    lock.acquire(timeout=0)
-                    held[name] = lock
-        if len(held) == count:
-            os.environ[VISIBLE] = ",".join(held)
-            return list(held.values())
+                lock.acquire()
+                held[name] = lock
+            if len(held) == count:
+                os.environ[VISIBLE] = ",".join(held)
+                return list(held.values())
         for lock in held.values():
             lock.release()
-        time.sleep(pause)
-
-
-def _end_with(parent: int) -> None:
-    """End when `parent` does: the next run must not meet this one still at work.
-
-    The kernel watches this process in the same way.
-    """
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+        time.sleep(1)
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.end_with_parent:
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if options.end_with_parent:  # the next run must not meet this one still at work
+        from ipykernel.parentpoller import ParentPollerUnix
+
+        ParentPollerUnix(os.getppid()).start()
     name, start = options.output.stem, time.time()
     gpus = [] if options.gpus is None else hold_gpus(options.gpus)
     print(f"{name}: started", flush=True)
     try:
         execute(options.notebook, options.output, parse_parameters(options.parameters))
     except (UserError, NotebookError) as error:
-        raise UserError(
-            f"{name}: FAILED after {duration(time.time() - start)}\n{error}\n"
-        ) from error
+        failed = f"{name}: FAILED after {duration(time.time() - start)}"
+        raise UserError(f"{failed}\n{error}\n") from error
     finally:
         for lock in gpus:
             lock.release()
@@ -289,21 +276,20 @@ def check_data(profile: Profile) -> None:
 
     A missing folder, a missing split and broken judgments are refused, all at once.
     """
-    from l2p_utils.collection import carves_dev, load_collection, profile_split
+    from l2p_utils.collection import carves_dev, load_collection
 
-    loads: list[tuple[str, Callable[[], Any]]] = []
+    splits: list[tuple] = []
     for name in profile.fitted_collections:
-        loads.append((name, partial(profile_split, profile, name)))
-        other = profile.dev_collections.get(name)
-        dev = (other, "test") if other else (name, "dev", False, carves_dev(profile, name))
-        loads.append((dev[0], partial(load_collection, *dev)))
-    loads += [(name, partial(load_collection, name)) for name in profile.measured_collections]
+        other, carve = profile.dev_collections.get(name), carves_dev(profile, name)
+        splits.append((name, "train", profile.mining.text_only, carve))
+        splits.append((other,) if other else (name, "dev", False, carve))
+    splits += [(name,) for name in profile.measured_collections]
     fetched = (profile.folder / "fetched.json").exists()
     problems: dict[str, None] = {}  # each once, in their order
-    for name, load in loads:
+    for name, *rest in splits:
         try:
             if fetched or not name.startswith(HUB):
-                load()
+                load_collection(name, *rest)
         except UserError as error:
             problems[str(error)] = None
     if problems:
@@ -441,22 +427,19 @@ def _outputs(outputs: list[Any], count: int) -> Iterator[dict[str, Any]]:
                 yield {"output_type": "stream", "name": "stdout", "text": printed}
                 printed = ""
             continue
-        data = output.get("data", {})
-        data = {k: _clean(v) if k.startswith("text/") else v for k, v in data.items()}
-        if "<progress" in str(data.get("text/html")) or any("widget-view" in kind for kind in data):
+        data = {k: _clean(v) if k.startswith("text/") else v for k, v in output.data.items()}
+        if "<progress" in data.get("text/html", "") or any("widget-view" in kind for kind in data):
             continue
         fixed = {"output_type": output.output_type, "data": data}
-        fixed["metadata"] = dict(output.metadata)  # alt text
+        fixed["metadata"] = output.metadata  # alt text
         if output.output_type == "execute_result":
             fixed["execution_count"] = count
         yield fixed
 
 
-def _clean(value: Any) -> Any:
-    """Text without what belongs to one machine or one moment; other data as they are."""
-    if not isinstance(value, str):
-        return value
-    text = re.sub(r"[^\n]*\r(?!\n)", "", ANSI.sub("", value))  # what a carriage return overwrites
+def _clean(text: str) -> str:
+    """Text without what belongs to one machine or one moment."""
+    text = re.sub(r"[^\n]*\r(?!\n)", "", ANSI.sub("", text))  # what a carriage return overwrites
     text = text.replace(f"{ROOT}/", "").replace(str(ROOT), ".").replace(str(Path.home()), "~")
     return re.sub(r"\bT_[0-9a-f]{5}\b", "T_table", re.sub(r"\b0x[0-9a-f]{6,}\b", "0x…", text))
 

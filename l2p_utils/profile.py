@@ -71,24 +71,13 @@ def factors_name(pool_factors: list[int]) -> str:
     return "+".join(map(str, pool_factors))
 
 
-def model_name(
-    collection: str, pool_method: str, pool_factors: list[int], seed: int, renormalize: bool = False
-) -> str:
-    """The name of a trained model; one trained without pooling has no method in its name."""
-    method = "" if pool_method == "none" else f"-{pool_method}"
-    unit = "-unit" if renormalize else ""
-    return f"{slug(collection)}{method}-pf{factors_name(pool_factors)}{unit}-s{seed}"
-
-
 def parse_factors(value: Any) -> list[int]:
     """Pool factors from `3`, `"1-6"`, `"2+4"` or a list of whole numbers: sorted, each once."""
-    factors = value
+    factors = [value] if type(value) is int else value
     if isinstance(value, str) and (found := re.fullmatch(r"(\d+)-(\d+)", value)):
-        factors = list(range(int(found[1]), int(found[2]) + 1))
+        factors = [*range(int(found[1]), int(found[2]) + 1)]
     elif isinstance(value, str) and re.fullmatch(r"\d+(\+\d+)*", value):
-        factors = list(map(int, value.split("+")))
-    elif type(value) is int:
-        factors = [value]
+        factors = [int(number) for number in value.split("+")]
     whole = isinstance(factors, list | tuple) and all(type(n) is int and n >= 1 for n in factors)
     if not whole or not factors:
         raise UserError(
@@ -119,8 +108,7 @@ def check_run(pool_method: str, pool_factors: list[int], renormalize: bool = Fal
 
 
 def _refuse_repeats(values: Sequence[Any]) -> Sequence[Any]:
-    twice = sorted({str(value) for value in values if values.count(value) > 1})
-    if twice:
+    if twice := sorted({str(value) for value in values if values.count(value) > 1}):
         raise ValueError(f"listed twice: {', '.join(twice)}; expected each once")
     return values
 
@@ -142,9 +130,10 @@ DocumentLength = Annotated[int, Field(ge=8, le=8192)]
 Source = Annotated[str, AfterValidator(_check_source)]
 Factors = Annotated[list[int], BeforeValidator(parse_factors)]
 Method = Literal["span", "kmeans", "hierarchical"]
-Methods = Annotated[list[Method], AfterValidator(_refuse_repeats)]
-Collections = Annotated[list[str], Field(min_length=1), AfterValidator(_refuse_repeats)]
 Variant = Literal["pylate", "paper", "euclidean"]
+Unique = AfterValidator(_refuse_repeats)
+Methods = Annotated[list[Method], Unique]
+Collections = Annotated[list[str], Field(min_length=1), Unique]
 
 
 class _Settings(BaseModel):
@@ -153,8 +142,7 @@ class _Settings(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        problems = list(self.contradictions())
-        if problems:
+        if problems := list(self.contradictions()):
             raise ValueError("; ".join(problems))
         return self
 
@@ -168,11 +156,6 @@ class Lengths(_Settings):
 
     document_length: DocumentLength
     query_length: QueryLength
-
-    @property
-    def baseline_name(self) -> str:
-        """The name of the baseline at these lengths: `baseline-d180-q32`."""
-        return f"{BASELINE}-d{self.document_length}-q{self.query_length}"
 
 
 class ModelSettings(_Settings):
@@ -200,8 +183,11 @@ class ModelSettings(_Settings):
 
     @property
     def baselines(self) -> dict[str, Lengths]:
-        """The baselines at other lengths, by name."""
-        return {lengths.baseline_name: lengths for lengths in self.other_lengths}
+        """The baselines at other lengths, by name: `baseline-d180-q32`, …"""
+        return {
+            f"{BASELINE}-d{lengths.document_length}-q{lengths.query_length}": lengths
+            for lengths in self.other_lengths
+        }
 
     def query_length_on(self, collection: str) -> int:
         """Length of the queries of `collection`, whichever revision of it."""
@@ -327,15 +313,13 @@ class EvaluationSettings(_Settings):
     pool_methods: Methods = ["span", "kmeans", "hierarchical"]
     pool_factors: Factors = [1, 2, 3, 4, 5, 6]  # measured one by one
     # variants of hierarchical that the baseline has beside the profile's
-    baseline_variants: Annotated[list[Variant], AfterValidator(_refuse_repeats)] = []
+    baseline_variants: Annotated[list[Variant], Unique] = []
     # null: the profile's. On a CPU, float16 is float32
     precision: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     max_queries: Count | None = None  # search only so many test queries; null: all
     max_documents: Count | None = None  # … a part with all relevant documents: scores too high
     # pooled means as they are (the paper), scaled to unit length, or both
-    means: Annotated[
-        list[Literal["raw", "unit"]], Field(min_length=1), AfterValidator(_refuse_repeats)
-    ] = ["raw", "unit"]
+    means: Annotated[list[Literal["raw", "unit"]], Field(min_length=1), Unique] = ["raw", "unit"]
     # the pool methods of some models alone, by a pattern of their names: {"*-span-*": [span]}
     methods_of: dict[str, Methods] = {}
     further: list[Further] = []  # some models at another document length, stored apart
@@ -485,9 +469,13 @@ class Profile(_Settings):
         return self.adaptation if special else self.training
 
     def run_name(self, run: Run) -> str:
-        """`<collection>-<method>-pf<factors>-s<seed>`, as in the result rows."""
-        trained = (run.collection, run.pool_method, run.pool_factors)
-        return model_name(*trained, self.seed_of(run), run.renormalize)
+        """`<collection>-<method>-pf<factors>-s<seed>`, as in the result rows.
+
+        An unpooled run has no method in its name; unit-length means are named before the seed.
+        """
+        method = "" if run.pool_method == "none" else f"-{run.pool_method}"
+        factors = factors_name(run.pool_factors) + ("-unit" if run.renormalize else "")
+        return f"{slug(run.collection)}{method}-pf{factors}-s{self.seed_of(run)}"
 
     def seed_of(self, run: Run) -> int:
         """A run's seed, which may be the profile's."""

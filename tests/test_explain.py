@@ -110,14 +110,11 @@ def test_own_text_and_model_are_encoded_instead(model_folder, bundled_model, exa
     for text, is_query in ((found.documents[0], False), (found.query, True)):
         (expected,) = bundled_model.encode([text.text], is_query=is_query)
         np.testing.assert_allclose(text.vectors, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("text", ["A cubic spline.", ""])
-def test_what_is_not_given_is_the_stored_text_encoded_anew(model_folder, example, text):
-    found = load_example(SOURCE, text, str(model_folder))
-    documents = [text] * bool(text) + [document.text for document in example.documents]
-    assert [document.text for document in found.documents] == documents
-    assert found.query.text == example.query.text and found.encoder == "bundled"
+    for text in ("A cubic spline.", ""):  # what is not given is the stored text, encoded anew
+        found = load_example(SOURCE, text, str(model_folder))
+        documents = [text] * bool(text) + [document.text for document in example.documents]
+        assert [document.text for document in found.documents] == documents
+        assert found.query.text == example.query.text and found.encoder == "bundled"
 
 
 def test_reading_and_drawing_load_no_model():
@@ -134,7 +131,9 @@ def test_reading_and_drawing_load_no_model():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("factor", FACTORS)
-def test_groups_and_vectors_are_those_of_pooling(example, method, factor):
+def test_groups_and_vectors_are_those_of_pooling_and_scores_those_of_search(
+    example, method, factor
+):
     document = example.documents[0]
     pooled = pool_document(document, factor, method)
     expected = cluster_labels(document.vectors, [factor], method)[factor]
@@ -143,11 +142,6 @@ def test_groups_and_vectors_are_those_of_pooling(example, method, factor):
     assert (pooled.vectors == vectors.numpy()).all()
     assert sum(map(len, pooled.groups)) == len(document.vectors)
     assert pooled.groups[0] == ["[CLS]"]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_maxsim_table_adds_up_to_the_score_of_search(example, method):
-    pooled = pool_document(example.documents[0], 3, method)
     query = torch.from_numpy(example.query.vectors)
     score = maxsim_scores([query], [torch.from_numpy(pooled.vectors)]).item()
     assert explain.maxsim(example.query, pooled) == pytest.approx(score, abs=1e-4)
@@ -155,29 +149,23 @@ def test_the_maxsim_table_adds_up_to_the_score_of_search(example, method):
     assert table["similarity"].sum() == pytest.approx(score, abs=0.0005 * len(table))
 
 
-def test_maxsim_by_hand():
+def test_maxsim_by_hand_and_of_all_documents_as_in_search(example):
     query = EncodedText("q", ("a", "b"), np.ones(2, bool), unit([1, 0], [0, 1]))
     document = EncodedText("d", ("x", "y"), np.ones(2, bool), unit([3, 4], [1, 0]))
     pooled = pool_document(document)
     assert explain.maxsim(query, pooled) == pytest.approx(1 + 0.8)
     assert explain.maxsim_table(query, pooled)["best match"].tolist() == ["y", "x"]
-
-
-def test_document_scores_are_those_of_search(example):
     documents = pool([torch.from_numpy(d.vectors) for d in example.documents], 2, "kmeans")
     (expected,) = maxsim_scores([torch.from_numpy(example.query.vectors)], documents).numpy()
     scores = explain.document_scores(example, "kmeans", [1, 2])
     np.testing.assert_allclose(scores["factor 2"], expected, atol=0.0051)
 
 
-def test_the_length_of_a_mean_follows_from_the_cosines(example):
+def test_the_cluster_table_has_lengths_that_follow_from_cosines_and_names_tokens(example):
     table = explain.cluster_table(pool_document(example.documents[0], 4, "kmeans"))
     formula = np.sqrt((1 + (table["size"] - 1) * table["cosine"]) / table["size"])
     np.testing.assert_allclose(table["norm"], formula, atol=0.002)
     assert table["size"].is_monotonic_decreasing
-
-
-def test_the_cluster_table_names_repeated_tokens():
     pooled = pool_document(small(), 2, "hierarchical")
     assert pooled.labels.tolist() == [0, 1, 2, 1, 2]
     table = explain.cluster_table(pooled)

@@ -84,10 +84,8 @@ def test_a_question_under_two_ids_has_the_positives_of_both():
 
 
 def select(scores, positives, hard=(), random=(), seed=0, /, **settings):
-    candidates = Candidates("q", list(positives), list(hard), list(random))
-    return mining.select_row(
-        candidates, scores, settings_of(**settings), np.random.default_rng(seed)
-    )
+    candidates, rng = Candidates("q", [*positives], [*hard], [*random]), np.random.default_rng(seed)
+    return mining.select_row(candidates, scores, settings_of(**settings), rng)
 
 
 def labelled(row):
@@ -116,7 +114,6 @@ def test_the_anchor_is_the_top_positive_or_the_median_one():
     assert mining.negative_limit(scores, settings_of(**median)) == pytest.approx(0.38)
     assert mining.negative_limit([1.0, 0.5], settings_of(**median)) == pytest.approx(0.7125)
     assert mining.negative_limit(scores, settings_of(threshold=0.5)) == pytest.approx(0.5)
-    assert mining.negative_limit([-2.0], settings_of()) == pytest.approx(-2.1)
     assert mining.negative_limit([0.0], settings_of()) == 0.0
 
 
@@ -294,16 +291,6 @@ def test_provenance_says_who_made_the_rows_and_what_was_left_out(project, scored
     assert "MiniLM" in made["miner"] and "MiniLM" in made["teacher"]
 
 
-def test_with_a_copy_of_each_positive_no_row_has_one_as_a_negative(project, scored):
-    with (project / "corpus" / "corpus.jsonl").open("a") as corpus:
-        for i in range(7):
-            corpus.write(json.dumps({"_id": f"copy{i}", "text": f"About  topic{i}."}) + "\n")
-    profile = make_profile(project, {"hard_candidates": 25, "hard": 12, "random": 7})
-    for row in mined_by(profile, project):
-        assert "copy" + row["query_id"][1:] not in row["document_ids"]
-    assert provenance_of(profile, project)["copies_of_positives_left_out"] == 7
-
-
 def test_when_no_query_gives_a_row_it_says_why_and_keeps_what_was_stored(project, scored):
     kept = mined_by(make_profile(project), project).to_list()
     with pytest.raises(UserError, match=r"None of the 7 .*4 documents .*too few candidates.*: 7"):
@@ -410,13 +397,11 @@ def test_an_interrupted_run_resumes_and_gives_the_rows_of_an_unbroken_one(
 
 def test_scores_are_made_again_only_when_they_would_differ(project, hub, queries_scored):
     calls, _ = queries_scored
-    raw = mined_by(reranked(project), project).to_list()
-    for profile in (reranked(project, {"threshold": 0.9}), reranked(project, batch_size=32)):
-        mined_by(profile, project)
-    squashed = mined_by(reranked(project, {"teacher_scores": "sigmoid"}), project).to_list()
+    mined_by(reranked(project), project)
+    for rules in ({"threshold": 0.9}, {"teacher_scores": "sigmoid"}):
+        mined_by(reranked(project, rules), project)
+    mined_by(reranked(project, batch_size=32), project)
     assert len(calls) == 7
-    for row, other in zip(raw, squashed, strict=True):
-        assert other["document_ids"] == row["document_ids"]
     changed = [
         reranked(project, max_length=32),
         reranked(project, {"random_candidates": 4}),
@@ -505,16 +490,13 @@ def test_rows_of_unknown_and_held_out_ids_are_left_out_and_counted(release):
         release(rows, {"threshold": 0.9})
 
 
-def test_rows_of_another_split_or_without_a_column_are_refused(release):
+def test_rows_of_another_split_a_column_less_or_uneven_length_are_refused(release):
     rows = [released_row(i) for i in range(7)]
     with pytest.raises(UserError, match="owner/rows has no readable split `train`"):
         release(rows, name="data/test-00000-of-00001.parquet")
     for column in rows[0]:
         with pytest.raises(UserError, match=f"no readable split .*{column}"):
             release([{k: v for k, v in row.items() if k != column} for row in rows])
-
-
-@pytest.mark.parametrize("changes", [{"scores": [1.0]}, {"labels": ["positive"]}])
-def test_released_rows_of_uneven_length_are_refused(release, changes):
-    with pytest.raises(UserError, match="owner/rows: rows have 1, 4 documents"):
-        release([released_row(1), released_row(2, **changes)])
+    for changes in ({"scores": [1.0]}, {"labels": ["positive"]}):
+        with pytest.raises(UserError, match="owner/rows: rows have 1, 4 documents"):
+            release([released_row(1), released_row(2, **changes)])

@@ -23,6 +23,7 @@ NAME = "docs-scipy-kmeans-pf1-6-s42"
 BASE = "mixedbread-ai/mxbai-edge-colbert-v0-32m"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 COLUMNS = ["query_id", "document_ids", "scores", "labels"]
+REFUSED = "refused"
 
 
 def make_profile(**changes):
@@ -165,7 +166,7 @@ def test_the_code_of_the_card_runs_as_it_stands(released, monkeypatch, capsys):
 # ---------------------------------------------------------------- the model's card
 
 
-def test_the_front_matter_says_what_it_is(released):
+def test_the_card_says_what_it_is_and_its_provenance_is_the_stored_one(released):
     _, card, *_ = released
     assert front(card) == {
         "language": "en",
@@ -176,6 +177,19 @@ def test_the_front_matter_says_what_it_is(released):
         "tags": ["ColBERT", "PyLate", "sentence-transformers", "retrieval", "pooling", "kmeans",
                  "distillation"],
     }  # fmt: skip
+    for line in (
+        "| trained on | docs:scipy, 2 rows, seed 42 |",
+        "| pooling in training | kmeans (sklearn), pool factor 1-6, one drawn for each batch |",
+        "| dropped queries | 3 (no positive) |",
+        "| miner | miner |",
+        "| schedule | epochs 2 |",
+        "| repositories | none: not from the hub |",
+    ):
+        assert line in card
+    assert "epoch 2.0" in card and "dev_ndcg@10 0.625" in card and "77 documents" in card
+    for section in ("Model details", "Intended use", "Usage", "Evaluation",
+                    "Training-data provenance", "Licence and notices"):  # fmt: skip
+        assert f"\n## {section}\n" in card
 
 
 def test_the_tables_numbers_are_the_rows(released):
@@ -190,23 +204,6 @@ def test_the_tables_numbers_are_the_rows(released):
             label = "baseline" if row["model"] == "baseline" else "**this model**"
             cell = table[row["collection"], label][f"PF{row['pool_factor']}"]
             assert cell == f"{row['ndcg@10']:.3f}"
-
-
-def test_the_provenance_is_the_stored_one(released):
-    _, card, *_ = released
-    for line in (
-        "| trained on | docs:scipy, 2 rows, seed 42 |",
-        "| pooling in training | kmeans (sklearn), pool factor 1-6, one drawn for each batch |",
-        "| dropped queries | 3 (no positive) |",
-        "| miner | miner |",
-        "| schedule | epochs 2 |",
-        "| repositories | none: not from the hub |",
-    ):
-        assert line in card
-    assert "epoch 2.0" in card and "dev_ndcg@10 0.625" in card and "77 documents" in card
-    for section in ("Model details", "Intended use", "Usage", "Evaluation",
-                    "Training-data provenance", "Licence and notices"):  # fmt: skip
-        assert f"\n## {section}\n" in card
 
 
 def test_what_was_not_measured_is_said_to_be(root, model_folder):
@@ -257,6 +254,11 @@ def test_fiqa_is_for_non_commercial_use(root, model_folder):
     assert "BAAI/bge-small-en-v1.5: MIT" in notices and "gemma: Apache-2.0" in notices
     assert f"BeIR/fiqa) at `{COMMIT}`" in card and f"revision {COMMIT}" in card
     assert "best on the test queries of nano:fiqa (so its results there are not held out)" in card
+    rows = release_dataset(profile, "beir:fiqa", "me/rows")
+    assert rows == root / "runs" / "tiny" / "release_data" / "rows" and (rows / "LICENSE").is_file()
+    head = front((rows / "README.md").read_text("utf-8"))
+    assert head["license_name"] == "fiqa-2018-non-commercial"
+    assert head["source_datasets"] == ["BeIR/fiqa", "BeIR/fiqa-qrels"]
 
 
 def test_the_base_models_commit_is_the_fetched_one(root, model_folder):
@@ -269,15 +271,6 @@ def test_the_base_models_commit_is_the_fetched_one(root, model_folder):
     assert f"revision {'f00d' * 10}" in card and COMMIT not in card
 
 
-def licensed(root, model_folder, collection, own_base):
-    """A profile with a collection or a base of one's own, and its model, ready for release."""
-    if collection == "own":
-        collection = str(root / "private" / "My Notes")
-    model = {"base": str(model_folder), "query_length": 16, "document_length": 32}
-    profile = hub_profile(collection, **({"model": model} if own_base else {}))
-    return profile, prepare(profile, model_folder)
-
-
 @pytest.mark.parametrize(
     ("collection", "own_base", "given", "licence", "text"),
     [
@@ -287,12 +280,24 @@ def licensed(root, model_folder, collection, own_base):
         ("docs:scipy", True, "mit", "mit", "| base model | bundled (a checkpoint of its own)"),
         ("own", False, "cc-by-4.0", "cc-by-4.0", "`cc-by-4.0`, chosen by the publisher"),
         ("own", False, "other:mine", "other", "adds its text as `LICENSE`"),
+        ("own", False, None, REFUSED, "trained on my-notes needs a licence"),
+        ("own", False, "cc-by-9.0", REFUSED, "'cc-by-9.0' is none of "),
+        ("own", False, "other", REFUSED, "'other' is none"),
+        ("docs:scipy", True, None, REFUSED, "needs a licence.*base model"),
+        ("beir:fiqa", False, "mit", REFUSED, "contradicts.*fiqa-2018-non-commercial"),
     ],
 )
-def test_a_licence_is_the_known_or_the_chosen_one(
+def test_a_licence_is_the_known_or_the_chosen_one_unless_unknown_or_too_wide(
     root, model_folder, collection, own_base, given, licence, text
 ):
-    profile, name = licensed(root, model_folder, collection, own_base)
+    collection = str(root / "private" / "My Notes") if collection == "own" else collection
+    model = {"base": str(model_folder), "query_length": 16, "document_length": 32}
+    profile = hub_profile(collection, **({"model": model} if own_base else {}))
+    name = prepare(profile, model_folder)
+    if licence == REFUSED:
+        with pytest.raises(UserError, match=text):
+            release(profile, name, licence=given)
+        return
     card = release(profile, name, licence=given)
     head = front(card)
     assert head["license"] == licence and text in card
@@ -301,31 +306,13 @@ def test_a_licence_is_the_known_or_the_chosen_one(
     assert "private" not in card and str(model_folder.parent) not in card
 
 
-@pytest.mark.parametrize(
-    ("collection", "own_base", "given", "message"),
-    [
-        ("own", False, None, "trained on my-notes needs a licence"),
-        ("own", False, "cc-by-9.0", "'cc-by-9.0' is none of "),
-        ("own", False, "other", "'other' is none"),
-        ("docs:scipy", True, None, "needs a licence.*base model"),
-        ("beir:fiqa", False, "mit", "contradicts.*fiqa-2018-non-commercial"),
-    ],
-)
-def test_a_licence_that_is_unknown_or_too_wide_is_refused(
-    root, model_folder, collection, own_base, given, message
-):
-    profile, name = licensed(root, model_folder, collection, own_base)
-    with pytest.raises(UserError, match=message):
-        release(profile, name, licence=given)
-
-
 # ---------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("repository", ["x", "a/b/c", "a b/c", "", "me/x.git", "me/-x"])
-def test_a_repository_that_the_hub_would_refuse_is_refused(root, repository):
-    with pytest.raises(UserError, match="Expected owner/name"):
-        release_model(make_profile(), NAME, repository)
+def test_a_repository_that_the_hub_would_refuse_is_refused(root):
+    for repository in ("x", "a/b/c", "a b/c", "", "me/x.git", "me/-x"):
+        with pytest.raises(UserError, match="Expected owner/name"):
+            release_model(make_profile(), NAME, repository)
     assert repository_id("me/x") == "me/x"
 
 
@@ -405,16 +392,6 @@ def test_the_released_rows_are_the_mined_ones_and_their_card_runs(root, monkeypa
     said = capsys.readouterr().out.splitlines()
     assert said[0] == load_collection("docs:scipy", "train").queries[rows[0]["query_id"]]
     assert [line.split()[0] for line in said[1:]] == ["1.5", "0.25"]
-
-
-def test_rows_on_fiqa_carry_its_notice_and_sources(root):
-    profile = hub_profile("beir:fiqa")
-    write_mined(profile, "beir:fiqa", repositories={"BeIR/fiqa": COMMIT})
-    folder = release_dataset(profile, "beir:fiqa", "me/rows")
-    assert folder == root / "runs" / "tiny" / "release_data" / "rows"
-    head = front((folder / "README.md").read_text("utf-8"))
-    assert head["license_name"] == "fiqa-2018-non-commercial" and (folder / "LICENSE").is_file()
-    assert head["source_datasets"] == ["BeIR/fiqa"]
 
 
 @pytest.mark.parametrize("rows", ["them/rows", "them/rows@v1"])
