@@ -282,7 +282,7 @@ def check_data(profile: Profile) -> None:
     for name in profile.fitted_collections:
         other, carve = profile.dev_collections.get(name), carves_dev(profile, name)
         splits.append((name, "train", profile.mining.text_only, carve))
-        splits.append((other,) if other else (name, "dev", False, carve))
+        splits.append((other,) if other else (name, "dev", profile.mining.text_only, carve))
     splits += [(name,) for name in profile.measured_collections]
     fetched = (profile.folder / "fetched.json").exists()
     problems: dict[str, None] = {}  # each once, in their order
@@ -341,7 +341,9 @@ def _timings(profile: Profile, stage: str = "*") -> list[dict[str, Any]]:
     found = []
     for path in sorted(profile.folder.glob(f"logs/{stage}/*.tsv")):
         with path.open() as file:
-            entry = next(csv.DictReader(file, delimiter="\t"))
+            entry = next(csv.DictReader(file, delimiter="\t"), None)
+        if entry is None:  # a job was killed while it was written
+            continue
         memory = 0.0 if entry["max_rss"] in ("NA", "-") else float(entry["max_rss"])
         times = {"seconds": float(entry["s"]), "end": path.stat().st_mtime}
         found.append({"stage": path.parent.name, "memory": memory, **times})

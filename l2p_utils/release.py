@@ -209,6 +209,12 @@ def release_model(
     return target
 
 
+def size_category(rows: int) -> str:
+    """The hub's name for a data set of so many rows."""
+    names = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M"]
+    return names[min(max(len(str(rows)) - 3, 0), len(names) - 1)]
+
+
 def release_dataset(
     profile: Profile,
     collection: str,
@@ -238,7 +244,7 @@ def release_dataset(
         language="en",
         **terms.card_data,
         pretty_name=f"{_shown(collection)}: mined training rows with teacher scores",
-        size_categories=["n<1K", "1K<n<10K", "10K<n<100K"][max(len(str(len(rows))) - 3, 0)],
+        size_categories=size_category(len(rows)),
         task_categories=["text-retrieval"],
         tags=["distillation", "hard negatives", "late interaction", "ColBERT", "PyLate"],
         annotations_creators=["machine-generated"],

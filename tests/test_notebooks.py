@@ -251,6 +251,19 @@ def test_the_data_of_a_folder_are_looked_at_before_anything_runs(own, capsys):
     assert str(folder) in capsys.readouterr().err
 
 
+def test_a_dev_split_without_texts_is_seen_before_anything_runs(own):
+    path, folder = own
+    corpus = folder / "corpus.jsonl"
+    lines = corpus.read_text().splitlines()
+    lines[3] = '{"_id": "c3", "title": "All there is", "text": ""}'  # what dev is judged by
+    corpus.write_text("\n".join(lines))
+    profile = load_profile(path)
+    check_data(profile)
+    text_only = profile.mining.model_copy(update={"text_only": True})
+    with pytest.raises(UserError, match="nothing was run"):
+        check_data(profile.model_copy(update={"mining": text_only}))
+
+
 def test_the_plan_is_a_table(own, capsys):
     assert main(["plan", str(own[0])]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -274,6 +287,7 @@ def test_the_report_shows_where_things_are_and_how_long_they_took(tmp_path):
     write_timing(tmp_path, "read/08_claims", 4, 1304, "NA")
     write_timing(tmp_path, "train/a", 60, 1060)
     write_timing(tmp_path, "train/b", 90, 1120)
+    (tmp_path / "logs" / "train" / "killed.tsv").touch()
     for name in ("figures/figure1.png", "notebooks/08_claims.failed.ipynb"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()

@@ -16,7 +16,14 @@ from l2p_utils.files import PROVENANCE, UserError, write_json
 from l2p_utils.mining import mined_fingerprint
 from l2p_utils.model import fingerprint
 from l2p_utils.profile import PROFILES, Profile, slug
-from l2p_utils.release import ENGINES, load_both, release_dataset, release_model, repository_id
+from l2p_utils.release import (
+    ENGINES,
+    load_both,
+    release_dataset,
+    release_model,
+    repository_id,
+    size_category,
+)
 from l2p_utils.results import read_rows, write_rows
 
 NAME = "docs-scipy-kmeans-pf1-6-s42"
@@ -402,3 +409,9 @@ def test_released_rows_are_named_and_not_released_again(root, model_folder, rows
     assert front(card)["datasets"] == ["them/rows"]
     with pytest.raises(UserError, match="released rows .them/rows"):
         release_dataset(profile, "beir:fiqa", "me/rows")
+
+
+def test_sizes_are_named_as_the_hub_names_them():
+    counts = [1, 999, 1000, 99_999, 100_000, 2_000_000]
+    found = [size_category(count) for count in counts]
+    assert found == ["n<1K", "n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M"]
