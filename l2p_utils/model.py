@@ -176,11 +176,12 @@ def _arguments(
     """A PyLate method's arguments by name, with the pool settings, checked, in its pool factor."""
     given = inspect.signature(function).bind(*args, **kwargs).arguments
     del given["self"]
-    factor = given.get("pool_factor", 1 if max_vectors is distance_threshold is None else None)
+    others = (max_vectors, distance_threshold)
+    factor = given.get("pool_factor", 1 if others == (None, None) else None)
     if not isinstance(factor, _Pooling):  # it is one when PyLate's `encode` calls ours
         check_pooling(pool_method, pool_variant)
         protected = check_protected_tokens(given.get("protected_tokens", 1))
-        budget = Budget(factor, max_vectors, distance_threshold)
+        budget = Budget.of(factor) if others == (None, None) else Budget(factor, *others)
         budget.check(pool_method, protected, use_sklearn)
         settings = {"pool_method": pool_method, "variant": pool_variant}
         settings |= {"use_sklearn": use_sklearn, "renormalize": renormalize}

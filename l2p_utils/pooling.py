@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -93,8 +94,10 @@ class Budget:
             raise UserError(f"{name} is {value!r}; expected a number of at least {least} ({hint}).")
 
     @classmethod
-    def of(cls, value: float | Budget) -> Budget:
-        """`value` itself, or the budget of that pool factor."""
+    def of(cls, value: float | str | Budget) -> Budget:
+        """`value` itself, or the budget of that pool factor, or of 16 vectors for ``"k16"``."""
+        if isinstance(value, str) and re.fullmatch(r"k\d+", value):
+            return cls(max_vectors=int(value[1:]))
         return value if isinstance(value, Budget) else cls(pool_factor=value)
 
     def check(self, pool_method: str, protected_tokens: int, use_sklearn: bool = False) -> None:
@@ -273,7 +276,8 @@ def pool(
     UserError
         For settings that do not exist, and vectors that are not finite or of no (tokens, dim).
     """
-    budget = Budget(pool_factor, max_vectors, distance_threshold)
+    others = (max_vectors, distance_threshold)
+    budget = Budget.of(pool_factor) if others == (None, None) else Budget(pool_factor, *others)
     options = {"variant": variant, "use_sklearn": use_sklearn, "renormalize": renormalize}
     options |= {"weights": weights, "return_sizes": return_sizes}
     return pool_sweep(embeddings, [budget], pool_method, protected_tokens, **options)[budget]

@@ -64,27 +64,35 @@ def released_name(repository: str) -> str:
     return f"released-{slug(pinned(repository)[0].rstrip('/').rsplit('/', 1)[-1])}"
 
 
-def factors_name(pool_factors: list[int]) -> str:
-    """`[1, …, 6]` → `1-6`, `[2]` → `2`, `[2, 4]` → `2+4`."""
-    if len(pool_factors) > 1 and pool_factors == list(range(pool_factors[0], pool_factors[-1] + 1)):
-        return f"{pool_factors[0]}-{pool_factors[-1]}"
+def factors_name(pool_factors: list[int | str]) -> str:
+    """`[1, …, 6]` → `1-6`, `[2]` → `2`, `[2, 4]` → `2+4`, `["k8", "k16"]` → `k8+k16`."""
+    first, last = pool_factors[0], pool_factors[-1]
+    if len(pool_factors) > 1 and type(first) is int and pool_factors == [*range(first, last + 1)]:
+        return f"{first}-{last}"
     return "+".join(map(str, pool_factors))
 
 
-def parse_factors(value: Any) -> list[int]:
-    """Pool factors from `3`, `"1-6"`, `"2+4"` or a list of whole numbers: sorted, each once."""
+def parse_factors(value: Any) -> list[int | str]:
+    """Pool factors from `3`, `"1-6"`, `"2+4"` or a list: sorted, each once.
+
+    Or numbers of vectors that a document keeps: `"k16"`, `"k8+k16"`, `["k8", "k16"]`.
+    """
     factors = [value] if type(value) is int else value
     if isinstance(value, str) and (found := re.fullmatch(r"(\d+)-(\d+)", value)):
         factors = [*range(int(found[1]), int(found[2]) + 1)]
-    elif isinstance(value, str) and re.fullmatch(r"\d+(\+\d+)*", value):
-        factors = [int(number) for number in value.split("+")]
-    whole = isinstance(factors, list | tuple) and all(type(n) is int and n >= 1 for n in factors)
-    if not whole or not factors:
+    elif isinstance(value, str):
+        factors = [int(part) if part.isdecimal() else part for part in value.split("+")]
+    known = isinstance(factors, list | tuple) and (
+        all(type(n) is int and n >= 1 for n in factors)
+        # one vector is the first token's
+        or all(isinstance(n, str) and re.fullmatch(r"k([2-9]|[1-9]\d+)", n) for n in factors)
+    )
+    if not known or not factors:
         raise UserError(
             f"pool_factors is {value!r}; expected a whole number of at least 1 (2), a range "
-            '("1-6") or a list ([1, 2, 4]).'
+            '("1-6"), a list ([1, 2, 4]), or numbers of vectors to keep, 2 or more ("k8+k16").'
         )
-    return sorted(set(factors))
+    return sorted(set(factors), key=lambda n: int(str(n).removeprefix("k")))
 
 
 def check_seed(value: Any) -> None:
@@ -93,7 +101,7 @@ def check_seed(value: Any) -> None:
         raise UserError(f"seed is {value!r}; expected a whole number from 0 to {MAX_SEED}.")
 
 
-def check_run(pool_method: str, pool_factors: list[int], renormalize: bool = False) -> None:
+def check_run(pool_method: str, pool_factors: list[int | str], renormalize: bool = False) -> None:
     """Refuse factors above 1 or `renormalize` without a method, a method with factor 1 alone."""
     if pool_method == "none" and renormalize:
         raise UserError(
@@ -129,6 +137,7 @@ DocumentLength = Annotated[int, Field(ge=8, le=8192)]
 # `bundled`, a hub id (see `pinned` for revisions) or a folder
 Source = Annotated[str, AfterValidator(_check_source)]
 Factors = Annotated[list[int], BeforeValidator(parse_factors)]
+Budgets = Annotated[list[int | str], BeforeValidator(parse_factors)]
 Method = Literal["span", "kmeans", "hierarchical"]
 Variant = Literal["pylate", "paper", "euclidean"]
 Unique = AfterValidator(_refuse_repeats)
@@ -277,7 +286,7 @@ class Run(_Settings):
 
     collection: str  # `docs:scipy`, `beir:scifact`, a folder's path
     pool_method: Literal["none", "span", "kmeans", "hierarchical"]
-    pool_factors: Factors = [1]  # each batch draws one: 2, "1-6" or [1, 2, 4]
+    pool_factors: Budgets = [1]  # each batch draws one: 2, "1-6", [1, 2, 4]; or "k8+k16" vectors
     renormalize: bool = False  # train with means scaled to unit length
     seed: Seed | None = None  # null: the profile's; the bundled model's adaptation has the same
 
@@ -471,11 +480,15 @@ class Profile(_Settings):
     def run_name(self, run: Run) -> str:
         """`<collection>-<method>-pf<factors>-s<seed>`, as in the result rows.
 
-        An unpooled run has no method in its name; unit-length means are named before the seed.
+        Numbers of vectors stand for themselves: `<collection>-kmeans-k8+k16-s42`. An unpooled run
+        has no method in its name; unit-length means are named before the seed.
         """
         method = "" if run.pool_method == "none" else f"-{run.pool_method}"
-        factors = factors_name(run.pool_factors) + ("-unit" if run.renormalize else "")
-        return f"{slug(run.collection)}{method}-pf{factors}-s{self.seed_of(run)}"
+        factors = ("pf" if type(run.pool_factors[0]) is int else "") + factors_name(
+            run.pool_factors
+        )
+        length = "-unit" if run.renormalize else ""
+        return f"{slug(run.collection)}{method}-{factors}{length}-s{self.seed_of(run)}"
 
     def seed_of(self, run: Run) -> int:
         """A run's seed, which may be the profile's."""

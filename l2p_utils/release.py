@@ -352,7 +352,11 @@ def _shared_values(
 def _model_facts(profile: Profile, name: str, run: Run, provenance: dict) -> dict[str, Any]:
     """What the model's template shows of its training and evaluation."""
     variant = provenance["settings"]["pooling"]
-    options = f', pool_factor={min(4, max(run.pool_factors))}, pool_method="{run.pool_method}"'
+    largest = run.pool_factors[-1]
+    budget = (
+        f"pool_factor={min(4, largest)}" if type(largest) is int else f'pool_factor="{largest}"'
+    )
+    options = f', {budget}, pool_method="{run.pool_method}"'
     options += ", use_sklearn=True" if variant == "sklearn" else ""
     options += f', pool_variant="{variant}"' if variant in ("paper", "euclidean") else ""
     options += ", renormalize=True" if run.renormalize else ""

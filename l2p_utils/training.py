@@ -88,13 +88,13 @@ WORKERS = 2  # tokenise the next batches while a GPU computes
 # --- the loss -------------------------------------------------------------------------------------
 
 
-def sample_pool_factor(pool_factors: Sequence[int], seed: int, step: int) -> int:
-    """The pool factor of one step, uniform over `pool_factors`.
+def sample_pool_factor(pool_factors: Sequence[int | str], seed: int, step: int) -> int | str:
+    """The pool factor (or ``"k16"``: number of vectors) of one step, uniform over `pool_factors`.
 
     It depends on seed and step alone: a resumed training, and every process of a parallel one,
     draws the factors of an unbroken single one.
     """
-    return int(np.random.default_rng([seed, step]).choice(list(pool_factors)))
+    return list(pool_factors)[np.random.default_rng([seed, step]).choice(len(pool_factors))]
 
 
 class PooledDistillation(losses.Distillation):
@@ -116,7 +116,7 @@ class PooledDistillation(losses.Distillation):
         self,
         model: PooledColBERT,
         pool_method: PoolMethod = "none",
-        pool_factors: Sequence[int] = (1,),
+        pool_factors: Sequence[int | str] = (1,),
         seed: int = 42,
         protected_tokens: int = 1,
         use_sklearn: bool = False,
@@ -453,7 +453,7 @@ def train(
     profile: Profile,
     collection: str,
     pool_method: PoolMethod,
-    pool_factors: Sequence[int],
+    pool_factors: Sequence[int | str],
     renormalize: bool = False,
     seed: int | None = None,
     progress: bool = True,

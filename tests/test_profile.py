@@ -254,6 +254,8 @@ def test_a_name_with_nothing_in_it_is_refused_and_a_released_model_has_a_short_o
         ([3, 2], [2, 3], "2-3"),
         ("2+4", [2, 4], "2+4"),
         ([4, 2, 2, 1], [1, 2, 4], "1+2+4"),
+        ("k16+k8", ["k8", "k16"], "k8+k16"),
+        (["k4", "k32"], ["k4", "k32"], "k4+k32"),
     ],
 )
 def test_factors_are_sorted_and_named(value, factors, name):
@@ -263,7 +265,7 @@ def test_factors_are_sorted_and_named(value, factors, name):
 @pytest.mark.parametrize(
     "bad",
     [0, -1, 2.0, True, None, "", "two", "0", "-3", "6-1", "1-2-3", "0-2", "1,2", [], [0], [True]]
-    + [["2"], [1, 2.5], {"a": 1}],
+    + [["2"], [1, 2.5], {"a": 1}, "k1", "k", "k4-8", "2+k4", [2, "k4"], "k08"],
 )
 def test_bad_factors_are_refused_with_what_was_given(bad):
     with pytest.raises(UserError) as refused:

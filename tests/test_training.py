@@ -17,6 +17,7 @@ import pytest
 import torch
 from datasets import Dataset
 from pylate import losses
+from pylate.losses.contrastive import extract_skiplist_mask
 from tiny import tiny_colbert
 
 from l2p_utils import profile as profiles
@@ -24,7 +25,7 @@ from l2p_utils import training
 from l2p_utils.collection import Collection
 from l2p_utils.files import PROVENANCE, UserError, read_json, write_json
 from l2p_utils.model import load_model, quiet_loading
-from l2p_utils.pooling import pool
+from l2p_utils.pooling import Budget, pool, pool_padded
 from l2p_utils.profile import Profile, TrainingSettings, load_profile
 from l2p_utils.training import DEV_METRIC, PooledDistillation, fit, sample_pool_factor
 
@@ -121,6 +122,24 @@ def test_with_factor_1_the_loss_and_its_gradients_are_pylates(model, batch, pool
     assert ours.item() > 1e-4  # not two zeros
     gradients = [torch.autograd.grad(value, weight)[0] for value in (ours, expected)]
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+def test_a_number_of_vectors_is_drawn_and_kept(model, batch):
+    loss = PooledDistillation(model, "kmeans", ["k3", "k5"])
+    values = {}
+    for loss.step in range(8):
+        values.setdefault(sample_pool_factor(loss.pool_factors, 42, loss.step), loss(*batch).item())
+    assert values.keys() == {"k3", "k5"}
+    with torch.no_grad():
+        (queries, documents), teacher = batch
+        vectors = torch.nn.functional.normalize(model(documents)["token_embeddings"], dim=-1)
+        mask = extract_skiplist_mask([queries, documents], model.skiplist)[1]
+        for name, value in values.items():
+            factor = Budget(max_vectors=int(name[1:]))
+            pooled, kept = pool_padded(vectors, mask, factor, "kmeans")
+            assert kept.sum(1).max() <= factor.max_vectors
+            alone = PooledDistillation(model, "kmeans", [factor])(*batch)
+            assert alone.item() == pytest.approx(value, abs=1e-6)
 
 
 def test_the_divergence_is_the_hand_worked_one():
