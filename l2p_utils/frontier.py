@@ -123,32 +123,69 @@ def _word_starts(names: Sequence[str]) -> list[bool]:
 
 
 class Code(NamedTuple):
-    """How a vector is stored."""
+    """How a vector is stored: its scale, if any, and then its values, in whole bytes."""
 
-    bits: float  # per value
+    bits: int  # per value
     extra: int  # bytes per vector: its scale
-    decode: Callable[[torch.Tensor], torch.Tensor]  # what comes back of (vectors, dim) float32
+    pack: Callable[[np.ndarray], np.ndarray]  # (vectors, dim) float32 → (vectors, bytes) uint8
+    unpack: Callable[[np.ndarray, int], np.ndarray]  # … and dim → (vectors, dim) float32
+
+    def decode(self, vectors: torch.Tensor) -> torch.Tensor:
+        """What comes back of vectors (n, dim) that were stored."""
+        return torch.from_numpy(self.unpack(self.pack(vectors.numpy()), vectors.shape[1]))
 
 
-def _levels(vectors: torch.Tensor, most: int) -> torch.Tensor:
+def _pack_levels(vectors: np.ndarray, most: int) -> np.ndarray:
     """Whole numbers up to ± `most`, times a float16 scale per vector."""
-    scale = (vectors.abs().amax(dim=1, keepdim=True) / most).half().float()
-    return (vectors / scale.clamp(min=1e-8)).round().clamp(-most, most) * scale
+    scale = (np.abs(vectors).max(axis=1, initial=0, keepdims=True) / most).astype(np.float16)
+    levels = (vectors / np.maximum(scale.astype(np.float32), 1e-8)).round().clip(-most, most)
+    values = levels.astype(np.int8).view(np.uint8)
+    if most < 8:  # two to a byte
+        values = np.pad(values + 8, ((0, 0), (0, values.shape[1] % 2)))
+        values = values[:, ::2] << 4 | values[:, 1::2]
+    return np.hstack([scale.view(np.uint8).reshape(-1, 2), values])
+
+
+def _unpack_levels(rows: np.ndarray, dim: int, most: int) -> np.ndarray:
+    scale = np.ascontiguousarray(rows[:, :2]).view(np.float16).astype(np.float32)
+    values = np.ascontiguousarray(rows[:, 2:])
+    if most < 8:
+        values = np.stack([values >> 4, values & 15], axis=2).reshape(len(values), -1)[:, :dim] - 8
+    return values.view(np.int8).astype(np.float32) * scale
+
+
+def _unpack_signs(rows: np.ndarray, dim: int) -> np.ndarray:
+    signs = np.unpackbits(rows, axis=1, count=dim).astype(np.float32)
+    return (2 * signs - 1) / np.float32(math.sqrt(dim))
+
+
+def _floats(bits: int, kind: type) -> Code:
+    return Code(
+        bits,
+        0,
+        lambda vectors: np.ascontiguousarray(vectors.astype(kind)).view(np.uint8),
+        lambda rows, dim: np.ascontiguousarray(rows).view(kind).astype(np.float32),
+    )
+
+
+def _whole(bits: int, most: int) -> Code:
+    return Code(bits, 2, partial(_pack_levels, most=most), partial(_unpack_levels, most=most))
 
 
 CODES = {
-    "float32": Code(32, 0, lambda vectors: vectors),
-    "float16": Code(16, 0, lambda vectors: vectors.half().float()),
-    "int8": Code(8, 2, partial(_levels, most=127)),
-    "4 bits": Code(4, 2, partial(_levels, most=7)),
+    "float32": _floats(32, np.float32),
+    "float16": _floats(16, np.float16),
+    "int8": _whole(8, 127),
+    "4 bits": _whole(4, 7),
     # signs alone: for vectors of unit length, which all have the same scale
-    "1 bit": Code(1, 0, lambda v: torch.where(v >= 0, 1.0, -1.0) / math.sqrt(v.shape[1])),
+    "1 bit": Code(1, 0, lambda vectors: np.packbits(vectors >= 0, axis=1), _unpack_signs),
 }
 
 
 def stored_bytes(vectors: float, dim: int, code: str = "float32") -> float:
     """Bytes of a document with so many vectors: values, scales, and its offset in the index."""
-    return vectors * (dim * CODES[code].bits / 8 + CODES[code].extra) + OFFSET_BYTES
+    how = CODES[code]
+    return vectors * (math.ceil(dim * how.bits / 8) + how.extra) + OFFSET_BYTES
 
 
 # ---------------------------------------------------------------- ways

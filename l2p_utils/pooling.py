@@ -294,10 +294,65 @@ def pool_sweep(
     renormalize: bool = False,
     weights: Sequence[Any] | None = None,
     return_sizes: bool = False,
+    trees: Sequence[Trees] = (),
 ) -> dict[Any, Any]:
-    """Budget or pool factor → what `pool` returns for it. A document's tree is grown once."""
-    options = (variant, use_sklearn, renormalize, weights, return_sizes)
-    return _pool(embeddings, budgets, pool_method, protected_tokens, *options)
+    """Budget or pool factor → what `pool` returns for it. A document's tree is grown once.
+
+    Or never, where `pool_to_mean` has grown all `trees` before, one for each of `_blocks`.
+    """
+    check_pooling(pool_method, variant)
+    protected = check_protected_tokens(protected_tokens)
+    asked = {given: given if isinstance(given, _Counts) else Budget.of(given) for given in budgets}
+    for budget in asked.values():
+        if isinstance(budget, Budget):
+            budget.check(pool_method, protected, use_sklearn)
+    embeddings = token_vectors(embeddings)
+    if len(kinds := {(str(document.dtype), document.shape[1]) for document in embeddings}) > 1:
+        raise UserError(
+            f"The documents' (dtype, dim) are {sorted(kinds)}; expected one for all "
+            "(document.float() makes one float32)."
+        )
+    lengths = np.array([len(document) for document in embeddings], dtype=np.int64)
+    weights = _check_weights(weights, lengths)
+    pooled = {given: list(embeddings) for given in asked}
+    sizes = {given: [np.empty(0)] * len(lengths) for given in asked}
+    for number, block in enumerate(_blocks(lengths, pool_method) if asked else ()):
+        documents = [embeddings[i] for i in block]
+        heavy = None if weights is None else [weights[i] for i in block]
+        wanted = {
+            given: replace(budget, shares=budget.shares[block])
+            if isinstance(budget, _Counts) else budget
+            for given, budget in asked.items()
+        }  # fmt: skip
+        if pool_method == "span":
+            vectors = torch.cat(documents)
+            segments = _span_segments(lengths[block], wanted, protected)
+            heavy = heavy and torch.cat(heavy)
+        else:
+            vectors, mask = _pad(documents)
+            heavy = heavy and pad_sequence(heavy, batch_first=True)
+            labels = assign(
+                vectors, mask, list(wanted.values()), pool_method, protected, variant, use_sklearn,
+                None if heavy is None else heavy.numpy(), trees[number] if trees else None,
+            )  # fmt: skip
+            segments = _segments(dict(zip(wanted, labels.values(), strict=True)))
+            vectors = vectors.flatten(0, 1)
+        for given, (index, counts) in segments.items():
+            index = index.to(vectors.device)
+            if heavy is None:
+                means, members = _means(vectors, index, sum(counts))
+            else:
+                means, members = _weighted_means(vectors, index, sum(counts), heavy.flatten())
+            if pool_method == "span" and asked[given].pool_factor != 1:
+                _check_finite(_wide(means.detach()).sum().isfinite())  # as every token is in a mean
+            if renormalize:
+                means = unit_length(means)
+            for i, document in zip(block, means.split(counts), strict=True):
+                pooled[given][i] = document
+            if return_sizes:
+                for i, size in zip(block, members.double().cpu().split(counts), strict=True):
+                    sizes[given][i] = size.numpy()
+    return {g: (pooled[g], sizes[g]) for g in asked} if return_sizes else pooled
 
 
 def pool_to_mean(
@@ -356,8 +411,9 @@ def pool_to_mean(
     else:
         shares = _in_proportion(free, total)
     counts = _Counts(shares)
-    options = (variant, False, renormalize, None, return_sizes, trees)
-    return _pool(embeddings, [counts], pool_method, protected_tokens, *options)[counts]
+    options = {"variant": variant, "renormalize": renormalize, "return_sizes": return_sizes}
+    options["trees"] = trees
+    return pool_sweep(embeddings, [counts], pool_method, protected_tokens, **options)[counts]
 
 
 def _share_out(free: np.ndarray, total: int) -> np.ndarray:
@@ -395,73 +451,6 @@ class _Counts:
 
     def clusters(self, free: np.ndarray, protected: int, span: bool = False) -> np.ndarray:
         return np.minimum(self.shares, free)
-
-
-def _pool(
-    embeddings: Iterable[Any],
-    budgets: Sequence[Any],
-    pool_method: PoolMethod,
-    protected_tokens: int,
-    variant: PoolVariant,
-    use_sklearn: bool,
-    renormalize: bool,
-    weights: Sequence[Any] | None,
-    return_sizes: bool,
-    trees: list[Trees] | None = None,
-) -> dict[Any, Any]:
-    check_pooling(pool_method, variant)
-    protected = check_protected_tokens(protected_tokens)
-    asked = {given: given if isinstance(given, _Counts) else Budget.of(given) for given in budgets}
-    for budget in asked.values():
-        if isinstance(budget, Budget):
-            budget.check(pool_method, protected, use_sklearn)
-    embeddings = token_vectors(embeddings)
-    if len(kinds := {(str(document.dtype), document.shape[1]) for document in embeddings}) > 1:
-        raise UserError(
-            f"The documents' (dtype, dim) are {sorted(kinds)}; expected one for all "
-            "(document.float() makes one float32)."
-        )
-    lengths = np.array([len(document) for document in embeddings], dtype=np.int64)
-    weights = _check_weights(weights, lengths)
-    pooled = {given: list(embeddings) for given in asked}
-    sizes = {given: [np.empty(0)] * len(lengths) for given in asked}
-    for number, block in enumerate(_blocks(lengths, pool_method) if asked else ()):
-        documents = [embeddings[i] for i in block]
-        heavy = None if weights is None else [weights[i] for i in block]
-        wanted = {
-            given: replace(budget, shares=budget.shares[block])
-            if isinstance(budget, _Counts) else budget
-            for given, budget in asked.items()
-        }  # fmt: skip
-        if pool_method == "span":
-            vectors = torch.cat(documents)
-            segments = _span_segments(lengths[block], wanted, protected)
-            heavy = heavy and torch.cat(heavy)
-        else:
-            vectors, mask = _pad(documents)
-            heavy = heavy and pad_sequence(heavy, batch_first=True)
-            labels = assign(
-                vectors, mask, list(wanted.values()), pool_method, protected, variant, use_sklearn,
-                None if heavy is None else heavy.numpy(), trees[number] if trees else None,
-            )  # fmt: skip
-            segments = _segments(dict(zip(wanted, labels.values(), strict=True)))
-            vectors = vectors.flatten(0, 1)
-        for given, (index, counts) in segments.items():
-            index = index.to(vectors.device)
-            if heavy is None:
-                means, members = _means(vectors, index, sum(counts))
-            else:
-                means, members = _weighted_means(vectors, index, sum(counts), heavy.flatten())
-            if pool_method == "span" and asked[given].pool_factor != 1:
-                _check_finite(_wide(means.detach()).sum().isfinite())  # as every token is in a mean
-            if renormalize:
-                means = unit_length(means)
-            for i, document in zip(block, means.split(counts), strict=True):
-                pooled[given][i] = document
-            if return_sizes:
-                for i, size in zip(block, members.double().cpu().split(counts), strict=True):
-                    sizes[given][i] = size.numpy()
-    return {g: (pooled[g], sizes[g]) for g in asked} if return_sizes else pooled
 
 
 def _blocks(lengths: np.ndarray, pool_method: str) -> Iterator[np.ndarray]:

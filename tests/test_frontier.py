@@ -152,6 +152,13 @@ def test_codes_by_hand():
         assert all(len(row.unique()) <= 2 * most + 1 for row in decoded)
     assert CODES["float16"].decode(vectors)[1, 1].item() == np.float16(0.1)
     assert CODES["4 bits"].decode(torch.zeros(1, 4)).tolist() == [[0] * 4]
+    for dim in (1, 7, 128):  # what is stored is as long as is said, and none of it is lost
+        some = torch.nn.functional.normalize(torch.randn(5, dim), dim=1)
+        for name, code in CODES.items():
+            packed = code.pack(some.numpy())
+            assert packed.dtype == np.uint8 and packed.size == stored_bytes(5, dim, name) - 8
+            again = code.pack(code.unpack(packed, dim))
+            assert (code.unpack(again, dim) == code.unpack(packed, dim)).all()
     # 12 vectors of 128 dimensions: values, scales of two bytes, an offset of eight
     sizes = [stored_bytes(12, 128, code) for code in CODES]
     assert sizes == [12 * 512 + 8, 12 * 256 + 8, 12 * 130 + 8, 12 * 66 + 8, 12 * 16 + 8]
