@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from l2p_utils import results
+from l2p_utils import index, results
 from l2p_utils.collection import Collection, load_collection
 from l2p_utils.frontier import read_tokens
 from l2p_utils.paper import read_paper
@@ -157,10 +158,33 @@ def test_every_make_target_is_in_the_readme():
 
 
 def test_the_snippet_for_ones_own_documents_runs(model_folder, capsys):
-    snippet = re.search(r"```python\n(.*?)```", DOCS["own_documents.md"], re.S).group(1)
+    snippets = re.findall(r"```python\n(.*?)```", DOCS["own_documents.md"], re.S)
+    snippet = next(some for some in snippets if "PooledColBERT(" in some)
     path = re.search(r'PooledColBERT\("(.*?)"\)', snippet).group(1)
     exec(snippet.replace(path, str(model_folder)), {})
     assert set(eval(capsys.readouterr().out)) <= {"spline", "mean", "inverse"}
+
+
+def test_the_commands_for_an_index_run(tmp_path, model_folder, texts, capsys):
+    (tmp_path / "in").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "in" / f"{number}.txt").write_text(text)
+    text, folder = DOCS["own_documents.md"], str(tmp_path / "my-index")
+    shell = re.search(r"```sh\n(.*?)```", text, re.S).group(1)
+    for line in shell.splitlines():
+        command = shlex.split(line.replace("DOCUMENTS", str(tmp_path / "in")))
+        command = [folder if word == "my-index" else word for word in command]
+        assert command[1:3] == ["-m", "l2p_utils.index"]
+        extra = ["--model", str(model_folder)] if command[3] == "build" else []
+        assert index.main(command[3:] + extra) == 0
+    found = capsys.readouterr().out
+    assert "5.txt" in found and "times smaller than unpooled float32" in found
+    snippet = next(s for s in re.findall(r"```python\n(.*?)```", text, re.S) if "Index.open" in s)
+    exec(snippet.replace("my-index", folder), {})
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    small = str(tmp_path / "smaller")
+    assert index.main(["shrink", folder, small, "--pool-factor", "2", "--bits", "1"]) == 0
+    assert index.main(["export", folder, str(tmp_path / "vectors.parquet")]) == 0
 
 
 def test_the_snippets_on_budgets_and_on_a_way_of_ones_own_run(bundled_model, texts):
