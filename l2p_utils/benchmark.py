@@ -33,7 +33,7 @@ from threadpoolctl import threadpool_limits
 from l2p_utils.collection import load_collection, subset
 from l2p_utils.evaluation import Encoded, encode_collection, evaluate_collection
 from l2p_utils.evaluation import measure as measure_ranking
-from l2p_utils.figures import COLOURS, STYLE, NotebookFigure, render
+from l2p_utils.figures import COLOURS, STYLE, NotebookFigure, save_figure
 from l2p_utils.files import ROOT, atomic_path, read_json, versions, write_json
 from l2p_utils.model import PooledColBERT, autocast, encode
 from l2p_utils.pooling import pool, pool_padded, pool_sweep
@@ -477,10 +477,7 @@ def _draw_growth(axes, growth: pd.DataFrame, axis: str) -> None:
 
 def save(folder: str | Path = ROOT / "figures" / "bench") -> None:
     """Redraw bench.png and bench.svg from data/bench."""
-    figure = draw(*read())
-    for kind in ("png", "svg"):
-        with atomic_path(Path(folder) / f"bench.{kind}") as temporary:
-            temporary.write_bytes(render(figure, kind))
+    save_figure(draw(*read()), folder, "bench")
 
 
 if __name__ == "__main__":

@@ -887,9 +887,14 @@ def engines_table(per_query: pd.DataFrame) -> pd.DataFrame:
 def save(source: Exhibits, exhibit: str, folder: str | Path) -> list[Path]:
     """Write one figure (PNG and SVG) or table (CSV and Markdown) of `source` into `folder`."""
     if exhibit not in TABLES:
-        return _write(folder, exhibit, _pictures(draw(source, exhibit)))
+        return save_figure(draw(source, exhibit), folder, exhibit)
     files = {"csv": _csv(table_values(source, exhibit)), "md": table_markdown(source, exhibit)}
     return _write(folder, exhibit, files)
+
+
+def save_figure(figure: NotebookFigure, folder: str | Path, name: str) -> list[Path]:
+    """Write a figure into `folder` as PNG and SVG."""
+    return _write(folder, name, _pictures(figure))
 
 
 def save_claims(claims: pd.DataFrame, folder: str | Path) -> list[Path]:

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from l2p_utils.collection import Collection, load_collection, subset
 from l2p_utils.evaluation import load_evaluated
 from l2p_utils.evaluation import measure as measure_ranking
-from l2p_utils.figures import STYLE, NotebookFigure, render
+from l2p_utils.figures import STYLE, NotebookFigure, save_figure
 from l2p_utils.files import (
     PROVENANCE,
     ROOT,
@@ -598,9 +598,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
-    for kind in ("png", "svg"):
-        with atomic_path(from_root("figures/frontier") / f"frontier.{kind}") as temporary:
-            temporary.write_bytes(render(figure, kind))
+    save_figure(figure, from_root("figures/frontier"), "frontier")
     return 0
 
 
