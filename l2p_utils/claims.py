@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -528,8 +527,8 @@ def _shown(part: Mapping, head: str) -> tuple[str, str]:
     verdict = part[head + "verdict"]
     if verdict in (NOT_RUN, NOT_ASKED):
         return "–", verdict
-    numbers = {key: part[head + key] for key in ("difference", "low", "high")}
-    text, span = part[head + "ours"], _interval(SimpleNamespace(unit=part["unit"], **numbers))
+    text = part[head + "ours"]
+    span = _interval(part["unit"], *(part[head + key] for key in ("difference", "low", "high")))
     text = f"{text.split('Δ')[0]}Δ {span}" if part["unit"] == "ndcg" else f"{text}; {span}"
     if part[head + "p_holm"] <= 0.05 and verdict in (HOLDS, FAILS):
         verdict = f"**{verdict}**"
@@ -569,10 +568,10 @@ def power(claims: pd.DataFrame) -> str:
     return text
 
 
-def _interval(part) -> str:
-    digits = 3 if part.unit == "ndcg" else 1
-    numbers = [f"{x:+.{digits}f}" for x in (part.difference, part.low, part.high)]
-    middle, low, high = (n.replace("-", "−").replace("+nan", "–") for n in numbers)
+def _interval(unit: str, *numbers: float) -> str:
+    digits = 3 if unit == "ndcg" else 1
+    shown = (f"{number:+.{digits}f}".replace("-", "−").replace("+nan", "–") for number in numbers)
+    middle, low, high = shown
     return middle if low == "–" else f"{middle} [{low}, {high}]"
 
 

@@ -75,17 +75,8 @@ def interval(groups: Sequence[ArrayLike], level: float = 0.95) -> Interval:
     mean = sum(group.mean(axis=(-1, -2)) for group in groups)
     variances, degrees, fixed = _variances(groups)
     error = np.sqrt(variances.sum(axis=-1))
-    found = Interval(
-        mean,
-        mean,
-        mean,
-        error,
-        *fixed,
-        effect_size(groups),
-        groups[0].shape[-2],
-        variances,
-        degrees,
-    )
+    seeds, effect = groups[0].shape[-2], effect_size(groups)
+    found = Interval(mean, mean, mean, error, *fixed, effect, seeds, variances, degrees)
     half = _half_width(found, (1 - level) / 2)
     return found._replace(low=mean - half, high=mean + half)
 
