@@ -455,19 +455,16 @@ def _sides(label: str, first: float, second: float, unit: str) -> str:
 
 
 def check_claims(
-    rows: pd.DataFrame | None,
-    per_query: pd.DataFrame | None,
-    paper: pd.DataFrame,
-    roles: Mapping[str, str] | None = None,
+    rows: pd.DataFrame | None, per_query: pd.DataFrame | None, paper: pd.DataFrame
 ) -> pd.DataFrame:
     """Judge the findings on the paper's numbers (`read_paper`) and on ours.
 
-    Without `rows` and `per_query` on the paper's alone; `roles` as in `paper.roles_of`. One row per
-    part, columns `CLAIM_COLUMNS`: numbers are ours, of the weakest comparison, in ``unit``; NaN
-    where not run. Parts about unpooled documents are in the columns of raw means alone; so is, in
-    those of unit length, finding 8. Models measured on different queries are refused.
+    Without `rows` and `per_query` on the paper's alone. One row per part, columns `CLAIM_COLUMNS`:
+    numbers are ours, of the weakest comparison, in ``unit``; NaN where not run. Parts about
+    unpooled documents are in the columns of raw means alone; so is, in those of unit length,
+    finding 8. Models measured on different queries are refused.
     """
-    roles = roles_of(rows, roles)
+    roles = roles_of(rows)
     names = {dataset: dataset for dataset in ROLES}
     ours = {dataset: roles.evaluated(dataset) or dataset for dataset in ROLES}
     theirs, run = paper_cells(paper), rows is not None and per_query is not None

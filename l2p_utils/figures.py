@@ -52,7 +52,9 @@ from l2p_utils.paper import (
     by_definition,
     compare_with_paper,
     comparison_markdown,
+    fill,
     holds_paper,
+    main_variants,
     missing,
     read_paper,
     read_source,
@@ -60,10 +62,7 @@ from l2p_utils.paper import (
 )
 from l2p_utils.results import (
     BASELINE,
-    VARIANTS,
-    default_variant,
     has_rows,
-    is_baseline,
     kept_ndcg,
     read_per_query,
     relative_ndcg,
@@ -79,7 +78,10 @@ PANELS = {
     "figure2": ["SciFact", "FiQA"],
     "figure3": ["SciFact", "FiQA"],
     "figure4": ["SciFact", "FiQA", "NFCorpus", "SCIDOCS"],
+    "overview": ["SciFact"],
 }
+# Columns, and a panel's width and height in inches; of the others (2, (5.1, 3.6)).
+LAYOUT = {"figure1": (3, (4.1, 3.0)), "overview": (1, (9.2, 4.4))}
 # The paper's axes; 68 and not 70 in Figure 4, since one point (69.68) lies below the paper's axis.
 PAPER_LIMITS = {
     "figure1": (20, 104), "figure2": (0, 106), "figure3": (70, 104), "figure4": (68, 104),
@@ -223,14 +225,17 @@ def _draw_lines(
     with matplotlib.rc_context(STYLE):
         figure, axes, strip = _panels(len(facets), columns, size, title, notes)
         handles: dict[str, object] = {}
+        drawn: list[pd.Series] = []
         for place, (axis, (name, lines)) in enumerate(zip(axes, facets.items(), strict=True)):
             axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
             for line in lines:
                 (handles[line.name],) = axis.plot(line.values.index, line.values, **line.style)
+                drawn.append(line.values)
                 if line.half is not None:
-                    ends = line.values - line.half, line.values + line.half
+                    ends = [line.values - line.half, line.values + line.half]
                     look = dict(color=line.style["color"], alpha=0.15, linewidth=0, zorder=1)
                     axis.fill_between(line.values.index, *ends, **look)
+                    drawn += ends
             axis.set_title(name, fontsize=11.5)
             sns.despine(ax=axis)
             if place % columns == 0:
@@ -239,12 +244,8 @@ def _draw_lines(
                 axis.set_xlabel("Pool factor")
         if handles.pop(THIN_NAME, None):  # the last entry
             handles[THIN_NAME] = Line2D([], [], color=GREY, marker="o", **THIN)
-        every = [line for lines in facets.values() for line in lines]
-        values = pd.concat([line.values for line in every])
-        bands = [line.values + sign * line.half for line in every if line.half is not None
-                 for sign in (-1, 1)]  # fmt: skip
-        reach = pd.concat([values, *bands])
-        low, high = min(reach.min(), 100.0), max(reach.max(), 100.0)
+        values = pd.concat(drawn)
+        low, high = min(values.min(), 100.0), max(values.max(), 100.0)
         around = (5 * np.floor((low - 1) / 5), 5 * np.ceil((high + 1) / 5))
         axes[0].set(ylim=limits or around, xticks=sorted(set(values.index)))
         axes[0].yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
@@ -273,23 +274,22 @@ def _layers(source: Exhibits, exhibit: str) -> list[tuple[Exhibits, bool]]:
 
 def _line(source: Exhibits, name: str, curve: pd.DataFrame, style: dict, thin: bool) -> Line:
     """A curve of exhibit cells, with its band where values per query are known."""
-    curve = curve.sort_values("pool_factor")
     if thin:
         return Line(THIN_NAME, _by_factor(curve), style | THIN | {"zorder": 2})
-    halves = [_error_bar(source, cell) for cell in curve.itertuples()]
-    half = pd.Series(halves, index=curve["pool_factor"])
+    if source.per_query is None:
+        return Line(name, _by_factor(curve), style)
+    bars = curve.assign(half=[_error_bar(source, cell) for cell in curve.itertuples()])
+    half = _by_factor(bars, "half")
     return Line(name, _by_factor(curve), style, half if half.notna().any() else None)
 
 
 def _error_bar(source: Exhibits, cell) -> float:
-    if source.per_query is None:
-        return np.nan
     datasets = ROLES if cell.dataset == "Average" else [cell.dataset]
     training = cell.trained_on, cell.train_method, cell.train_factors
     method = "none" if cell.pool_factor == 1 else cell.pool_method
     unit = source.unit is None and bool(source.rows["renormalized"].any())
     cells = [Cell(d, *training, method, cell.pool_factor, renormalized=unit) for d in datasets]
-    return _our_cells(source, ENGINE.get(cell.exhibit, "exact")).error_bar(cells)
+    return _our_cells(source, cell.engine).error_bar(cells)
 
 
 @lru_cache(maxsize=4)
@@ -301,6 +301,9 @@ def _our_cells(source: Exhibits, engine: str) -> OurCells:
 
 
 def _title(source: Exhibits, exhibit: str) -> str:
+    if exhibit == "overview":
+        who = "The paper" if source.is_paper else "This run"
+        return f"{who}. {TITLES[exhibit]} {source.names['SciFact'][1]}"
     number = f"{exhibit[:-1].capitalize()} {exhibit[-1]}"
     where, title = "of the paper" if source.is_paper else "in this run", TITLES[exhibit]
     return f"{number} {where}. {title[0].upper()}{title[1:]}"
@@ -308,8 +311,8 @@ def _title(source: Exhibits, exhibit: str) -> str:
 
 def _notes(source: Exhibits, exhibit: str) -> list[str]:
     engine = ENGINE.get(exhibit, "exact")
-    on = f" on {source.roles.suites[engine]}" if source.roles.own else ""
-    gaps = missing(source, exhibit) if exhibit in PANELS else ""
+    on = f" on {HUB_SUITES[engine][1]}" if source.roles.own else ""
+    gaps = missing(source, exhibit)
     notes = [f"{source.note_on(exhibit)}. {SEARCH[engine]}{on}. {CAPTIONS.get(exhibit, '')}"]
     looks = [LAYERS_NOTE] if len(_layers(source, exhibit)) > 1 else []
     if source.per_query is not None:
@@ -334,90 +337,79 @@ def _style(label: str, pool_method: str) -> dict:
 
 
 def _cells(source: Exhibits, exhibit: str) -> pd.DataFrame:
-    """The cells of an exhibit that have a number."""
-    frame = source.frame[source.frame["exhibit"] == exhibit]
+    """The cells of an exhibit that have a number.
+
+    The overview has three models of Table 4; of a run at all its factors, with mean ``vectors``.
+    """
+    number = "table4" if exhibit == "overview" else exhibit
+    frame = source.frame[source.frame["exhibit"] == number]
+    if exhibit == "overview":
+        frame = pd.concat([frame[frame["label"] == label] for label in OVERVIEW])
+        if source.rows is not None:
+            factors = pd.DataFrame({"pool_factor": sorted(set(source.rows["pool_factor"]))})
+            models = frame.drop_duplicates("label").drop(columns="pool_factor")
+            frame = fill(models.merge(factors, how="cross"), source.rows, source.roles)
     return frame.dropna(subset=["relative"])
 
 
 def draw(source: Exhibits, exhibit: str) -> NotebookFigure:
     """Draw "figure1" … "figure4" or "overview" from `source`; UserError without rows for it.
 
+    The overview is the project in one picture: baseline, FT PF1 and FT kmeans PF1-6 under kmeans
+    pooling, on SciFact or the collection in its role; where the source knows them, mean vectors per
+    document stand under the pool factors.
+
     Panels without any number are left out. Where a run has none at all, because its collections
     are others, its models are compared on its own collections.
     """
-    if exhibit not in (*PANELS, "overview"):
-        raise UserError(f"no figure {exhibit!r}: expected one of {[*PANELS, 'overview']}.")
-    frame = _cells(source, "table4" if exhibit == "overview" else exhibit)
-    if frame.empty:
+    if exhibit not in PANELS:
+        raise UserError(f"no figure {exhibit!r}: expected one of {[*PANELS]}.")
+    layers = [(layer, thin, _cells(layer, exhibit)) for layer, thin in _layers(source, exhibit)]
+    if layers[0][2].empty:
         return _draw_own(source, exhibit)
-    if exhibit == "overview":
-        return _draw_overview(source)
     facets: dict[str, list[Line]] = {}
-    for layer, thin in _layers(source, exhibit):
-        shown = _cells(layer, exhibit)
-        for (dataset, label, method), curve in shown.groupby(
+    for layer, thin, cells in layers:
+        for (dataset, label, method), curve in cells.groupby(
             ["dataset", "label", "pool_method"], sort=False
         ):
-            name = _legend_name(source, exhibit, label, method)
-            line = _line(layer, name, curve, _style(label, method), thin)
-            facets.setdefault(dataset, []).append(line)
-    facets = {source.names[d][0]: facets[d] for d in PANELS[exhibit] if d in facets}
-    columns, size = (3, (4.1, 3.0)) if exhibit == "figure1" else (2, (5.1, 3.6))
+            name, style = _legend_name(source, exhibit, curve), _style(label, method)
+            style = style | (dict(linewidth=2.6, markersize=8) if exhibit == "overview" else {})
+            facets.setdefault(dataset, []).append(_line(layer, name, curve, style, thin))
+    shown = [dataset for dataset in PANELS[exhibit] if dataset in facets]
+    facets = {"" if exhibit == "overview" else source.names[d][0]: facets[d] for d in shown}
+    ylabel = "Relative NDCG@10\n(% of the unpooled baseline)" if exhibit == "overview" else RELATIVE
     limits = PAPER_LIMITS[exhibit] if source.is_paper else None
-    title, notes = _title(source, exhibit), _notes(source, exhibit)
-    figure = _draw_lines(facets, title, notes, columns, size, limits=limits)
-    spoken = _spoken(source, _cells(_layers(source, exhibit)[-1][0], exhibit))
-    figure.alt = f"{title}. {spoken}"
-    return figure
-
-
-def _spoken(source: Exhibits, frame: pd.DataFrame) -> str:
-    """Every curve's end in words."""
-    ends = frame.sort_values("pool_factor").groupby(["dataset", "label", "pool_method"]).last()
-    return "; ".join(
+    title, layout = _title(source, exhibit), LAYOUT.get(exhibit, (2, (5.1, 3.6)))
+    figure = _draw_lines(facets, title, _notes(source, exhibit), *layout, ylabel, limits)
+    if exhibit == "overview":
+        _label_factors(figure.axes[0], cells)
+    ends = cells.sort_values("pool_factor").groupby(["dataset", "label", "pool_method"]).last()
+    spoken = [
         f"{source.names[dataset][1]}, {source.rename(label)}, {method}: {end.relative:.0f} % at "
         f"pool factor {end.pool_factor}"
         for (dataset, label, method), end in ends.iterrows()
-    )
+    ]
+    figure.alt = f"{title}. {'; '.join(spoken)}"
+    return figure
 
 
-def _legend_name(source: Exhibits, exhibit: str, label: str, method: str) -> str:
+def _legend_name(source: Exhibits, exhibit: str, curve: pd.DataFrame) -> str:
+    end = curve.loc[curve["pool_factor"].idxmax()]
+    label = end["label"]
+    if exhibit == "overview":
+        return f"{OVERVIEW[label]} ({end['relative']:.1f} % at PF{end['pool_factor']})"
     if exhibit == "figure1":
-        return method
-    if exhibit == "figure2":
-        return source.rename(label)
+        return end["pool_method"]
     # Figure 4 prints the training set; where that is the panel's own it is said once for both.
-    if exhibit == "figure4" and "KMeans" not in label:
-        label = label.replace(" SciFact ", " ").replace(" FiQA ", " ")
-        label = label if label == "Baseline" else f"{label} (own collection)"
+    if exhibit == "figure4" and "KMeans" not in label and label != "Baseline":
+        label = label.replace(" SciFact ", " ").replace(" FiQA ", " ") + " (own collection)"
     name = source.rename(label)
-    return f"{name}, {method}" if label == "Baseline" else name
+    several = label == "Baseline" and exhibit != "figure2"
+    return f"{name}, {end['pool_method']}" if several else name
 
 
-def _draw_overview(source: Exhibits) -> NotebookFigure:
-    """The project in one picture: baseline, FT PF1 and FT kmeans PF1-6 under kmeans pooling.
-
-    On SciFact or the collection in its role; of a run at all its factors. Where the source knows
-    them, mean vectors per document stand under the pool factors.
-    """
-    layers = [(layer, thin, _overview_cells(layer)) for layer, thin in _layers(source, "overview")]
-    lines = []
-    for layer, thin, cells in layers:
-        for label, text in OVERVIEW.items():
-            curve = cells[cells["label"] == label].sort_values("pool_factor")
-            if len(curve):
-                end = curve.iloc[-1]
-                name = f"{text} ({end.relative:.1f} % at PF{end.pool_factor})"
-                style = _style(label, "kmeans") | dict(linewidth=2.6, markersize=8)
-                lines.append(_line(layer, name, curve, style, thin))
-    who = "The paper" if source.is_paper else "This run"
-    title = f"{who}. {TITLES['overview']} {source.names['SciFact'][1]}"
-    unit = "Relative NDCG@10\n(% of the unpooled baseline)"
-    limits = PAPER_LIMITS["overview"] if source.is_paper else None
-    notes = _notes(source, "overview")
-    figure = _draw_lines({"": lines}, title, notes, 1, (9.2, 4.4), unit, limits)
-    axis, cells = figure.axes[0], layers[-1][2]
-    factors = sorted(cells["pool_factor"].unique())
+def _label_factors(axis: Axes, cells: pd.DataFrame) -> None:
+    factors = sorted(set(cells["pool_factor"]))
     if factors[-1] > 6:
         axis.set_xscale("log", base=2)
         axis.minorticks_off()
@@ -425,29 +417,6 @@ def _draw_overview(source: Exhibits) -> NotebookFigure:
     if "vectors" in cells and (vectors := cells.groupby("pool_factor")["vectors"].first()).all():
         axis.set_xticks(factors, [f"{factor}\n{count:.0f}" for factor, count in vectors.items()])
         axis.set_xlabel("Pool factor, and mean vectors stored per document")
-    figure.alt = f"{title}. {_spoken(source, cells)}"
-    return figure
-
-
-def _overview_cells(source: Exhibits) -> pd.DataFrame:
-    """Table 4's cells of the three models; of a run at all factors, with mean ``vectors``."""
-    cells = _cells(source, "table4")
-    cells = cells[cells["label"].isin(OVERVIEW)]
-    if source.is_paper:
-        return cells
-    rows = relative_ndcg(_main_variants(source.rows), partial=True)
-    rows = rows[(rows["engine"] == "exact") & rows["pool_method"].isin(["none", "kmeans"])]
-    rows = rows[(rows["collection"] == source.roles.evaluated("SciFact"))]
-    rows = rows[~rows["train_renormalized"]]
-    training = ["trained_on", "train_method", "train_factors"]
-    models = cells[["exhibit", "dataset", "label", *training]].drop_duplicates()
-    source_names = models["trained_on"].map(source.roles.training).fillna("")
-    models = models.assign(train_collection=source_names)
-    rows = rows[is_baseline(rows) | (rows["train_collection"] != "")]
-    rows = rows.rename(columns={"relative_ndcg@10": "relative", "vectors_per_document": "vectors"})
-    keys = ["train_collection", "train_method", "train_factors"]
-    means = rows.groupby([*keys, "pool_factor"])[["relative", "vectors"]].mean().reset_index()
-    return models.merge(means, on=keys).assign(pool_method="kmeans")
 
 
 # ---------------------------------------------------------------- any run, by model and collection
@@ -460,7 +429,7 @@ def _draw_own(source: Exhibits, exhibit: str) -> NotebookFigure:
         raise UserError(f"{source.name}: there are no rows of {engine} to draw.")
     baseline = rows[rows["model"] == BASELINE]
     if exhibit == "figure1" and (baseline["pool_method"] != "none").any():
-        return draw_kept(_main_variants(baseline))
+        return draw_kept(main_variants(baseline))
     return draw_models(rows, OWN_METHOD.get(exhibit))
 
 
@@ -470,18 +439,12 @@ def _rows(source: Exhibits, exhibit: str) -> pd.DataFrame:
     return rows[rows["engine"] == ENGINE.get(exhibit, "exact")]
 
 
-def _main_variants(rows: pd.DataFrame) -> pd.DataFrame:
-    """`rows` in one variant of each pool method, the one that most models have."""
-    variants = {method: default_variant(rows, method) for method in VARIANTS}
-    return rows[rows["pool_variant"] == rows["pool_method"].map(variants)]
-
-
 def _curves(rows: pd.DataFrame, pool_method: str | None = None) -> pd.DataFrame:
     """Curves of every model: ``relative`` NDCG@10, unpooled rows as each method's point at 1.
 
     Of `pool_method` where it was run, else of all methods. UserError without any baseline.
     """
-    rows = _main_variants(rows)
+    rows = main_variants(rows)
     relative = relative_ndcg(rows, partial=True)
     if relative["relative_ndcg@10"].isna().all():
         relative_ndcg(rows)  # says what is missing
@@ -823,7 +786,7 @@ def roles_table(paper: Exhibits, rows: pd.DataFrame) -> pd.DataFrame:
 
 def storage_table(rows: pd.DataFrame, pool_method: str = "kmeans") -> pd.DataFrame:
     """Mean vectors per document by collection (line) and pool factor (column), of the baseline."""
-    chosen = _main_variants(_baseline(rows, "exact"))
+    chosen = main_variants(_baseline(rows, "exact"))
     chosen = chosen[chosen["pool_method"].isin(["none", pool_method])]
     wide = chosen.pivot_table("vectors_per_document", "collection", "pool_factor")
     return wide.round(1).rename(columns="PF{}".format)
@@ -887,15 +850,14 @@ def engines_table(per_query: pd.DataFrame) -> pd.DataFrame:
 def save(source: Exhibits, exhibit: str, folder: str | Path) -> list[Path]:
     """Write one figure (PNG and SVG) or table (CSV and Markdown) of `source` into `folder`."""
     if exhibit not in TABLES:
-        return _write(folder, exhibit, _pictures(draw(source, exhibit)))
-    files = {"csv": _csv(table_values(source, exhibit)), "md": table_markdown(source, exhibit)}
-    return _write(folder, exhibit, files)
+        return _write(folder, exhibit, draw(source, exhibit))
+    values, text = table_values(source, exhibit), table_markdown(source, exhibit)
+    return _write(folder, exhibit, None, values, text)
 
 
 def save_claims(claims: pd.DataFrame, folder: str | Path) -> list[Path]:
     """Write the judged findings into `folder` as ``claims`` (CSV, Markdown, PNG, SVG)."""
-    files = {"csv": _csv(claims.round(4)), "md": claims_table(claims)}
-    return _write(folder, "claims", files | _pictures(draw_claims(claims)))
+    return _write(folder, "claims", draw_claims(claims), claims.round(4), claims_table(claims))
 
 
 def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path) -> list[Path]:
@@ -906,23 +868,22 @@ def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path)
     if not roles_of(rows).own:
         return []
     comparison = compare_with_paper(paper, rows)
-    files = {"csv": _csv(comparison.round(6)), "md": comparison_markdown(comparison, rows, paper)}
-    return _write(folder, "paper_vs_ours", files | _pictures(draw_comparison(comparison)))
+    text = comparison_markdown(comparison, rows, paper)
+    return _write(folder, "paper_vs_ours", draw_comparison(comparison), comparison.round(6), text)
 
 
-def _csv(frame: pd.DataFrame) -> str:
-    return frame.to_csv(index=False, lineterminator="\n")
-
-
-def _pictures(figure: NotebookFigure) -> dict[str, bytes]:
-    return {kind: render(figure, kind) for kind in ("png", "svg")}
-
-
-def _write(folder: str | Path, name: str, files: dict[str, str | bytes]) -> list[Path]:
-    """Write ``name.<suffix>`` for each suffix in `files`."""
+def _write(
+    folder: str | Path, name: str, figure: NotebookFigure | None,
+    numbers: pd.DataFrame | None = None, text: str = "",
+) -> list[Path]:  # fmt: skip
+    """Write ``name.<suffix>`` of each kind that is given."""
+    files = {kind: render(figure, kind) for kind in ("png", "svg") if figure}
+    if numbers is not None:
+        csv = numbers.to_csv(index=False, lineterminator="\n")
+        files |= {"csv": csv.encode(), "md": text.encode()}
     for suffix, content in files.items():
         with atomic_path(Path(folder) / f"{name}.{suffix}") as temporary:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            temporary.write_bytes(content)
     return [Path(folder) / f"{name}.{suffix}" for suffix in files]
 
 
