@@ -440,22 +440,32 @@ def _rows(source: Exhibits, exhibit: str) -> pd.DataFrame:
 
 
 def _curves(rows: pd.DataFrame, pool_method: str | None = None) -> pd.DataFrame:
-    """Curves of every model: ``relative`` NDCG@10, unpooled rows as each method's point at 1.
+    """Curves of every model as cells, unpooled rows as each method's point at 1.
 
     Of `pool_method` where it was run, else of all methods. UserError without any baseline.
     """
     rows = main_variants(rows)
-    relative = relative_ndcg(rows, partial=True)
-    if relative["relative_ndcg@10"].isna().all():
+    cells = relative_ndcg(rows, partial=True)
+    if cells["relative_ndcg@10"].isna().all():
         relative_ndcg(rows)  # says what is missing
-    relative = relative.rename(columns={"relative_ndcg@10": "relative"})
-    unpooled = relative[relative["pool_method"] == "none"]
-    pooled = relative[relative["pool_method"] != "none"]
+    names = {"collection": "dataset", "model": "label", "ndcg@10": "ndcg"}
+    cells = cells.rename(columns=names | {"relative_ndcg@10": "relative"}).assign(delta=np.nan)
+    pooled = cells[cells["pool_method"] != "none"]
     if (pooled["pool_method"] == pool_method).any():
         pooled = pooled[pooled["pool_method"] == pool_method]
-    pairs = pooled[["model", "collection", "pool_method"]].drop_duplicates()
-    starts = unpooled.drop(columns="pool_method").merge(pairs, on=["model", "collection"])
+    unpooled = cells[cells["pool_method"] == "none"]
+    pairs = pooled[["label", "dataset", "pool_method"]].drop_duplicates()
+    starts = unpooled.drop(columns="pool_method").merge(pairs, on=["label", "dataset"])
     return pd.concat([starts, pooled], ignore_index=True) if len(pooled) else unpooled
+
+
+def _cells_or_own(source: Exhibits, exhibit: str) -> tuple[pd.DataFrame, bool]:
+    """The cells of an exhibit, or instead of none those of a run's own collections; which."""
+    cells, rows = _cells(source, exhibit), _rows(source, exhibit)
+    if len(cells) or rows.empty:
+        return cells, False
+    rows = rows[rows["model"] == BASELINE] if exhibit == "figure1" else rows
+    return _curves(rows, OWN_METHOD.get(exhibit)), True
 
 
 def _short(collections: Iterable[str]) -> dict[str, str]:
@@ -476,7 +486,7 @@ def draw_models(rows: pd.DataFrame, pool_method: str | None = None) -> NotebookF
     """
     curves = _curves(rows, pool_method)
     methods = list(dict.fromkeys(curves["pool_method"]))
-    models = sorted(curves["model"].unique(), key=lambda name: (name != BASELINE, name))
+    models = sorted(set(curves["label"]), key=lambda name: (name != BASELINE, name))
     looks = {
         model: dict(
             color=MODEL_COLOURS[number % 7], marker=MODEL_MARKERS[number % 6],
@@ -484,12 +494,10 @@ def draw_models(rows: pd.DataFrame, pool_method: str | None = None) -> NotebookF
         )
         for number, model in enumerate(models)
     }  # fmt: skip
-    names, facets = _short(curves["collection"]), {}
-    for (collection, method, model), curve in curves.groupby(
-        ["collection", "pool_method", "model"]
-    ):
+    names, facets = _short(curves["dataset"]), {}
+    for (dataset, method, model), curve in curves.groupby(["dataset", "pool_method", "label"]):
         line = Line(model, _by_factor(curve), looks[model])
-        facets.setdefault(f"{names[collection]}, {method}", []).append(line)
+        facets.setdefault(f"{names[dataset]}, {method}", []).append(line)
     more = ", …" if len(names) > 3 else ""
     title = f"This run's models on {', '.join([*names.values()][:3])}{more}"
     title += f": {methods[0]} pooling" if len(methods) == 1 else ""
@@ -592,7 +600,9 @@ def draw_comparison(comparison: pd.DataFrame) -> NotebookFigure:
     baseline; Table 2's differences, averages and the baseline's own 100 % are not drawn.
     `comparison` is from `paper.compare_with_paper`.
     """
-    dots = _dots(comparison)
+    drawn = comparison["quantity"].isin(["ndcg", "relative"]) & comparison["points"].notna()
+    drawn &= (comparison["dataset"] != "Average") & ~by_definition(comparison)
+    dots = comparison[drawn]
     engines = [engine for engine in HUB_SUITES if (dots["engine"] == engine).any()]
     title = "The paper's values and ours"
     band = "Shaded: the tolerance, ± {exact:g} point (exact search), ± {plaid:g} points (PLAID)."
@@ -609,6 +619,8 @@ def draw_comparison(comparison: pd.DataFrame) -> NotebookFigure:
             here = dots[dots["engine"] == engine]
             axis.axhspan(-POINTS[engine], POINTS[engine], color="#DDDDDD", linewidth=0, zorder=0)
             axis.axhline(0, color="#333333", linestyle="--", linewidth=1, zorder=1)
+            percent = here["dataset"].map(PAPER_BASELINES[engine])
+            here = here.assign(x=here["paper"] * percent.where(here["quantity"] != "ndcg", 100.0))
             for (method, verdict), part in here.groupby(["pool_method", "verdict"]):
                 look = dict(linestyle="none", marker=MARKERS.get(method, "s"), zorder=3)
                 look["color"] = COLOURS.get(method, GREY)
@@ -623,17 +635,6 @@ def draw_comparison(comparison: pd.DataFrame) -> NotebookFigure:
     return figure
 
 
-def _dots(values: pd.DataFrame) -> pd.DataFrame:
-    """Values with a place on the NDCG scale, ``x``: the paper's, in points."""
-    drawn = values["quantity"].isin(["ndcg", "relative"]) & (values["dataset"] != "Average")
-    values = values[drawn & ~by_definition(values) & values["points"].notna()]
-    scale = [
-        100.0 if value.quantity == "ndcg" else PAPER_BASELINES[value.engine][value.dataset]
-        for value in values.itertuples()
-    ]
-    return values.assign(x=values["paper"] * np.array(scale, dtype=float))
-
-
 # ---------------------------------------------------------------- the paper's tables
 
 
@@ -645,38 +646,25 @@ def table(source: Exhibits, exhibit: str) -> pd.DataFrame:
     """
     if exhibit not in TABLES:
         raise UserError(f"no table {exhibit!r}: expected one of {TABLES}.")
-    rows, frame = _rows(source, exhibit), source.frame[source.frame["exhibit"] == exhibit]
-    if frame["relative"].isna().all() and len(rows):
-        return _models_table(_curves(rows, OWN_METHOD[exhibit]))
-    lines = []
-    for (dataset, label), cells in frame.groupby(["dataset", "label"], sort=False):
-        where = {"Collection": source.names[dataset][1]} if exhibit == "table2" else {}
-        texts = {f"PF{int(cell.pool_factor)}": _cell(cell) for cell in cells.itertuples()}
-        if cells["relative"].notna().any():
-            lines.append({**where, "Model": source.rename(label), **texts})
-    return pd.DataFrame(lines)
+    frame, own = _cells_or_own(source, exhibit)
+    short = {dataset: names[1] for dataset, names in source.names.items()}
+    cells = frame.assign(
+        Collection=frame["dataset"].map(_short(frame["dataset"]) if own else short),
+        Model=frame["label"].map(source.rename),
+        text=[_cell(cell) for cell in frame.itertuples()],
+    )
+    lines = ["Collection", "Model"]
+    wide = cells.pivot_table("text", lines, "pool_factor", aggfunc="first", sort=own)
+    if not own:
+        every = source.frame.loc[source.frame["exhibit"] == exhibit, "pool_factor"]
+        wide = wide.reindex(columns=every.unique())
+    wide = wide.fillna("not run").rename(columns="PF{}".format).rename_axis(columns=None)
+    return wide.reset_index(lines if own or exhibit == "table2" else "Model").reset_index(drop=True)
 
 
 def _cell(cell) -> str:
-    if np.isnan(cell.relative):
-        return "not run"
     text = f"{cell.ndcg:.3f} ({cell.relative:.1f})"
-    if np.isnan(cell.delta):
-        return text
-    return f"{text} {cell.delta:+z.3f}".replace("-", "−")
-
-
-def _models_table(curves: pd.DataFrame) -> pd.DataFrame:
-    """Every model of a run under one pool method, a line per collection and model."""
-    cells = curves.assign(
-        Collection=curves["collection"].map(_short(curves["collection"])),
-        cell=[
-            _cell(cell) for cell in curves.assign(ndcg=curves["ndcg@10"], delta=np.nan).itertuples()
-        ],
-    )
-    wide = cells.pivot_table("cell", ["Collection", "model"], "pool_factor", aggfunc="first")
-    wide = wide.fillna("not run").rename(columns="PF{}".format)
-    return wide.rename_axis(index={"model": "Model"}, columns=None).reset_index()
+    return text if np.isnan(cell.delta) else f"{text} {cell.delta:+z.3f}".replace("-", "−")
 
 
 def table_values(source: Exhibits, exhibit: str) -> pd.DataFrame:
@@ -684,24 +672,17 @@ def table_values(source: Exhibits, exhibit: str) -> pd.DataFrame:
 
     Where a run has unit-length means, ``renormalized`` tells them from raw ones.
     """
-    if source.unit is None:
-        return _values(source, exhibit)
-    raw, unit = _values(source, exhibit), _values(source.unit, exhibit)
-    parts = [raw.assign(renormalized=False), unit.assign(renormalized=True)]
-    return pd.concat(parts, ignore_index=True)
-
-
-def _values(source: Exhibits, exhibit: str) -> pd.DataFrame:
-    frame = source.frame[source.frame["exhibit"] == exhibit]
+    both = [source] if source.unit is None else [source, source.unit]
+    frame = pd.concat([one.frame.assign(renormalized=one is not source) for one in both])
     names = {"label": "model", "ndcg": "ndcg10", "relative": "relative_percent"}
-    frame = frame.rename(columns=names)
+    frame = frame[frame["exhibit"] == exhibit].rename(columns=names)
+    frame["model"] = frame["model"].map(source.rename)
+    frame["dataset"] = [source.names[dataset][1] for dataset in frame["dataset"]]
     columns = ["model", "pool_factor", "ndcg10", "relative_percent"]
-    if exhibit == "table2":
-        columns = ["dataset", *columns, "delta"]
-        frame["dataset"] = [source.names[dataset][1] for dataset in frame["dataset"]]
-    frame["model"] = [source.rename(label) for label in frame["model"]]
+    columns = ["dataset", *columns, "delta"] if exhibit == "table2" else columns
+    columns += ["renormalized"] if source.unit else []
     decimals = {"ndcg10": 4, "relative_percent": 2, "delta": 4}  # one more than is printed
-    return frame[columns].round(decimals)
+    return frame[columns].round(decimals).reset_index(drop=True)
 
 
 def table_markdown(source: Exhibits, exhibit: str) -> str:
@@ -731,13 +712,10 @@ def means_table(sources: Iterable[Exhibits], exhibit: str) -> pd.DataFrame:
     """
     names, tables, keys = {}, {}, ["dataset", "label", "pool_method"]
     for source in sources:
-        frame, rows = _cells(source, exhibit), _rows(source, exhibit)
-        if frame.empty and rows.empty:
+        frame, own = _cells_or_own(source, exhibit)
+        if frame.empty:
             continue
-        if own := frame.empty:
-            rows = rows[rows["model"] == BASELINE] if exhibit == "figure1" else rows
-            curves = _curves(rows, OWN_METHOD.get(exhibit))
-            frame = curves.rename(columns={"collection": "dataset", "model": "label"})
+        if own:
             names, tables = _short(frame["dataset"]), {}
         wide = frame.pivot_table("relative", keys, "pool_factor", sort=own)
         pooled = [factor for factor in wide.columns if factor > 1]
@@ -826,10 +804,11 @@ def engines_table(per_query: pd.DataFrame) -> pd.DataFrame:
         collection=per_query["collection"].map(_short(per_query["collection"]))
     )
     exact, plaid = (values[values["engine"] == engine] for engine in SEARCH)
-    parts = {SEARCH["exact"]: searched(exact), SEARCH["plaid"]: plaid}
+    parts = {SEARCH["exact"]: searched(exact)}
     if exact["renormalized"].any():
-        raw, other = (f"{SEARCH['exact']}, {length}" for length in ("raw", "unit length"))
-        parts = {raw: searched(exact), other: searched(exact, True), SEARCH["plaid"]: plaid}
+        lengths = {"raw": searched(exact), "unit length": searched(exact, True)}
+        parts = {f"{SEARCH['exact']}, {length}": part for length, part in lengths.items()}
+    parts |= {SEARCH["plaid"]: plaid}
     split = {name: part.set_index(keys)["ndcg@10"] for name, part in parts.items()}
     both = pd.concat(split, axis=1, join="inner").reset_index()
     if both.empty:
