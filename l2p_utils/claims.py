@@ -307,11 +307,8 @@ class OurCells:
         if cell.pool_factor > 1:
             pooling = (cell.pool_method, cell.pool_factor, bool(cell.renormalized))
         where = (self._roles.evaluated(cell.dataset, self._engine), *pooling)
-        found = {
-            self._seeds[name]: self._values[name, *where]
-            for name in names
-            if (name, *where) in self._values
-        }
+        names = [name for name in names if (name, *where) in self._values]
+        found = {self._seeds[name]: self._values[name, *where] for name in names}
         return pd.concat(found, axis=1) if found else None
 
     def seeds(self, comparison: Comparison) -> list[int]:
@@ -592,7 +589,8 @@ class AuthorCells:
         means = pd.concat([rows, alone]).groupby(keys)[metric].mean().unstack("version")
         both = means.reindex(columns=[1, 2])
         self._twice = {Cell(*key) for key in both.dropna().index}
-        values = both.ffill(axis=1).to_numpy()  # of a model that was trained once, its only run
+        # Of a model that was trained once, its only run.
+        values = both.ffill(axis=1).bfill(axis=1).to_numpy()
         self._values = {Cell(*key): pair for key, pair in zip(both.index, values, strict=True)}
 
     def versions(self, terms: Side) -> range:

@@ -42,7 +42,6 @@ from l2p_utils.files import UserError, atomic_path
 from l2p_utils.paper import (
     ENGINE,
     FIGURES,
-    HUB_SUITES,
     INSIDE,
     PAPER_BASELINES,
     POINTS,
@@ -109,6 +108,7 @@ OVERVIEW = {
     "Baseline": "baseline",
 }
 SEARCH = {"exact": "Exact search", "plaid": "PLAID search"}
+SUITES = {"exact": "NanoBEIR", "plaid": "BEIR"}  # the paper's own data sets
 OWN = "Each model is trained on its panel's collection."
 CAPTIONS = {"figure2": OWN, "figure3": f"{OWN} The baseline is pooled hierarchically."}
 RELATIVE = "Relative NDCG@10 (%)"
@@ -311,7 +311,7 @@ def _title(source: Exhibits, exhibit: str) -> str:
 
 def _notes(source: Exhibits, exhibit: str) -> list[str]:
     engine = ENGINE.get(exhibit, "exact")
-    on = f" on {HUB_SUITES[engine][1]}" if source.roles.own else ""
+    on = f" on {SUITES[engine]}" if source.roles.own else ""
     gaps = missing(source, exhibit)
     notes = [f"{source.note_on(exhibit)}. {SEARCH[engine]}{on}. {CAPTIONS.get(exhibit, '')}"]
     looks = [LAYERS_NOTE] if len(_layers(source, exhibit)) > 1 else []
@@ -357,10 +357,8 @@ def draw(source: Exhibits, exhibit: str) -> NotebookFigure:
 
     The overview is the project in one picture: baseline, FT PF1 and FT kmeans PF1-6 under kmeans
     pooling, on SciFact or the collection in its role; where the source knows them, mean vectors per
-    document stand under the pool factors.
-
-    Panels without any number are left out. Where a run has none at all, because its collections
-    are others, its models are compared on its own collections.
+    document stand under the pool factors. Panels without any number are left out. Where a run has
+    none at all, because its collections are others, its models are compared on its own collections.
     """
     if exhibit not in PANELS:
         raise UserError(f"no figure {exhibit!r}: expected one of {[*PANELS]}.")
@@ -423,7 +421,7 @@ def _label_factors(axis: Axes, cells: pd.DataFrame) -> None:
 
 
 def _draw_own(source: Exhibits, exhibit: str) -> NotebookFigure:
-    rows = _rows(source, exhibit)
+    rows = source.rows_of(exhibit)
     if rows.empty:
         engine = SEARCH[ENGINE.get(exhibit, "exact")]
         raise UserError(f"{source.name}: there are no rows of {engine} to draw.")
@@ -431,12 +429,6 @@ def _draw_own(source: Exhibits, exhibit: str) -> NotebookFigure:
     if exhibit == "figure1" and (baseline["pool_method"] != "none").any():
         return draw_kept(main_variants(baseline))
     return draw_models(rows, OWN_METHOD.get(exhibit))
-
-
-def _rows(source: Exhibits, exhibit: str) -> pd.DataFrame:
-    """A run's rows of the engine of an exhibit; none of the paper's numbers."""
-    rows = pd.DataFrame({"engine": []}) if source.rows is None else source.rows
-    return rows[rows["engine"] == ENGINE.get(exhibit, "exact")]
 
 
 def _curves(rows: pd.DataFrame, pool_method: str | None = None) -> pd.DataFrame:
@@ -461,7 +453,7 @@ def _curves(rows: pd.DataFrame, pool_method: str | None = None) -> pd.DataFrame:
 
 def _cells_or_own(source: Exhibits, exhibit: str) -> tuple[pd.DataFrame, bool]:
     """The cells of an exhibit, or instead of none those of a run's own collections; which."""
-    cells, rows = _cells(source, exhibit), _rows(source, exhibit)
+    cells, rows = _cells(source, exhibit), source.rows_of(exhibit)
     if len(cells) or rows.empty:
         return cells, False
     rows = rows[rows["model"] == BASELINE] if exhibit == "figure1" else rows
@@ -523,8 +515,8 @@ def draw_kept(rows: pd.DataFrame) -> NotebookFigure:
     names, facets = _short(curves["collection"]), {}
     for (collection, method, unit), curve in curves.groupby(["collection", "pool_method", "unit"]):
         name = method if len(lengths) == 1 else f"{method}, {'unit length' if unit else 'raw'}"
-        look = {"color": COLOURS[method], "marker": MARKERS[method]}
-        look |= {"linestyle": "-"} if unit or len(lengths) == 1 else RAW
+        look = {"color": COLOURS[method], "marker": MARKERS[method], "linestyle": "-"}
+        look |= {} if unit or len(lengths) == 1 else RAW
         facets.setdefault(names[collection], []).append(Line(name, _by_factor(curve, "kept"), look))
     title = f"{rows['model'].iloc[0]}: NDCG@10 kept at each pool factor"
     note = f"100 %: the same model unpooled. {_engine_note(rows)}"
@@ -532,11 +524,9 @@ def draw_kept(rows: pd.DataFrame) -> NotebookFigure:
     figure = _draw_lines(facets, title, [note], columns, (3.7, 2.9), "NDCG@10 (%)")
     ends = curves[curves["pool_factor"] == curves["pool_factor"].max()]
     means = ends.groupby(["pool_method", "unit"])["kept"].mean().round()
-    spoken = ", ".join(
-        f"{method} {kept:.0f} %{' at unit length' if unit else ''}"
-        for (method, unit), kept in means.items()
-    )
-    figure.alt = f"{title}; mean at the largest factor: {spoken}."
+    at = {False: "", True: " at unit length"}
+    spoken = [f"{method} {kept:.0f} %{at[unit]}" for (method, unit), kept in means.items()]
+    figure.alt = f"{title}; mean at the largest factor: {', '.join(spoken)}."
     return figure
 
 
@@ -603,15 +593,13 @@ def draw_comparison(comparison: pd.DataFrame) -> NotebookFigure:
     drawn = comparison["quantity"].isin(["ndcg", "relative"]) & comparison["points"].notna()
     drawn &= (comparison["dataset"] != "Average") & ~by_definition(comparison)
     dots = comparison[drawn]
-    engines = [engine for engine in HUB_SUITES if (dots["engine"] == engine).any()]
+    engines = [engine for engine in SUITES if (dots["engine"] == engine).any()]
     title = "The paper's values and ours"
     band = "Shaded: the tolerance, ± {exact:g} point (exact search), ± {plaid:g} points (PLAID)."
     notes = [f"{band.format(**POINTS)} Filled: inside; open: outside."]
     for engine, part in comparison.groupby("engine"):
-        counts = ", ".join(
-            f"{n} {verdict}" for verdict, n in part["verdict"].value_counts().items()
-        )
-        notes.append(f"{SEARCH[engine]}: of {len(part)} printed values {counts}.")
+        counts = [f"{n} {verdict}" for verdict, n in part["verdict"].value_counts().items()]
+        notes.append(f"{SEARCH[engine]}: of {len(part)} printed values {', '.join(counts)}.")
     with matplotlib.rc_context(STYLE):
         figure, axes, strip = _panels(max(len(engines), 1), 2, (5.1, 4.0), title, notes)
         handles: dict[str, object] = {}
@@ -627,7 +615,7 @@ def draw_comparison(comparison: pd.DataFrame) -> NotebookFigure:
                 look["markerfacecolor"] = look["color"] if verdict == INSIDE else "white"
                 (drawn,) = axis.plot(part["x"], part["points"], markersize=5.5, **look)
                 handles.setdefault("unpooled" if method == "none" else method, drawn)
-            axis.set_title(f"{SEARCH[engine]}, {HUB_SUITES[engine][1]}", fontsize=11.5)
+            axis.set_title(f"{SEARCH[engine]}, {SUITES[engine]}", fontsize=11.5)
             axis.set(xlabel="The paper (NDCG@10 × 100)", ylabel="Ours − paper (NDCG points)")
             sns.despine(ax=axis)
         _legend(strip, handles)
@@ -736,6 +724,11 @@ def _baseline(rows: pd.DataFrame, engine: str) -> pd.DataFrame:
     return chosen.assign(collection=chosen["collection"].map(_short(rows["collection"])))
 
 
+def _by_factors(rows: pd.DataFrame, value: str, index: str | list[str]) -> pd.DataFrame:
+    """Means of a column with a column per pool factor."""
+    return rows.pivot_table(value, index, "pool_factor").rename(columns="PF{}".format)
+
+
 def roles_table(paper: Exhibits, rows: pd.DataFrame) -> pd.DataFrame:
     """The collections of a run: whose part each plays, its size, the unpooled baseline's NDCG@10.
 
@@ -748,7 +741,7 @@ def roles_table(paper: Exhibits, rows: pd.DataFrame) -> pd.DataFrame:
     ours = _baseline(rows, "exact")
     ours = ours[ours["pool_method"] == "none"].set_index("collection")
     order = [*parts, *sorted(set(ours.index) - set(parts))]
-    ours = ours.loc[[name for name in order if name in ours.index]]
+    ours = ours.loc[sorted(ours.index, key=order.index)]
     names = [parts.get(name, "–") for name in ours.index]
     columns = {
         "documents": ours["documents"],
@@ -762,33 +755,31 @@ def roles_table(paper: Exhibits, rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns, index=ours.index)
 
 
-def storage_table(rows: pd.DataFrame, pool_method: str = "kmeans") -> pd.DataFrame:
-    """Mean vectors per document by collection (line) and pool factor (column), of the baseline."""
+def storage_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Vectors per document by collection (line) and pool factor: the baseline's, kmeans pooling."""
     chosen = main_variants(_baseline(rows, "exact"))
-    chosen = chosen[chosen["pool_method"].isin(["none", pool_method])]
-    wide = chosen.pivot_table("vectors_per_document", "collection", "pool_factor")
-    return wide.round(1).rename(columns="PF{}".format)
+    chosen = chosen[chosen["pool_method"].isin(["none", "kmeans"])]
+    return _by_factors(chosen, "vectors_per_document", "collection").round(1)
 
 
 def variants_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Relative NDCG@10 (%) of the baseline under each variant of hierarchical, over collections."""
     chosen = _baseline(relative_ndcg(rows, partial=True), "exact")
     chosen = chosen[chosen["pool_method"] == "hierarchical"]
-    wide = chosen.pivot_table("relative_ndcg@10", "pool_variant", "pool_factor")
-    return wide.rename(columns="PF{}".format).assign(mean=wide.mean(axis=1)).round(1)
+    wide = _by_factors(chosen, "relative_ndcg@10", "pool_variant")
+    return wide.assign(mean=wide.mean(axis=1)).round(1)
 
 
 def index_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Megabytes on disk of the baseline's PLAID indexes, and percent of the unpooled index."""
     chosen = _baseline(rows, "plaid").dropna(subset=["index_bytes"])
     chosen = chosen.assign(mb=chosen["index_bytes"].astype(float) / 1e6)
-    whole = chosen[chosen["pool_method"] == "none"].set_index("collection")["mb"]
-    pooled = chosen[chosen["pool_method"] != "none"]
-    wide = pooled.pivot_table("mb", ["collection", "pool_method"], "pool_factor")
-    wide = wide.rename(columns="PF{}".format)
-    largest = wide.columns[-1] if len(wide.columns) else ""
-    wide.insert(0, "unpooled", wide.index.get_level_values("collection").map(whole))
-    if largest:
+    alone = chosen["pool_method"] == "none"
+    wide = _by_factors(chosen[~alone], "mb", ["collection", "pool_method"])
+    unpooled = chosen[alone].set_index("collection")["mb"]
+    wide.insert(0, "unpooled", wide.index.get_level_values("collection").map(unpooled))
+    if len(wide):
+        largest = wide.columns[-1]
         wide[f"{largest}, % of unpooled"] = 100 * wide[largest] / wide["unpooled"]
     return wide.round(2)
 
@@ -804,17 +795,17 @@ def engines_table(per_query: pd.DataFrame) -> pd.DataFrame:
         collection=per_query["collection"].map(_short(per_query["collection"]))
     )
     exact, plaid = (values[values["engine"] == engine] for engine in SEARCH)
-    parts = {SEARCH["exact"]: searched(exact)}
+    lengths = {"": False}
     if exact["renormalized"].any():
-        lengths = {"raw": searched(exact), "unit length": searched(exact, True)}
-        parts = {f"{SEARCH['exact']}, {length}": part for length, part in lengths.items()}
+        lengths = {", raw": False, ", unit length": True}
+    parts = {SEARCH["exact"] + name: searched(exact, unit) for name, unit in lengths.items()}
     parts |= {SEARCH["plaid"]: plaid}
     split = {name: part.set_index(keys)["ndcg@10"] for name, part in parts.items()}
-    both = pd.concat(split, axis=1, join="inner").reset_index()
+    both = pd.concat(split, axis=1, join="inner")
     if both.empty:
         return pd.DataFrame()
     groups = both.groupby(keys[:-1])
-    means = groups[list(split)].mean().assign(queries=groups.size()).reset_index()
+    means = groups.mean().assign(queries=groups.size()).reset_index()
     largest = means["pool_factor"].max()
     lines = means[means["pool_factor"] == largest].set_index(keys[:3])
     unpooled = means[means["pool_factor"] == 1].set_index(keys[:2])[list(split)]

@@ -37,8 +37,6 @@ ROLES = {
     "SciFact": "docs:scipy", "FiQA": "docs:torch", "NFCorpus": "docs:numpy",
     "SCIDOCS": "docs:pandas", "Touche": "docs:sklearn",
 }  # fmt: skip
-# The paper's own data sets on the hub: `nano:scifact`, and for training `beir:scifact`.
-HUB_SUITES = {"exact": ("nano", "NanoBEIR"), "plaid": ("beir", "BEIR")}
 TRAINED = ("SciFact", "FiQA")  # what models were trained on
 
 FIGURES, TABLES = [f"figure{i}" for i in range(1, 5)], [f"table{i}" for i in range(1, 5)]
@@ -154,8 +152,8 @@ def read_paper(folder: str | Path) -> pd.DataFrame:
     """Read the paper's figures and tables (``data/paper``): a row per printed cell.
 
     Columns `PAPER_COLUMNS`: ``exhibit`` (figure1 … table4), ``dataset`` (a key of `ROLES` or
-    "Average"), ``label`` (the model as printed) and its training (empty for the baseline);
-    `QUANTITIES` that are not printed are NaN.
+    "Average"), ``label`` (the model as printed), ``engine``, the model's training (empty for the
+    baseline); `QUANTITIES` that are not printed are NaN.
     """
     files = {
         exhibit: {"exhibit": exhibit, "engine": ENGINE.get(exhibit, "exact")}
@@ -211,7 +209,7 @@ class Exhibits:
     """The cells of all figures and tables, and the names of their data sets."""
 
     name: str  # "paper", or the name of the folder of rows
-    frame: pd.DataFrame  # columns PAPER_COLUMNS
+    frame: pd.DataFrame  # columns PAPER_COLUMNS; of a run as from `fill`
     names: dict[str, tuple[str, str]]  # as `NAMES`
     note: str  # what the numbers are, in one line
     is_paper: bool = False
@@ -226,11 +224,16 @@ class Exhibits:
             label = label.replace(f" {dataset} ", f" {self.names[dataset][1]} ")
         return label
 
+    def rows_of(self, exhibit: str) -> pd.DataFrame:
+        """A run's rows of the engine of one figure or table; none of the paper's numbers."""
+        if self.rows is None:
+            return pd.DataFrame()
+        return self.rows[self.rows["engine"] == ENGINE.get(exhibit, "exact")]
+
     def note_on(self, exhibit: str) -> str:
         """The note on the engine of one figure or table."""
-        engine = ENGINE.get(exhibit, "exact")
-        part = None if self.rows is None else self.rows[self.rows["engine"] == engine]
-        return self.note if part is None or part.empty else _note(part, self.name)
+        part = self.rows_of(exhibit)
+        return self.note if part.empty else _note(part, self.name)
 
 
 def holds_paper(folder: str | Path) -> bool:
@@ -506,11 +509,9 @@ _BASELINES = {
 def compare_lengths(rows: pd.DataFrame) -> pd.DataFrame:
     """The unpooled baseline on NanoBEIR at three document/query lengths, beside the paper's."""
     table = _unpooled(rows).query("engine == 'exact'")[["dataset", "paper"]]
-    for lengths, model in _BASELINES.items():
-        table[lengths] = _unpooled(rows, model)["ours"]
-    for lengths in _BASELINES:
-        table[f"{lengths} − paper"] = table[lengths] - table["paper"]
-    return table
+    ours = {lengths: _unpooled(rows, model)["ours"] for lengths, model in _BASELINES.items()}
+    gaps = {f"{lengths} − paper": values - table["paper"] for lengths, values in ours.items()}
+    return table.assign(**ours, **gaps)
 
 
 def comparison_markdown(comparison: pd.DataFrame, rows: pd.DataFrame, paper: pd.DataFrame) -> str:
