@@ -129,20 +129,22 @@ def curve(
 # ---------------------------------------------------------------- the seven findings
 
 
-def base(method, d, factors=POOLED, **lengths) -> Side:
-    """The baseline's `curve`."""
-    return curve("baseline", method, d, factors, **lengths)
+def base(method, *where, **lengths) -> Side:
+    """`curve` of the baseline."""
+    return curve("baseline", method, *where, **lengths)
+
+
+def multi(method, *where, **lengths) -> Side:
+    """`curve` of a PF1-6 model under its own method."""
+    return curve(f"{method} 1-6", method, *where, **lengths)
 
 
 def _parts() -> list[Part]:
     every, own, scifact = tuple(ROLES), TRAINED, TRAINED[:1]
     methods, others = ("span", "hierarchical", "kmeans"), ("hierarchical", "span")
 
-    def multi(method, d, factors=POOLED):
-        return curve(f"{method} 1-6", method, d, factors)
-
-    def gain(method, d, factors=POOLED):
-        return multi(method, d, factors) + [(-w, cell) for w, cell in base(method, d, factors)]
+    def gain(method, *where):
+        return multi(method, *where) + [(-w, cell) for w, cell in base(method, *where)]
 
     def beats(method):
         return lambda d: [("", multi(method, d), base(method, d))]
@@ -210,8 +212,7 @@ def _across(source: str, letters: str) -> list[Part]:
     printed = (2, 4, 6)  # the factors of Table 2
 
     def compare(d, factors, label=""):
-        trained = curve("kmeans 1-6", "kmeans", d, factors, source)
-        return label, trained, base("kmeans", d, factors)
+        return label, multi("kmeans", d, factors, source), base("kmeans", d, factors)
 
     say = f"kmeans-trained on {{{source}}}, on the other collections: "
     mean, each, alone = (f"7{letter}" for letter in letters)
@@ -232,11 +233,9 @@ def _unit_length() -> list[Part]:
 
     def gains(factors, train_renormalized=False):
         def compare(d, source):
-            settings = dict(factors=factors, trained_on=source, **unit)
-            own = curve(
-                "kmeans 1-6", "kmeans", d, train_renormalized=train_renormalized, **settings
-            )
-            return f"trained on {{{source}}}", own, curve("pf1", "kmeans", d, **settings)
+            where = "kmeans", d, factors, source
+            own = multi(*where, train_renormalized=train_renormalized, **unit)
+            return f"trained on {{{source}}}", own, curve("pf1", *where, **unit)
 
         return lambda d: [compare(d, source) for source in TRAINED]
 

@@ -95,19 +95,16 @@ def test_the_papers_files_become_one_frame(paper, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("exhibit", "dataset", "label", "relative", "training"),
+    ("cell", "relative", "training"),
     [
-        ("figure2", "SciFact", "FT PF1", 38.6, ("SciFact", "none", "1")),
-        ("figure2", "SciFact", "Baseline", 84.1, ("", "", "")),
-        ("table3", "SciFact", "FT Hier PF2", 103.7, ("SciFact", "hierarchical", "2")),
-        ("table2", "Touche", "FT FiQA KMeans PF1-6", 100.8, ("FiQA", "kmeans", "1-6")),
+        (("figure2", "SciFact", "FT PF1"), 38.6, ("SciFact", "none", "1")),
+        (("figure2", "SciFact", "Baseline"), 84.1, ("", "", "")),
+        (("table3", "SciFact", "FT Hier PF2"), 103.7, ("SciFact", "hierarchical", "2")),
+        (("table2", "Touche", "FT FiQA KMeans PF1-6"), 100.8, ("FiQA", "kmeans", "1-6")),
     ],
 )
-def test_a_cell_keeps_its_value_and_its_label_says_the_training(
-    paper, exhibit, dataset, label, relative, training
-):
-    cell = paper[["exhibit", "dataset", "label", "pool_factor"]] == [exhibit, dataset, label, 2]
-    line = paper[cell.all(axis=1)].squeeze()
+def test_a_cell_keeps_its_value_and_its_label_says_the_training(paper, cell, relative, training):
+    line = paper[(paper[[*CELL[:3], "pool_factor"]] == [*cell, 2]).all(axis=1)].squeeze()
     assert (line["relative"], *line[TRAINING]) == (relative, *training)
 
 
@@ -364,20 +361,20 @@ def test_released_checkpoints_stand_beside_the_papers_models_by_their_own_rows(p
 
 
 @pytest.mark.parametrize(
-    ("exhibit", "dataset", "label", "factor", "quantity", "extra"),
+    ("exhibit", "dataset", "trained_on", "factor", "quantity", "extra"),
     [
         # .366561 and .358792 in the author's rows
-        ("table2", "NFCorpus", "FT SciFact KMeans PF1-6", 4, "ndcg", 0.003884),
-        ("table2", "NFCorpus", "FT SciFact KMeans PF1-6", 4, "relative", 0.3884 / 0.375),
+        ("table2", "NFCorpus", "SciFact", 4, "ndcg", 0.003884),
+        ("table2", "NFCorpus", "SciFact", 4, "relative", 0.3884 / 0.375),
         # .332880 and .328310 through PLAID
-        ("figure4", "FiQA", "FT SciFact KMeans PF1-6", 6, "relative", 0.2285 / 0.384),
-        ("table2", "NFCorpus", "FT FiQA KMeans PF1-6", 4, "ndcg", 0.0),
+        ("figure4", "FiQA", "SciFact", 6, "relative", 0.2285 / 0.384),
+        ("table2", "NFCorpus", "FiQA", 4, "ndcg", 0.0),
     ],
 )
 def test_a_checkpoint_may_be_either_of_two_averaged_runs(
-    paper, same, exhibit, dataset, label, factor, quantity, extra
+    paper, same, exhibit, dataset, trained_on, factor, quantity, extra
 ):
-    cell = exhibit, dataset, label, "kmeans", factor, quantity
+    cell = exhibit, dataset, f"FT {trained_on} KMeans PF1-6", "kmeans", factor, quantity
     wide, usual = (value(f(paper, same), *cell) for f in (compare_released, compare_with_paper))
     assert wide["tolerance"] - usual["tolerance"] == pytest.approx(extra, rel=1e-3)
 
