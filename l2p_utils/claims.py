@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 
 from l2p_utils.files import UserError
-from l2p_utils.paper import METRICS, NOT_RUN, ROLES, TRAINED, Roles, roles_of
-from l2p_utils.results import POOL_FACTORS, VARIANTS, default_variant, find_models
-from l2p_utils.statistics import Interval, above, detectable, equivalent, holm, interval
+from l2p_utils.paper import METRICS, NOT_RUN, ROLES, TRAINED, Roles, main_variants, roles_of
+from l2p_utils.results import POOL_FACTORS, VARIANTS, find_models
+from l2p_utils.statistics import above, detectable, equivalent, holm, interval
 
 # What is said of a part of ours, with raw means; preceded by `UNIT`, with unit-length ones.
 # `p_holm` is corrected for all parts of both; `seeds` are the fewest of a comparison.
@@ -129,18 +129,22 @@ def curve(
 # ---------------------------------------------------------------- the seven findings
 
 
+def base(method, *where, **lengths) -> Side:
+    """`curve` of the baseline."""
+    return curve("baseline", method, *where, **lengths)
+
+
+def multi(method, *where, **lengths) -> Side:
+    """`curve` of a PF1-6 model under its own method."""
+    return curve(f"{method} 1-6", method, *where, **lengths)
+
+
 def _parts() -> list[Part]:
     every, own, scifact = tuple(ROLES), TRAINED, TRAINED[:1]
     methods, others = ("span", "hierarchical", "kmeans"), ("hierarchical", "span")
 
-    def base(method, d, factors=POOLED):
-        return curve("baseline", method, d, factors)
-
-    def multi(method, d, factors=POOLED):
-        return curve(f"{method} 1-6", method, d, factors)
-
-    def gain(method, d, factors=POOLED):
-        return multi(method, d, factors) + [(-w, cell) for w, cell in base(method, d, factors)]
+    def gain(method, *where):
+        return multi(method, *where) + [(-w, cell) for w, cell in base(method, *where)]
 
     def beats(method):
         return lambda d: [("", multi(method, d), base(method, d))]
@@ -171,9 +175,7 @@ def _parts() -> list[Part]:
              lambda d: [("", base("kmeans", d), base("span", d))]),
         Part("1c", "baseline at PF3: kmeans leads the other two", every,
              lambda d: [(f"against {m}", base("kmeans", d, [3]), base(m, d, [3])) for m in others]),
-        Part("2a", say2 + "span", own, beats("span")),
-        Part("2b", say2 + "hierarchical", own, beats("hierarchical")),
-        Part("2c", say2 + "kmeans", own, beats("kmeans")),
+        *[Part(f"2{x}", say2 + m, own, beats(m)) for x, m in zip("abc", methods, strict=True)],
         Part("2d", "kmeans PF1-6 is the best of the three, own method", own,
              lambda d: [(f"against {m}", multi("kmeans", d), multi(m, d)) for m in others]),
         Part("2e", "the gain of kmeans is larger at PF6 than at PF2", own,
@@ -210,8 +212,7 @@ def _across(source: str, letters: str) -> list[Part]:
     printed = (2, 4, 6)  # the factors of Table 2
 
     def compare(d, factors, label=""):
-        trained = curve("kmeans 1-6", "kmeans", d, factors, source)
-        return label, trained, curve("baseline", "kmeans", d, factors)
+        return label, multi("kmeans", d, factors, source), base("kmeans", d, factors)
 
     say = f"kmeans-trained on {{{source}}}, on the other collections: "
     mean, each, alone = (f"7{letter}" for letter in letters)
@@ -228,18 +229,13 @@ def _across(source: str, letters: str) -> list[Part]:
 
 def _unit_length() -> list[Part]:
     """Finding 8, stated before it was run."""
-    every = tuple(ROLES)
-
-    def base(method, d, renormalized=True):
-        return curve("baseline", method, d, renormalized=renormalized)
+    every, unit, raw = tuple(ROLES), {"renormalized": True}, {"renormalized": False}
 
     def gains(factors, train_renormalized=False):
         def compare(d, source):
-            settings = dict(factors=factors, trained_on=source, renormalized=True)
-            own = curve(
-                "kmeans 1-6", "kmeans", d, train_renormalized=train_renormalized, **settings
-            )
-            return f"trained on {{{source}}}", own, curve("pf1", "kmeans", d, **settings)
+            where = "kmeans", d, factors, source
+            own = multi(*where, train_renormalized=train_renormalized, **unit)
+            return f"trained on {{{source}}}", own, curve("pf1", *where, **unit)
 
         return lambda d: [compare(d, source) for source in TRAINED]
 
@@ -248,9 +244,11 @@ def _unit_length() -> list[Part]:
     common = dict(printed=False, partial=True)
     return [
         Part("8a", "baseline, PF 2–6: unit length beats raw means with each method", every,
-             lambda d: [(m, base(m, d), base(m, d, False)) for m in list(VARIANTS)[1:]], **common),
+             lambda d: [(m, base(m, d, **unit), base(m, d, **raw)) for m in list(VARIANTS)[1:]],
+             **common),
         Part("8b", "baseline, PF 2–6, both with unit length: span within a point of kmeans", every,
-             lambda d: [("", base("span", d), base("kmeans", d))], 1.0, printed=False),
+             lambda d: [("", base("span", d, **unit), base("kmeans", d, **unit))], 1.0,
+             printed=False),
         Part("8c", say + small, every, gains(POOLED), **common),
         Part("8d", say + large, every, gains(LARGE), **common),
         Part("8e", f"{say}{small}; trained with unit length", every, gains(POOLED, True), **common),
@@ -288,9 +286,7 @@ class OurCells:
     def __init__(
         self, rows: pd.DataFrame, per_query: pd.DataFrame, roles: Roles, engine: str = "exact"
     ):
-        exact = per_query[per_query["engine"] == engine]
-        variants = {method: default_variant(exact, method) for method in VARIANTS}
-        exact = exact[exact["pool_variant"] == exact["pool_method"].map(variants)]
+        exact = main_variants(per_query[per_query["engine"] == engine])
         keys = ["model", "collection", "pool_method", "pool_factor", "renormalized"]
         groups = exact.set_index("query_id").groupby(keys)["ndcg@10"]
         self._values = {key: values.sort_index() for key, values in groups}
@@ -299,22 +295,20 @@ class OurCells:
         self._names = cache(partial(find_models, models))
         self._shared = len(self._names("", "", "")) == 1
         self._roles, self._engine = roles, engine
-        self._cache: dict[Cell, pd.DataFrame | None] = {}
+        self.values = cache(self._values_of)
 
-    def values(self, cell: Cell) -> pd.DataFrame | None:
+    def _values_of(self, cell: Cell) -> pd.DataFrame | None:
         """NDCG@10, a line per query id (sorted), a column per seed; None where it was not run."""
-        if cell not in self._cache:
-            source = self._roles.training.get(cell.trained_on, "")
-            training = (source, cell.train_method, cell.train_factors, cell.train_renormalized)
-            names = self._names(*training) if source or not cell.trained_on else []
-            pooling = ("none", 1, False)
-            if cell.pool_factor > 1:
-                pooling = (cell.pool_method, cell.pool_factor, bool(cell.renormalized))
-            where = (self._roles.evaluated(cell.dataset, self._engine), *pooling)
-            names = [name for name in names if (name, *where) in self._values]
-            found = {self._seeds[name]: self._values[name, *where] for name in names}
-            self._cache[cell] = pd.concat(found, axis=1) if found else None
-        return self._cache[cell]
+        source = self._roles.training.get(cell.trained_on, "")
+        training = (source, cell.train_method, cell.train_factors, cell.train_renormalized)
+        names = self._names(*training) if source or not cell.trained_on else []
+        pooling = ("none", 1, False)
+        if cell.pool_factor > 1:
+            pooling = (cell.pool_method, cell.pool_factor, bool(cell.renormalized))
+        where = (self._roles.evaluated(cell.dataset, self._engine), *pooling)
+        names = [name for name in names if (name, *where) in self._values]
+        found = {self._seeds[name]: self._values[name, *where] for name in names}
+        return pd.concat(found, axis=1) if found else None
 
     def seeds(self, comparison: Comparison) -> list[int]:
         """The seeds that all its cells have; none where a cell, or the baseline, was not run."""
@@ -400,9 +394,12 @@ def judge_ours(part: Part, cells: OurCells, renormalized: bool = False) -> dict[
     worst = int(high.argmin() if verdict == FAILS else low.argmin())
     weakest, label = found[worst], comparisons[worst][0]
     sums = sum(group.mean(axis=(1, 2)) for group in sides[worst])
+    above_margin = np.max([above(one, -part.margin) for one in found])
+    # Two-sided, at most .05 where the intervals at 1 − .05 / comparisons give a verdict.
+    p_value = 2 * len(found) * min(above_margin, 1 - above_margin)
     numbers = {
         "difference": weakest.mean, "low": weakest.low, "high": weakest.high,
-        "p": _p_value(found, part.margin),
+        "p": np.minimum(p_value, 1.0),
         "p_equivalent": np.max([equivalent(one, part.margin or np.nan) for one in found]),
         "effect": weakest.effect, "detectable": detectable(weakest, level=level),
         "error_queries": weakest.error_queries, "error_seeds": weakest.error_seeds,
@@ -421,11 +418,11 @@ def _what_was_run(part: Part, cells: OurCells, renormalized: bool) -> tuple:
     """The data sets that a part rests on, and its comparisons on them; none if it was not run."""
     enough = any if part.partial else all
 
+    def as_asked(cell: Cell) -> Cell:
+        return cell._replace(renormalized=renormalized) if cell.renormalized is None else cell
+
     def measured(datasets):
-        build = [
-            (label, _searched(first, renormalized), _searched(second, renormalized))
-            for label, first, second in part.build(datasets)
-        ]
+        build = _with_cells(part.build(datasets), as_asked)
         found = [comparison for comparison in build if cells.seeds(comparison)]
         return found if enough(comparison in found for comparison in build) else []
 
@@ -433,17 +430,12 @@ def _what_was_run(part: Part, cells: OurCells, renormalized: bool) -> tuple:
     return run, measured(run) if run else []
 
 
-def _searched(side: Side, renormalized: bool) -> Side:
+def _with_cells(comparisons: list[Comparison], change: Callable[[Cell], Cell]) -> list[Comparison]:
+    """`comparisons` with other cells in the place of theirs."""
     return [
-        (weight, cell._replace(renormalized=renormalized) if cell.renormalized is None else cell)
-        for weight, cell in side
+        (label, *([(weight, change(cell)) for weight, cell in side] for side in sides))
+        for label, *sides in comparisons
     ]
-
-
-def _p_value(found: Sequence[Interval], margin: float) -> float:
-    """Two-sided, at most .05 where the intervals at 1 − .05 / comparisons give a verdict."""
-    weakest = np.max([above(one, -margin) for one in found])
-    return np.minimum(2 * len(found) * min(weakest, 1 - weakest), 1.0)
 
 
 def _sides(label: str, first: float, second: float, unit: str) -> str:
@@ -454,19 +446,16 @@ def _sides(label: str, first: float, second: float, unit: str) -> str:
 
 
 def check_claims(
-    rows: pd.DataFrame | None,
-    per_query: pd.DataFrame | None,
-    paper: pd.DataFrame,
-    roles: Mapping[str, str] | None = None,
+    rows: pd.DataFrame | None, per_query: pd.DataFrame | None, paper: pd.DataFrame
 ) -> pd.DataFrame:
     """Judge the findings on the paper's numbers (`read_paper`) and on ours.
 
-    Without `rows` and `per_query` on the paper's alone; `roles` as in `paper.roles_of`. One row per
-    part, columns `CLAIM_COLUMNS`: numbers are ours, of the weakest comparison, in ``unit``; NaN
-    where not run. Parts about unpooled documents are in the columns of raw means alone; so is, in
-    those of unit length, finding 8. Models measured on different queries are refused.
+    Without `rows` and `per_query` on the paper's alone. One row per part, columns `CLAIM_COLUMNS`:
+    numbers are ours, of the weakest comparison, in ``unit``; NaN where not run. Parts about
+    unpooled documents are in the columns of raw means alone; so is, in those of unit length,
+    finding 8. Models measured on different queries are refused.
     """
-    roles = roles_of(rows, roles)
+    roles = roles_of(rows)
     names = {dataset: dataset for dataset in ROLES}
     ours = {dataset: roles.evaluated(dataset) or dataset for dataset in ROLES}
     theirs, run = paper_cells(paper), rows is not None and per_query is not None
@@ -527,8 +516,10 @@ def _shown(part: Mapping, head: str) -> tuple[str, str]:
     verdict = part[head + "verdict"]
     if verdict in (NOT_RUN, NOT_ASKED):
         return "–", verdict
-    text = part[head + "ours"]
-    span = _interval(part["unit"], *(part[head + key] for key in ("difference", "low", "high")))
+    digits = 3 if part["unit"] == "ndcg" else 1
+    numbers = [f"{part[head + key]:+.{digits}f}" for key in ("difference", "low", "high")]
+    middle, low, high = (number.replace("-", "−") for number in numbers)
+    text, span = part[head + "ours"], middle if low == "+nan" else f"{middle} [{low}, {high}]"
     text = f"{text.split('Δ')[0]}Δ {span}" if part["unit"] == "ndcg" else f"{text}; {span}"
     if part[head + "p_holm"] <= 0.05 and verdict in (HOLDS, FAILS):
         verdict = f"**{verdict}**"
@@ -568,13 +559,6 @@ def power(claims: pd.DataFrame) -> str:
     return text
 
 
-def _interval(unit: str, *numbers: float) -> str:
-    digits = 3 if unit == "ndcg" else 1
-    shown = (f"{number:+.{digits}f}".replace("-", "−").replace("+nan", "–") for number in numbers)
-    middle, low, high = shown
-    return middle if low == "–" else f"{middle} [{low}, {high}]"
-
-
 # ---------------------------------------------------------------- the author's rows
 
 AUTHOR_COLUMNS = ["author", "author_difference", "author_error", "author_verdict"]
@@ -601,17 +585,17 @@ class AuthorCells:
         # A few models were evaluated unpooled under each pool method, with small differences.
         alone = rows[rows["pool_factor"] == 1].assign(pool_method="none")
         keys = [*Cell._fields[:6], "version"]
-        means = pd.concat([rows, alone]).groupby(keys)[metric].mean()
-        self._values: dict[Cell, list[float]] = {}
-        for (*key, _), value in means.items():
-            self._values.setdefault(Cell(*key), []).append(value)
-        self._twice = sorted({cell[:4] for cell, v in self._values.items() if len(v) > 1})
+        means = pd.concat([rows, alone]).groupby(keys)[metric].mean().unstack("version")
+        both = means.reindex(columns=[1, 2])
+        self._twice = {Cell(*key) for key in both.dropna().index}
+        # Of a model that was trained once, its only run.
+        values = both.ffill(axis=1).bfill(axis=1).to_numpy()
+        self._values = {Cell(*key): pair for key, pair in zip(both.index, values, strict=True)}
 
     def versions(self, terms: Side) -> range:
         """Versions of training that tell `terms` apart: 0, or 0 and 1; empty if a cell lacks."""
-        cells = [*(cell for _, cell in terms), *(unpooled(cell.dataset) for _, cell in terms)]
-        counts = [len(self._values.get(cell, ())) for cell in cells]
-        return range(max(counts) if all(counts) else 0)
+        cells = {cell for _, cell in terms} | {unpooled(cell.dataset) for _, cell in terms}
+        return range((2 if cells & self._twice else 1) if cells <= {*self._values} else 0)
 
     def scaled(self, terms: Side, unit: str) -> Side:
         """`terms` in percent of the unpooled baseline where `unit` is "points"."""
@@ -621,10 +605,7 @@ class AuthorCells:
 
     def total(self, terms: Side, version: int) -> float:
         """The weighted sum; of a model that was trained once, its only run."""
-        return sum(w * self._values[cell][self._run(cell, version)] for w, cell in terms)
-
-    def _run(self, cell: Cell, version: int) -> int:
-        return min(version, len(self._values[cell]) - 1)
+        return sum(w * self._values[cell][version] for w, cell in terms)
 
     def error(self, cases: list[tuple[Side, int]]) -> float:
         """Standard error, from training noise, of the mean over `cases` (terms, version).
@@ -639,15 +620,15 @@ class AuthorCells:
         for terms, version in cases:
             for weight, cell in terms:
                 if cell.trained_on:
-                    share = cell[:4], self._run(cell, version)
+                    share = cell[:4], version if cell in self._twice else 0
                     shares.setdefault(share, []).append((weight / len(cases), cell))
         return float(np.sqrt(sum(map(self._variance, shares.values()))))
 
     def _variance(self, terms: Side) -> float:
         gaps = []
-        for dataset, *training in self._twice:
+        for dataset, *training in sorted({cell[:4] for cell in self._twice}):
             twins = [(w, Cell(dataset, *training, *cell[4:])) for w, cell in terms]
-            if all(len(self._values.get(cell, ())) == 2 for _, cell in twins):
+            if {cell for _, cell in twins} <= self._twice:
                 gaps.append(self.total(twins, 0) - self.total(twins, 1))
         return float(np.mean(np.square(gaps)) / 2) if gaps else np.nan
 
@@ -665,14 +646,10 @@ def _on_all(part: Part) -> list[tuple[bool, list[Comparison]]]:
         return [(True, built) for built in stated]
     sources = [d for d in TRAINED if f"{{{d}}}" in part.statement] or TRAINED
     pairs = [(source, dataset) for source in sources for dataset in ROLES]
-    return [(s == d, _move(part.build((s,)), d)) for s, d in pairs]
-
-
-def _move(comparisons: list[Comparison], dataset: str) -> list[Comparison]:
-    def moved(side: Side) -> Side:
-        return [(weight, cell._replace(dataset=dataset)) for weight, cell in side]
-
-    return [(label, moved(first), moved(second)) for label, first, second in comparisons]
+    return [
+        (s == d, _with_cells(part.build((s,)), lambda cell, d=d: cell._replace(dataset=d)))
+        for s, d in pairs
+    ]
 
 
 def judge_author(
@@ -703,22 +680,16 @@ def judge_author(
     verdict = FAILS if (high < -1e-9).any() else UNDECIDED
     verdict = HOLDS if (low > -1e-9).all() else verdict
     worst = int(high.argmin() if verdict == FAILS else low.argmin())
-    text = _author_text(cases, [*groups][worst], means[worst], errors[worst], part.unit)
-    values = [text, float(means[worst]), float(errors[worst]), verdict]
-    return dict(zip(AUTHOR_COLUMNS, values, strict=True))
-
-
-def _author_text(
-    cases: list[tuple[bool, bool]], label: str, mean: float, error: float, unit: str
-) -> str:
+    mean, error, digits = means[worst], errors[worst], 3 if part.unit == "ndcg" else 1
     text = f"{sum(holds for _, holds in cases)} of {len(cases)} hold"
     own = [holds for stated, holds in cases if stated]
-    if 0 < len(own) < len(cases):
-        text += f" ({sum(own)} of {len(own)})"
-    digits = 3 if unit == "ndcg" else 1
-    number = f"{mean:+z.{digits}f}".replace("-", "−")
-    number += "" if error == 0 else f" ± {2 * error:.{digits}f}".replace("nan", "?")
-    return f"{text}; {label + ': ' if label else ''}{number}"
+    text += f" ({sum(own)} of {len(own)})" if 0 < len(own) < len(cases) else ""
+    label = [*groups][worst]
+    text += f"; {label}: " if label else "; "
+    text += f"{mean:+z.{digits}f}".replace("-", "−")
+    text += "" if error == 0 else f" ± {2 * error:.{digits}f}".replace("nan", "?")
+    values = [text, float(mean), float(error), verdict]
+    return dict(zip(AUTHOR_COLUMNS, values, strict=True))
 
 
 def author_claims(runs: pd.DataFrame, engine: str = "exact") -> pd.DataFrame:

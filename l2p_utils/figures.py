@@ -42,7 +42,6 @@ from l2p_utils.files import UserError, atomic_path
 from l2p_utils.paper import (
     ENGINE,
     FIGURES,
-    HUB_SUITES,
     INSIDE,
     PAPER_BASELINES,
     POINTS,
@@ -52,7 +51,9 @@ from l2p_utils.paper import (
     by_definition,
     compare_with_paper,
     comparison_markdown,
+    fill,
     holds_paper,
+    main_variants,
     missing,
     read_paper,
     read_source,
@@ -60,10 +61,7 @@ from l2p_utils.paper import (
 )
 from l2p_utils.results import (
     BASELINE,
-    VARIANTS,
-    default_variant,
     has_rows,
-    is_baseline,
     kept_ndcg,
     read_per_query,
     relative_ndcg,
@@ -79,7 +77,10 @@ PANELS = {
     "figure2": ["SciFact", "FiQA"],
     "figure3": ["SciFact", "FiQA"],
     "figure4": ["SciFact", "FiQA", "NFCorpus", "SCIDOCS"],
+    "overview": ["SciFact"],
 }
+# Columns, and a panel's width and height in inches; of the others (2, (5.1, 3.6)).
+LAYOUT = {"figure1": (3, (4.1, 3.0)), "overview": (1, (9.2, 4.4))}
 # The paper's axes; 68 and not 70 in Figure 4, since one point (69.68) lies below the paper's axis.
 PAPER_LIMITS = {
     "figure1": (20, 104), "figure2": (0, 106), "figure3": (70, 104), "figure4": (68, 104),
@@ -107,6 +108,7 @@ OVERVIEW = {
     "Baseline": "baseline",
 }
 SEARCH = {"exact": "Exact search", "plaid": "PLAID search"}
+SUITES = {"exact": "NanoBEIR", "plaid": "BEIR"}  # the paper's own data sets
 OWN = "Each model is trained on its panel's collection."
 CAPTIONS = {"figure2": OWN, "figure3": f"{OWN} The baseline is pooled hierarchically."}
 RELATIVE = "Relative NDCG@10 (%)"
@@ -223,14 +225,17 @@ def _draw_lines(
     with matplotlib.rc_context(STYLE):
         figure, axes, strip = _panels(len(facets), columns, size, title, notes)
         handles: dict[str, object] = {}
+        drawn: list[pd.Series] = []
         for place, (axis, (name, lines)) in enumerate(zip(axes, facets.items(), strict=True)):
             axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
             for line in lines:
                 (handles[line.name],) = axis.plot(line.values.index, line.values, **line.style)
+                drawn.append(line.values)
                 if line.half is not None:
-                    ends = line.values - line.half, line.values + line.half
+                    ends = [line.values - line.half, line.values + line.half]
                     look = dict(color=line.style["color"], alpha=0.15, linewidth=0, zorder=1)
                     axis.fill_between(line.values.index, *ends, **look)
+                    drawn += ends
             axis.set_title(name, fontsize=11.5)
             sns.despine(ax=axis)
             if place % columns == 0:
@@ -239,12 +244,8 @@ def _draw_lines(
                 axis.set_xlabel("Pool factor")
         if handles.pop(THIN_NAME, None):  # the last entry
             handles[THIN_NAME] = Line2D([], [], color=GREY, marker="o", **THIN)
-        every = [line for lines in facets.values() for line in lines]
-        values = pd.concat([line.values for line in every])
-        bands = [line.values + sign * line.half for line in every if line.half is not None
-                 for sign in (-1, 1)]  # fmt: skip
-        reach = pd.concat([values, *bands])
-        low, high = min(reach.min(), 100.0), max(reach.max(), 100.0)
+        values = pd.concat(drawn)
+        low, high = min(values.min(), 100.0), max(values.max(), 100.0)
         around = (5 * np.floor((low - 1) / 5), 5 * np.ceil((high + 1) / 5))
         axes[0].set(ylim=limits or around, xticks=sorted(set(values.index)))
         axes[0].yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
@@ -273,23 +274,22 @@ def _layers(source: Exhibits, exhibit: str) -> list[tuple[Exhibits, bool]]:
 
 def _line(source: Exhibits, name: str, curve: pd.DataFrame, style: dict, thin: bool) -> Line:
     """A curve of exhibit cells, with its band where values per query are known."""
-    curve = curve.sort_values("pool_factor")
     if thin:
         return Line(THIN_NAME, _by_factor(curve), style | THIN | {"zorder": 2})
-    halves = [_error_bar(source, cell) for cell in curve.itertuples()]
-    half = pd.Series(halves, index=curve["pool_factor"])
+    if source.per_query is None:
+        return Line(name, _by_factor(curve), style)
+    bars = curve.assign(half=[_error_bar(source, cell) for cell in curve.itertuples()])
+    half = _by_factor(bars, "half")
     return Line(name, _by_factor(curve), style, half if half.notna().any() else None)
 
 
 def _error_bar(source: Exhibits, cell) -> float:
-    if source.per_query is None:
-        return np.nan
     datasets = ROLES if cell.dataset == "Average" else [cell.dataset]
     training = cell.trained_on, cell.train_method, cell.train_factors
     method = "none" if cell.pool_factor == 1 else cell.pool_method
     unit = source.unit is None and bool(source.rows["renormalized"].any())
     cells = [Cell(d, *training, method, cell.pool_factor, renormalized=unit) for d in datasets]
-    return _our_cells(source, ENGINE.get(cell.exhibit, "exact")).error_bar(cells)
+    return _our_cells(source, cell.engine).error_bar(cells)
 
 
 @lru_cache(maxsize=4)
@@ -301,6 +301,9 @@ def _our_cells(source: Exhibits, engine: str) -> OurCells:
 
 
 def _title(source: Exhibits, exhibit: str) -> str:
+    if exhibit == "overview":
+        who = "The paper" if source.is_paper else "This run"
+        return f"{who}. {TITLES[exhibit]} {source.names['SciFact'][1]}"
     number = f"{exhibit[:-1].capitalize()} {exhibit[-1]}"
     where, title = "of the paper" if source.is_paper else "in this run", TITLES[exhibit]
     return f"{number} {where}. {title[0].upper()}{title[1:]}"
@@ -308,8 +311,8 @@ def _title(source: Exhibits, exhibit: str) -> str:
 
 def _notes(source: Exhibits, exhibit: str) -> list[str]:
     engine = ENGINE.get(exhibit, "exact")
-    on = f" on {source.roles.suites[engine]}" if source.roles.own else ""
-    gaps = missing(source, exhibit) if exhibit in PANELS else ""
+    on = f" on {SUITES[engine]}" if source.roles.own else ""
+    gaps = missing(source, exhibit)
     notes = [f"{source.note_on(exhibit)}. {SEARCH[engine]}{on}. {CAPTIONS.get(exhibit, '')}"]
     looks = [LAYERS_NOTE] if len(_layers(source, exhibit)) > 1 else []
     if source.per_query is not None:
@@ -334,90 +337,77 @@ def _style(label: str, pool_method: str) -> dict:
 
 
 def _cells(source: Exhibits, exhibit: str) -> pd.DataFrame:
-    """The cells of an exhibit that have a number."""
-    frame = source.frame[source.frame["exhibit"] == exhibit]
+    """The cells of an exhibit that have a number.
+
+    The overview has three models of Table 4; of a run at all its factors, with mean ``vectors``.
+    """
+    number = "table4" if exhibit == "overview" else exhibit
+    frame = source.frame[source.frame["exhibit"] == number]
+    if exhibit == "overview":
+        frame = pd.concat([frame[frame["label"] == label] for label in OVERVIEW])
+        if source.rows is not None:
+            factors = pd.DataFrame({"pool_factor": sorted(set(source.rows["pool_factor"]))})
+            models = frame.drop_duplicates("label").drop(columns="pool_factor")
+            frame = fill(models.merge(factors, how="cross"), source.rows, source.roles)
     return frame.dropna(subset=["relative"])
 
 
 def draw(source: Exhibits, exhibit: str) -> NotebookFigure:
     """Draw "figure1" … "figure4" or "overview" from `source`; UserError without rows for it.
 
-    Panels without any number are left out. Where a run has none at all, because its collections
-    are others, its models are compared on its own collections.
+    The overview is the project in one picture: baseline, FT PF1 and FT kmeans PF1-6 under kmeans
+    pooling, on SciFact or the collection in its role; where the source knows them, mean vectors per
+    document stand under the pool factors. Panels without any number are left out. Where a run has
+    none at all, because its collections are others, its models are compared on its own collections.
     """
-    if exhibit not in (*PANELS, "overview"):
-        raise UserError(f"no figure {exhibit!r}: expected one of {[*PANELS, 'overview']}.")
-    frame = _cells(source, "table4" if exhibit == "overview" else exhibit)
-    if frame.empty:
+    if exhibit not in PANELS:
+        raise UserError(f"no figure {exhibit!r}: expected one of {[*PANELS]}.")
+    layers = [(layer, thin, _cells(layer, exhibit)) for layer, thin in _layers(source, exhibit)]
+    if layers[0][2].empty:
         return _draw_own(source, exhibit)
-    if exhibit == "overview":
-        return _draw_overview(source)
     facets: dict[str, list[Line]] = {}
-    for layer, thin in _layers(source, exhibit):
-        shown = _cells(layer, exhibit)
-        for (dataset, label, method), curve in shown.groupby(
+    for layer, thin, cells in layers:
+        for (dataset, label, method), curve in cells.groupby(
             ["dataset", "label", "pool_method"], sort=False
         ):
-            name = _legend_name(source, exhibit, label, method)
-            line = _line(layer, name, curve, _style(label, method), thin)
-            facets.setdefault(dataset, []).append(line)
-    facets = {source.names[d][0]: facets[d] for d in PANELS[exhibit] if d in facets}
-    columns, size = (3, (4.1, 3.0)) if exhibit == "figure1" else (2, (5.1, 3.6))
+            name, style = _legend_name(source, exhibit, curve), _style(label, method)
+            style = style | (dict(linewidth=2.6, markersize=8) if exhibit == "overview" else {})
+            facets.setdefault(dataset, []).append(_line(layer, name, curve, style, thin))
+    shown = [dataset for dataset in PANELS[exhibit] if dataset in facets]
+    facets = {"" if exhibit == "overview" else source.names[d][0]: facets[d] for d in shown}
+    ylabel = "Relative NDCG@10\n(% of the unpooled baseline)" if exhibit == "overview" else RELATIVE
     limits = PAPER_LIMITS[exhibit] if source.is_paper else None
-    title, notes = _title(source, exhibit), _notes(source, exhibit)
-    figure = _draw_lines(facets, title, notes, columns, size, limits=limits)
-    spoken = _spoken(source, _cells(_layers(source, exhibit)[-1][0], exhibit))
-    figure.alt = f"{title}. {spoken}"
-    return figure
-
-
-def _spoken(source: Exhibits, frame: pd.DataFrame) -> str:
-    """Every curve's end in words."""
-    ends = frame.sort_values("pool_factor").groupby(["dataset", "label", "pool_method"]).last()
-    return "; ".join(
+    title, layout = _title(source, exhibit), LAYOUT.get(exhibit, (2, (5.1, 3.6)))
+    figure = _draw_lines(facets, title, _notes(source, exhibit), *layout, ylabel, limits)
+    if exhibit == "overview":
+        _label_factors(figure.axes[0], cells)
+    ends = cells.sort_values("pool_factor").groupby(["dataset", "label", "pool_method"]).last()
+    spoken = [
         f"{source.names[dataset][1]}, {source.rename(label)}, {method}: {end.relative:.0f} % at "
         f"pool factor {end.pool_factor}"
         for (dataset, label, method), end in ends.iterrows()
-    )
+    ]
+    figure.alt = f"{title}. {'; '.join(spoken)}"
+    return figure
 
 
-def _legend_name(source: Exhibits, exhibit: str, label: str, method: str) -> str:
+def _legend_name(source: Exhibits, exhibit: str, curve: pd.DataFrame) -> str:
+    end = curve.loc[curve["pool_factor"].idxmax()]
+    label = end["label"]
+    if exhibit == "overview":
+        return f"{OVERVIEW[label]} ({end['relative']:.1f} % at PF{end['pool_factor']})"
     if exhibit == "figure1":
-        return method
-    if exhibit == "figure2":
-        return source.rename(label)
+        return end["pool_method"]
     # Figure 4 prints the training set; where that is the panel's own it is said once for both.
-    if exhibit == "figure4" and "KMeans" not in label:
-        label = label.replace(" SciFact ", " ").replace(" FiQA ", " ")
-        label = label if label == "Baseline" else f"{label} (own collection)"
+    if exhibit == "figure4" and "KMeans" not in label and label != "Baseline":
+        label = label.replace(" SciFact ", " ").replace(" FiQA ", " ") + " (own collection)"
     name = source.rename(label)
-    return f"{name}, {method}" if label == "Baseline" else name
+    several = label == "Baseline" and exhibit != "figure2"
+    return f"{name}, {end['pool_method']}" if several else name
 
 
-def _draw_overview(source: Exhibits) -> NotebookFigure:
-    """The project in one picture: baseline, FT PF1 and FT kmeans PF1-6 under kmeans pooling.
-
-    On SciFact or the collection in its role; of a run at all its factors. Where the source knows
-    them, mean vectors per document stand under the pool factors.
-    """
-    layers = [(layer, thin, _overview_cells(layer)) for layer, thin in _layers(source, "overview")]
-    lines = []
-    for layer, thin, cells in layers:
-        for label, text in OVERVIEW.items():
-            curve = cells[cells["label"] == label].sort_values("pool_factor")
-            if len(curve):
-                end = curve.iloc[-1]
-                name = f"{text} ({end.relative:.1f} % at PF{end.pool_factor})"
-                style = _style(label, "kmeans") | dict(linewidth=2.6, markersize=8)
-                lines.append(_line(layer, name, curve, style, thin))
-    who = "The paper" if source.is_paper else "This run"
-    title = f"{who}. {TITLES['overview']} {source.names['SciFact'][1]}"
-    unit = "Relative NDCG@10\n(% of the unpooled baseline)"
-    limits = PAPER_LIMITS["overview"] if source.is_paper else None
-    notes = _notes(source, "overview")
-    figure = _draw_lines({"": lines}, title, notes, 1, (9.2, 4.4), unit, limits)
-    axis, cells = figure.axes[0], layers[-1][2]
-    factors = sorted(cells["pool_factor"].unique())
+def _label_factors(axis: Axes, cells: pd.DataFrame) -> None:
+    factors = sorted(set(cells["pool_factor"]))
     if factors[-1] > 6:
         axis.set_xscale("log", base=2)
         axis.minorticks_off()
@@ -425,74 +415,49 @@ def _draw_overview(source: Exhibits) -> NotebookFigure:
     if "vectors" in cells and (vectors := cells.groupby("pool_factor")["vectors"].first()).all():
         axis.set_xticks(factors, [f"{factor}\n{count:.0f}" for factor, count in vectors.items()])
         axis.set_xlabel("Pool factor, and mean vectors stored per document")
-    figure.alt = f"{title}. {_spoken(source, cells)}"
-    return figure
-
-
-def _overview_cells(source: Exhibits) -> pd.DataFrame:
-    """Table 4's cells of the three models; of a run at all factors, with mean ``vectors``."""
-    cells = _cells(source, "table4")
-    cells = cells[cells["label"].isin(OVERVIEW)]
-    if source.is_paper:
-        return cells
-    rows = relative_ndcg(_main_variants(source.rows), partial=True)
-    rows = rows[(rows["engine"] == "exact") & rows["pool_method"].isin(["none", "kmeans"])]
-    rows = rows[(rows["collection"] == source.roles.evaluated("SciFact"))]
-    rows = rows[~rows["train_renormalized"]]
-    training = ["trained_on", "train_method", "train_factors"]
-    models = cells[["exhibit", "dataset", "label", *training]].drop_duplicates()
-    source_names = models["trained_on"].map(source.roles.training).fillna("")
-    models = models.assign(train_collection=source_names)
-    rows = rows[is_baseline(rows) | (rows["train_collection"] != "")]
-    rows = rows.rename(columns={"relative_ndcg@10": "relative", "vectors_per_document": "vectors"})
-    keys = ["train_collection", "train_method", "train_factors"]
-    means = rows.groupby([*keys, "pool_factor"])[["relative", "vectors"]].mean().reset_index()
-    return models.merge(means, on=keys).assign(pool_method="kmeans")
 
 
 # ---------------------------------------------------------------- any run, by model and collection
 
 
 def _draw_own(source: Exhibits, exhibit: str) -> NotebookFigure:
-    rows = _rows(source, exhibit)
+    rows = source.rows_of(exhibit)
     if rows.empty:
         engine = SEARCH[ENGINE.get(exhibit, "exact")]
         raise UserError(f"{source.name}: there are no rows of {engine} to draw.")
     baseline = rows[rows["model"] == BASELINE]
     if exhibit == "figure1" and (baseline["pool_method"] != "none").any():
-        return draw_kept(_main_variants(baseline))
+        return draw_kept(main_variants(baseline))
     return draw_models(rows, OWN_METHOD.get(exhibit))
 
 
-def _rows(source: Exhibits, exhibit: str) -> pd.DataFrame:
-    """A run's rows of the engine of an exhibit; none of the paper's numbers."""
-    rows = pd.DataFrame({"engine": []}) if source.rows is None else source.rows
-    return rows[rows["engine"] == ENGINE.get(exhibit, "exact")]
-
-
-def _main_variants(rows: pd.DataFrame) -> pd.DataFrame:
-    """`rows` in one variant of each pool method, the one that most models have."""
-    variants = {method: default_variant(rows, method) for method in VARIANTS}
-    return rows[rows["pool_variant"] == rows["pool_method"].map(variants)]
-
-
 def _curves(rows: pd.DataFrame, pool_method: str | None = None) -> pd.DataFrame:
-    """Curves of every model: ``relative`` NDCG@10, unpooled rows as each method's point at 1.
+    """Curves of every model as cells, unpooled rows as each method's point at 1.
 
     Of `pool_method` where it was run, else of all methods. UserError without any baseline.
     """
-    rows = _main_variants(rows)
-    relative = relative_ndcg(rows, partial=True)
-    if relative["relative_ndcg@10"].isna().all():
+    rows = main_variants(rows)
+    cells = relative_ndcg(rows, partial=True)
+    if cells["relative_ndcg@10"].isna().all():
         relative_ndcg(rows)  # says what is missing
-    relative = relative.rename(columns={"relative_ndcg@10": "relative"})
-    unpooled = relative[relative["pool_method"] == "none"]
-    pooled = relative[relative["pool_method"] != "none"]
+    names = {"collection": "dataset", "model": "label", "ndcg@10": "ndcg"}
+    cells = cells.rename(columns=names | {"relative_ndcg@10": "relative"}).assign(delta=np.nan)
+    pooled = cells[cells["pool_method"] != "none"]
     if (pooled["pool_method"] == pool_method).any():
         pooled = pooled[pooled["pool_method"] == pool_method]
-    pairs = pooled[["model", "collection", "pool_method"]].drop_duplicates()
-    starts = unpooled.drop(columns="pool_method").merge(pairs, on=["model", "collection"])
+    unpooled = cells[cells["pool_method"] == "none"]
+    pairs = pooled[["label", "dataset", "pool_method"]].drop_duplicates()
+    starts = unpooled.drop(columns="pool_method").merge(pairs, on=["label", "dataset"])
     return pd.concat([starts, pooled], ignore_index=True) if len(pooled) else unpooled
+
+
+def _cells_or_own(source: Exhibits, exhibit: str) -> tuple[pd.DataFrame, bool]:
+    """The cells of an exhibit, or instead of none those of a run's own collections; which."""
+    cells, rows = _cells(source, exhibit), source.rows_of(exhibit)
+    if len(cells) or rows.empty:
+        return cells, False
+    rows = rows[rows["model"] == BASELINE] if exhibit == "figure1" else rows
+    return _curves(rows, OWN_METHOD.get(exhibit)), True
 
 
 def _short(collections: Iterable[str]) -> dict[str, str]:
@@ -513,7 +478,7 @@ def draw_models(rows: pd.DataFrame, pool_method: str | None = None) -> NotebookF
     """
     curves = _curves(rows, pool_method)
     methods = list(dict.fromkeys(curves["pool_method"]))
-    models = sorted(curves["model"].unique(), key=lambda name: (name != BASELINE, name))
+    models = sorted(set(curves["label"]), key=lambda name: (name != BASELINE, name))
     looks = {
         model: dict(
             color=MODEL_COLOURS[number % 7], marker=MODEL_MARKERS[number % 6],
@@ -521,12 +486,10 @@ def draw_models(rows: pd.DataFrame, pool_method: str | None = None) -> NotebookF
         )
         for number, model in enumerate(models)
     }  # fmt: skip
-    names, facets = _short(curves["collection"]), {}
-    for (collection, method, model), curve in curves.groupby(
-        ["collection", "pool_method", "model"]
-    ):
+    names, facets = _short(curves["dataset"]), {}
+    for (dataset, method, model), curve in curves.groupby(["dataset", "pool_method", "label"]):
         line = Line(model, _by_factor(curve), looks[model])
-        facets.setdefault(f"{names[collection]}, {method}", []).append(line)
+        facets.setdefault(f"{names[dataset]}, {method}", []).append(line)
     more = ", …" if len(names) > 3 else ""
     title = f"This run's models on {', '.join([*names.values()][:3])}{more}"
     title += f": {methods[0]} pooling" if len(methods) == 1 else ""
@@ -552,8 +515,8 @@ def draw_kept(rows: pd.DataFrame) -> NotebookFigure:
     names, facets = _short(curves["collection"]), {}
     for (collection, method, unit), curve in curves.groupby(["collection", "pool_method", "unit"]):
         name = method if len(lengths) == 1 else f"{method}, {'unit length' if unit else 'raw'}"
-        look = {"color": COLOURS[method], "marker": MARKERS[method]}
-        look |= {"linestyle": "-"} if unit or len(lengths) == 1 else RAW
+        look = {"color": COLOURS[method], "marker": MARKERS[method], "linestyle": "-"}
+        look |= {} if unit or len(lengths) == 1 else RAW
         facets.setdefault(names[collection], []).append(Line(name, _by_factor(curve, "kept"), look))
     title = f"{rows['model'].iloc[0]}: NDCG@10 kept at each pool factor"
     note = f"100 %: the same model unpooled. {_engine_note(rows)}"
@@ -561,11 +524,9 @@ def draw_kept(rows: pd.DataFrame) -> NotebookFigure:
     figure = _draw_lines(facets, title, [note], columns, (3.7, 2.9), "NDCG@10 (%)")
     ends = curves[curves["pool_factor"] == curves["pool_factor"].max()]
     means = ends.groupby(["pool_method", "unit"])["kept"].mean().round()
-    spoken = ", ".join(
-        f"{method} {kept:.0f} %{' at unit length' if unit else ''}"
-        for (method, unit), kept in means.items()
-    )
-    figure.alt = f"{title}; mean at the largest factor: {spoken}."
+    at = {False: "", True: " at unit length"}
+    spoken = [f"{method} {kept:.0f} %{at[unit]}" for (method, unit), kept in means.items()]
+    figure.alt = f"{title}; mean at the largest factor: {', '.join(spoken)}."
     return figure
 
 
@@ -629,16 +590,16 @@ def draw_comparison(comparison: pd.DataFrame) -> NotebookFigure:
     baseline; Table 2's differences, averages and the baseline's own 100 % are not drawn.
     `comparison` is from `paper.compare_with_paper`.
     """
-    dots = _dots(comparison)
-    engines = [engine for engine in HUB_SUITES if (dots["engine"] == engine).any()]
+    drawn = comparison["quantity"].isin(["ndcg", "relative"]) & comparison["points"].notna()
+    drawn &= (comparison["dataset"] != "Average") & ~by_definition(comparison)
+    dots = comparison[drawn]
+    engines = [engine for engine in SUITES if (dots["engine"] == engine).any()]
     title = "The paper's values and ours"
     band = "Shaded: the tolerance, ± {exact:g} point (exact search), ± {plaid:g} points (PLAID)."
     notes = [f"{band.format(**POINTS)} Filled: inside; open: outside."]
     for engine, part in comparison.groupby("engine"):
-        counts = ", ".join(
-            f"{n} {verdict}" for verdict, n in part["verdict"].value_counts().items()
-        )
-        notes.append(f"{SEARCH[engine]}: of {len(part)} printed values {counts}.")
+        counts = [f"{n} {verdict}" for verdict, n in part["verdict"].value_counts().items()]
+        notes.append(f"{SEARCH[engine]}: of {len(part)} printed values {', '.join(counts)}.")
     with matplotlib.rc_context(STYLE):
         figure, axes, strip = _panels(max(len(engines), 1), 2, (5.1, 4.0), title, notes)
         handles: dict[str, object] = {}
@@ -646,29 +607,20 @@ def draw_comparison(comparison: pd.DataFrame) -> NotebookFigure:
             here = dots[dots["engine"] == engine]
             axis.axhspan(-POINTS[engine], POINTS[engine], color="#DDDDDD", linewidth=0, zorder=0)
             axis.axhline(0, color="#333333", linestyle="--", linewidth=1, zorder=1)
+            percent = here["dataset"].map(PAPER_BASELINES[engine])
+            here = here.assign(x=here["paper"] * percent.where(here["quantity"] != "ndcg", 100.0))
             for (method, verdict), part in here.groupby(["pool_method", "verdict"]):
                 look = dict(linestyle="none", marker=MARKERS.get(method, "s"), zorder=3)
                 look["color"] = COLOURS.get(method, GREY)
                 look["markerfacecolor"] = look["color"] if verdict == INSIDE else "white"
                 (drawn,) = axis.plot(part["x"], part["points"], markersize=5.5, **look)
                 handles.setdefault("unpooled" if method == "none" else method, drawn)
-            axis.set_title(f"{SEARCH[engine]}, {HUB_SUITES[engine][1]}", fontsize=11.5)
+            axis.set_title(f"{SEARCH[engine]}, {SUITES[engine]}", fontsize=11.5)
             axis.set(xlabel="The paper (NDCG@10 × 100)", ylabel="Ours − paper (NDCG points)")
             sns.despine(ax=axis)
         _legend(strip, handles)
     figure.alt = f"{title}. {' '.join(notes[1:])}"
     return figure
-
-
-def _dots(values: pd.DataFrame) -> pd.DataFrame:
-    """Values with a place on the NDCG scale, ``x``: the paper's, in points."""
-    drawn = values["quantity"].isin(["ndcg", "relative"]) & (values["dataset"] != "Average")
-    values = values[drawn & ~by_definition(values) & values["points"].notna()]
-    scale = [
-        100.0 if value.quantity == "ndcg" else PAPER_BASELINES[value.engine][value.dataset]
-        for value in values.itertuples()
-    ]
-    return values.assign(x=values["paper"] * np.array(scale, dtype=float))
 
 
 # ---------------------------------------------------------------- the paper's tables
@@ -682,38 +634,25 @@ def table(source: Exhibits, exhibit: str) -> pd.DataFrame:
     """
     if exhibit not in TABLES:
         raise UserError(f"no table {exhibit!r}: expected one of {TABLES}.")
-    rows, frame = _rows(source, exhibit), source.frame[source.frame["exhibit"] == exhibit]
-    if frame["relative"].isna().all() and len(rows):
-        return _models_table(_curves(rows, OWN_METHOD[exhibit]))
-    lines = []
-    for (dataset, label), cells in frame.groupby(["dataset", "label"], sort=False):
-        where = {"Collection": source.names[dataset][1]} if exhibit == "table2" else {}
-        texts = {f"PF{int(cell.pool_factor)}": _cell(cell) for cell in cells.itertuples()}
-        if cells["relative"].notna().any():
-            lines.append({**where, "Model": source.rename(label), **texts})
-    return pd.DataFrame(lines)
+    frame, own = _cells_or_own(source, exhibit)
+    short = {dataset: names[1] for dataset, names in source.names.items()}
+    cells = frame.assign(
+        Collection=frame["dataset"].map(_short(frame["dataset"]) if own else short),
+        Model=frame["label"].map(source.rename),
+        text=[_cell(cell) for cell in frame.itertuples()],
+    )
+    lines = ["Collection", "Model"]
+    wide = cells.pivot_table("text", lines, "pool_factor", aggfunc="first", sort=own)
+    if not own:
+        every = source.frame.loc[source.frame["exhibit"] == exhibit, "pool_factor"]
+        wide = wide.reindex(columns=every.unique())
+    wide = wide.fillna("not run").rename(columns="PF{}".format).rename_axis(columns=None)
+    return wide.reset_index(lines if own or exhibit == "table2" else "Model").reset_index(drop=True)
 
 
 def _cell(cell) -> str:
-    if np.isnan(cell.relative):
-        return "not run"
     text = f"{cell.ndcg:.3f} ({cell.relative:.1f})"
-    if np.isnan(cell.delta):
-        return text
-    return f"{text} {cell.delta:+z.3f}".replace("-", "−")
-
-
-def _models_table(curves: pd.DataFrame) -> pd.DataFrame:
-    """Every model of a run under one pool method, a line per collection and model."""
-    cells = curves.assign(
-        Collection=curves["collection"].map(_short(curves["collection"])),
-        cell=[
-            _cell(cell) for cell in curves.assign(ndcg=curves["ndcg@10"], delta=np.nan).itertuples()
-        ],
-    )
-    wide = cells.pivot_table("cell", ["Collection", "model"], "pool_factor", aggfunc="first")
-    wide = wide.fillna("not run").rename(columns="PF{}".format)
-    return wide.rename_axis(index={"model": "Model"}, columns=None).reset_index()
+    return text if np.isnan(cell.delta) else f"{text} {cell.delta:+z.3f}".replace("-", "−")
 
 
 def table_values(source: Exhibits, exhibit: str) -> pd.DataFrame:
@@ -721,24 +660,17 @@ def table_values(source: Exhibits, exhibit: str) -> pd.DataFrame:
 
     Where a run has unit-length means, ``renormalized`` tells them from raw ones.
     """
-    if source.unit is None:
-        return _values(source, exhibit)
-    raw, unit = _values(source, exhibit), _values(source.unit, exhibit)
-    parts = [raw.assign(renormalized=False), unit.assign(renormalized=True)]
-    return pd.concat(parts, ignore_index=True)
-
-
-def _values(source: Exhibits, exhibit: str) -> pd.DataFrame:
-    frame = source.frame[source.frame["exhibit"] == exhibit]
+    both = [source] if source.unit is None else [source, source.unit]
+    frame = pd.concat([one.frame.assign(renormalized=one is not source) for one in both])
     names = {"label": "model", "ndcg": "ndcg10", "relative": "relative_percent"}
-    frame = frame.rename(columns=names)
+    frame = frame[frame["exhibit"] == exhibit].rename(columns=names)
+    frame["model"] = frame["model"].map(source.rename)
+    frame["dataset"] = [source.names[dataset][1] for dataset in frame["dataset"]]
     columns = ["model", "pool_factor", "ndcg10", "relative_percent"]
-    if exhibit == "table2":
-        columns = ["dataset", *columns, "delta"]
-        frame["dataset"] = [source.names[dataset][1] for dataset in frame["dataset"]]
-    frame["model"] = [source.rename(label) for label in frame["model"]]
+    columns = ["dataset", *columns, "delta"] if exhibit == "table2" else columns
+    columns += ["renormalized"] if source.unit else []
     decimals = {"ndcg10": 4, "relative_percent": 2, "delta": 4}  # one more than is printed
-    return frame[columns].round(decimals)
+    return frame[columns].round(decimals).reset_index(drop=True)
 
 
 def table_markdown(source: Exhibits, exhibit: str) -> str:
@@ -768,13 +700,10 @@ def means_table(sources: Iterable[Exhibits], exhibit: str) -> pd.DataFrame:
     """
     names, tables, keys = {}, {}, ["dataset", "label", "pool_method"]
     for source in sources:
-        frame, rows = _cells(source, exhibit), _rows(source, exhibit)
-        if frame.empty and rows.empty:
+        frame, own = _cells_or_own(source, exhibit)
+        if frame.empty:
             continue
-        if own := frame.empty:
-            rows = rows[rows["model"] == BASELINE] if exhibit == "figure1" else rows
-            curves = _curves(rows, OWN_METHOD.get(exhibit))
-            frame = curves.rename(columns={"collection": "dataset", "model": "label"})
+        if own:
             names, tables = _short(frame["dataset"]), {}
         wide = frame.pivot_table("relative", keys, "pool_factor", sort=own)
         pooled = [factor for factor in wide.columns if factor > 1]
@@ -795,6 +724,11 @@ def _baseline(rows: pd.DataFrame, engine: str) -> pd.DataFrame:
     return chosen.assign(collection=chosen["collection"].map(_short(rows["collection"])))
 
 
+def _by_factors(rows: pd.DataFrame, value: str, index: str | list[str]) -> pd.DataFrame:
+    """Means of a column with a column per pool factor."""
+    return rows.pivot_table(value, index, "pool_factor").rename(columns="PF{}".format)
+
+
 def roles_table(paper: Exhibits, rows: pd.DataFrame) -> pd.DataFrame:
     """The collections of a run: whose part each plays, its size, the unpooled baseline's NDCG@10.
 
@@ -807,7 +741,7 @@ def roles_table(paper: Exhibits, rows: pd.DataFrame) -> pd.DataFrame:
     ours = _baseline(rows, "exact")
     ours = ours[ours["pool_method"] == "none"].set_index("collection")
     order = [*parts, *sorted(set(ours.index) - set(parts))]
-    ours = ours.loc[[name for name in order if name in ours.index]]
+    ours = ours.loc[sorted(ours.index, key=order.index)]
     names = [parts.get(name, "–") for name in ours.index]
     columns = {
         "documents": ours["documents"],
@@ -821,33 +755,31 @@ def roles_table(paper: Exhibits, rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns, index=ours.index)
 
 
-def storage_table(rows: pd.DataFrame, pool_method: str = "kmeans") -> pd.DataFrame:
-    """Mean vectors per document by collection (line) and pool factor (column), of the baseline."""
-    chosen = _main_variants(_baseline(rows, "exact"))
-    chosen = chosen[chosen["pool_method"].isin(["none", pool_method])]
-    wide = chosen.pivot_table("vectors_per_document", "collection", "pool_factor")
-    return wide.round(1).rename(columns="PF{}".format)
+def storage_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Vectors per document by collection (line) and pool factor: the baseline's, kmeans pooling."""
+    chosen = main_variants(_baseline(rows, "exact"))
+    chosen = chosen[chosen["pool_method"].isin(["none", "kmeans"])]
+    return _by_factors(chosen, "vectors_per_document", "collection").round(1)
 
 
 def variants_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Relative NDCG@10 (%) of the baseline under each variant of hierarchical, over collections."""
     chosen = _baseline(relative_ndcg(rows, partial=True), "exact")
     chosen = chosen[chosen["pool_method"] == "hierarchical"]
-    wide = chosen.pivot_table("relative_ndcg@10", "pool_variant", "pool_factor")
-    return wide.rename(columns="PF{}".format).assign(mean=wide.mean(axis=1)).round(1)
+    wide = _by_factors(chosen, "relative_ndcg@10", "pool_variant")
+    return wide.assign(mean=wide.mean(axis=1)).round(1)
 
 
 def index_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Megabytes on disk of the baseline's PLAID indexes, and percent of the unpooled index."""
     chosen = _baseline(rows, "plaid").dropna(subset=["index_bytes"])
     chosen = chosen.assign(mb=chosen["index_bytes"].astype(float) / 1e6)
-    whole = chosen[chosen["pool_method"] == "none"].set_index("collection")["mb"]
-    pooled = chosen[chosen["pool_method"] != "none"]
-    wide = pooled.pivot_table("mb", ["collection", "pool_method"], "pool_factor")
-    wide = wide.rename(columns="PF{}".format)
-    largest = wide.columns[-1] if len(wide.columns) else ""
-    wide.insert(0, "unpooled", wide.index.get_level_values("collection").map(whole))
-    if largest:
+    alone = chosen["pool_method"] == "none"
+    wide = _by_factors(chosen[~alone], "mb", ["collection", "pool_method"])
+    unpooled = chosen[alone].set_index("collection")["mb"]
+    wide.insert(0, "unpooled", wide.index.get_level_values("collection").map(unpooled))
+    if len(wide):
+        largest = wide.columns[-1]
         wide[f"{largest}, % of unpooled"] = 100 * wide[largest] / wide["unpooled"]
     return wide.round(2)
 
@@ -863,16 +795,17 @@ def engines_table(per_query: pd.DataFrame) -> pd.DataFrame:
         collection=per_query["collection"].map(_short(per_query["collection"]))
     )
     exact, plaid = (values[values["engine"] == engine] for engine in SEARCH)
-    parts = {SEARCH["exact"]: searched(exact), SEARCH["plaid"]: plaid}
+    lengths = {"": False}
     if exact["renormalized"].any():
-        raw, other = (f"{SEARCH['exact']}, {length}" for length in ("raw", "unit length"))
-        parts = {raw: searched(exact), other: searched(exact, True), SEARCH["plaid"]: plaid}
+        lengths = {", raw": False, ", unit length": True}
+    parts = {SEARCH["exact"] + name: searched(exact, unit) for name, unit in lengths.items()}
+    parts |= {SEARCH["plaid"]: plaid}
     split = {name: part.set_index(keys)["ndcg@10"] for name, part in parts.items()}
-    both = pd.concat(split, axis=1, join="inner").reset_index()
+    both = pd.concat(split, axis=1, join="inner")
     if both.empty:
         return pd.DataFrame()
     groups = both.groupby(keys[:-1])
-    means = groups[list(split)].mean().assign(queries=groups.size()).reset_index()
+    means = groups.mean().assign(queries=groups.size()).reset_index()
     largest = means["pool_factor"].max()
     lines = means[means["pool_factor"] == largest].set_index(keys[:3])
     unpooled = means[means["pool_factor"] == 1].set_index(keys[:2])[list(split)]
@@ -888,19 +821,18 @@ def save(source: Exhibits, exhibit: str, folder: str | Path) -> list[Path]:
     """Write one figure (PNG and SVG) or table (CSV and Markdown) of `source` into `folder`."""
     if exhibit not in TABLES:
         return save_figure(draw(source, exhibit), folder, exhibit)
-    files = {"csv": _csv(table_values(source, exhibit)), "md": table_markdown(source, exhibit)}
-    return _write(folder, exhibit, files)
+    values, text = table_values(source, exhibit), table_markdown(source, exhibit)
+    return _write(folder, exhibit, None, values, text)
 
 
 def save_figure(figure: NotebookFigure, folder: str | Path, name: str) -> list[Path]:
     """Write a figure into `folder` as PNG and SVG."""
-    return _write(folder, name, _pictures(figure))
+    return _write(folder, name, figure)
 
 
 def save_claims(claims: pd.DataFrame, folder: str | Path) -> list[Path]:
     """Write the judged findings into `folder` as ``claims`` (CSV, Markdown, PNG, SVG)."""
-    files = {"csv": _csv(claims.round(4)), "md": claims_table(claims)}
-    return _write(folder, "claims", files | _pictures(draw_claims(claims)))
+    return _write(folder, "claims", draw_claims(claims), claims.round(4), claims_table(claims))
 
 
 def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path) -> list[Path]:
@@ -911,23 +843,22 @@ def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path)
     if not roles_of(rows).own:
         return []
     comparison = compare_with_paper(paper, rows)
-    files = {"csv": _csv(comparison.round(6)), "md": comparison_markdown(comparison, rows, paper)}
-    return _write(folder, "paper_vs_ours", files | _pictures(draw_comparison(comparison)))
+    text = comparison_markdown(comparison, rows, paper)
+    return _write(folder, "paper_vs_ours", draw_comparison(comparison), comparison.round(6), text)
 
 
-def _csv(frame: pd.DataFrame) -> str:
-    return frame.to_csv(index=False, lineterminator="\n")
-
-
-def _pictures(figure: NotebookFigure) -> dict[str, bytes]:
-    return {kind: render(figure, kind) for kind in ("png", "svg")}
-
-
-def _write(folder: str | Path, name: str, files: dict[str, str | bytes]) -> list[Path]:
-    """Write ``name.<suffix>`` for each suffix in `files`."""
+def _write(
+    folder: str | Path, name: str, figure: NotebookFigure | None,
+    numbers: pd.DataFrame | None = None, text: str = "",
+) -> list[Path]:  # fmt: skip
+    """Write ``name.<suffix>`` of each kind that is given."""
+    files = {kind: render(figure, kind) for kind in ("png", "svg") if figure}
+    if numbers is not None:
+        csv = numbers.to_csv(index=False, lineterminator="\n")
+        files |= {"csv": csv.encode(), "md": text.encode()}
     for suffix, content in files.items():
         with atomic_path(Path(folder) / f"{name}.{suffix}") as temporary:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            temporary.write_bytes(content)
     return [Path(folder) / f"{name}.{suffix}" for suffix in files]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +37,6 @@ ROLES = {
     "SciFact": "docs:scipy", "FiQA": "docs:torch", "NFCorpus": "docs:numpy",
     "SCIDOCS": "docs:pandas", "Touche": "docs:sklearn",
 }  # fmt: skip
-# The paper's own data sets on the hub: `nano:scifact`, and for training `beir:scifact`.
-HUB_SUITES = {"exact": ("nano", "NanoBEIR"), "plaid": ("beir", "BEIR")}
 TRAINED = ("SciFact", "FiQA")  # what models were trained on
 
 FIGURES, TABLES = [f"figure{i}" for i in range(1, 5)], [f"table{i}" for i in range(1, 5)]
@@ -46,7 +44,7 @@ PAPER_EXHIBITS = [*FIGURES, *TABLES]
 CELL = ["exhibit", "dataset", "label", "pool_method", "pool_factor"]
 TRAINING = ["trained_on", "train_method", "train_factors"]
 QUANTITIES = ["ndcg", "relative", "delta"]  # relative in percent, the others on 0–1
-PAPER_COLUMNS = [*CELL[:3], *TRAINING, *CELL[3:], *QUANTITIES]
+PAPER_COLUMNS = [*CELL[:3], "engine", *TRAINING, *CELL[3:], *QUANTITIES]
 ENGINE = {"figure4": "plaid"}  # all others: exact search
 # The paper's unpooled baseline, NDCG@10: exact as Table 2 prints it; PLAID from the result files
 # that the authors published, since Figure 4 has percentages only.
@@ -76,31 +74,32 @@ class Roles:
     exact: Mapping[str, str]  # what exact search is measured on
     plaid: Mapping[str, str]
     training: Mapping[str, str]  # what models are trained on
-    suites: Mapping[str, str] = field(default_factory=dict)  # engine → NanoBEIR, BEIR; or empty
-
-    @property
-    def own(self) -> bool:
-        """Whether the collections are the paper's own, so that values can be compared."""
-        return bool(self.suites)
+    own: bool = False  # whether they are the paper's own, so that values can be compared
 
     def evaluated(self, dataset: str, engine: str = "exact") -> str:
         """The collection of `dataset` that `engine` searches; "" where there is none."""
         return (self.plaid if engine == "plaid" else self.exact).get(dataset, "")
 
+    def collections(self, frame: pd.DataFrame) -> list[str]:
+        """The collection of each line's ``dataset`` and ``engine``."""
+        return [self.evaluated(*pair) for pair in frame[["dataset", "engine"]].to_numpy()]
 
-def roles_of(rows: pd.DataFrame | None, given: Mapping[str, str] | None = None) -> Roles:
-    """The roles in which result rows are read: `given` for all purposes, or what the rows show.
+
+BUNDLED = Roles(ROLES, ROLES, ROLES)
+
+
+def roles_of(rows: pd.DataFrame | None) -> Roles:
+    """The roles in which result rows are read.
 
     Rows of ``nano:`` or ``beir:`` collections, without bundled ones beside them, are of the paper's
     own data sets. All others are read by `ROLES`.
     """
     found = set() if rows is None else set(rows["collection"])
     hub = any(name.startswith(("nano:", "beir:")) for name in found)
-    if given or not hub or found & set(ROLES.values()):
-        return Roles(*[given or ROLES] * 3)
+    if not hub or found & set(ROLES.values()):
+        return BUNDLED
     trained = _hub_roles("beir", set(rows["train_collection"]))
-    suites = {engine: title for engine, (_, title) in HUB_SUITES.items()}
-    return Roles(_hub_roles("nano", found), _hub_roles("beir", found), trained, suites)
+    return Roles(_hub_roles("nano", found), _hub_roles("beir", found), trained, own=True)
 
 
 def _hub_roles(prefix: str, names: set[str]) -> dict[str, str]:
@@ -132,24 +131,36 @@ _CAPTIONS = {
 _NAMES = {
     "model": "label", "method": "pool_method", "pooling_method": "pool_method", "ndcg10": "ndcg",
     "relative_ndcg10": "relative", "relative_percent": "relative",
+    # of the author's rows
+    "train_collection": "trained_on", "seed_or_version": "version", "collection": "dataset",
+    "query_length_in_filename": "query_length", "document_length_in_filename": "document_length",
 }  # fmt: skip
+
+
+def _read_csvs(folder: str | Path, files: Mapping[str, Mapping], what: str) -> pd.DataFrame:
+    """Files of `folder` below each other; `files` has what each says once for all its rows."""
+    frames = []
+    for name, said in files.items():
+        file = Path(folder) / f"{name}.csv"
+        if not file.is_file():
+            raise UserError(f"{file} is missing: {what}. `git restore data/paper`.")
+        frames.append(pd.read_csv(file).rename(columns=_NAMES).assign(**said))
+    return pd.concat(frames, ignore_index=True)
 
 
 def read_paper(folder: str | Path) -> pd.DataFrame:
     """Read the paper's figures and tables (``data/paper``): a row per printed cell.
 
     Columns `PAPER_COLUMNS`: ``exhibit`` (figure1 … table4), ``dataset`` (a key of `ROLES` or
-    "Average"), ``label`` (the model as printed) and its training (empty for the baseline);
-    `QUANTITIES` that are not printed are NaN.
+    "Average"), ``label`` (the model as printed), ``engine``, the model's training (empty for the
+    baseline); `QUANTITIES` that are not printed are NaN.
     """
-    frames = []
-    for exhibit in PAPER_EXHIBITS:
-        file = Path(folder) / f"{exhibit}.csv"
-        if not file.is_file():
-            raise UserError(f"{file} is missing: the paper's numbers. `git restore data/paper`.")
-        frame = pd.read_csv(file).rename(columns=_NAMES)
-        frames.append(frame.assign(exhibit=exhibit, **_CAPTIONS.get(exhibit, {})))
-    paper = pd.concat(frames, ignore_index=True)
+    files = {
+        exhibit: {"exhibit": exhibit, "engine": ENGINE.get(exhibit, "exact")}
+        | _CAPTIONS.get(exhibit, {})
+        for exhibit in PAPER_EXHIBITS
+    }
+    paper = _read_csvs(folder, files, "the paper's numbers")
     paper["dataset"] = paper["dataset"].replace({"FiQA2018": "FiQA", "Touche2020": "Touche"})
     # "FT Span PF2" was trained on the data set that it is evaluated on, "FT FiQA KMeans PF1-6" not.
     found = paper["label"].str.extract(r"FT (?:(SciFact|FiQA) )?(?:(Span|Hier|KMeans) )?PF(.+)")
@@ -170,11 +181,7 @@ RUN_COLUMNS = [
     "run", *TRAINING, "version", "engine", "dataset", "pool_method", "pool_factor",
     *METRICS, "recall@100", "query_length", "document_length", "sweep",
 ]  # fmt: skip
-_RUN_FILES = {"exact": "nanobeir_runs.csv", "plaid": "beir_runs.csv"}
-_RUN_NAMES = {
-    "train_collection": "trained_on", "seed_or_version": "version", "collection": "dataset",
-    "query_length_in_filename": "query_length", "document_length_in_filename": "document_length",
-}  # fmt: skip
+_RUN_FILES = {"nanobeir_runs": {"engine": "exact"}, "beir_runs": {"engine": "plaid"}}
 
 
 def read_runs(folder: str | Path) -> pd.DataFrame:
@@ -185,13 +192,7 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
     training is "" for the baseline; lengths that are not known are missing, as is ``recall@100``
     under exact search. Unpooled rows stand once under each pool method.
     """
-    frames = []
-    for engine, name in _RUN_FILES.items():
-        file = Path(folder) / name
-        if not file.is_file():
-            raise UserError(f"{file} is missing: the author's rows. `git restore data/paper`.")
-        frames.append(pd.read_csv(file).assign(engine=engine))
-    runs = pd.concat(frames, ignore_index=True).rename(columns=_RUN_NAMES)
+    runs = _read_csvs(folder, _RUN_FILES, "the author's rows")
     lengths = runs[["query_length", "document_length"]].astype("Int64")
     training, version = runs[TRAINING].fillna(""), runs["version"].fillna(1).astype(int)
     return runs.assign(**training, version=version, **lengths)[RUN_COLUMNS]
@@ -199,7 +200,8 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
 
 # ---------------------------------------------------------------- figures and tables
 
-AVERAGE = {"Average": ("Average of the five", "Average")}
+# Data set → (panel title, short name).
+NAMES = {name: (name, name) for name in ROLES} | {"Average": ("Average of the five", "Average")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,11 +209,11 @@ class Exhibits:
     """The cells of all figures and tables, and the names of their data sets."""
 
     name: str  # "paper", or the name of the folder of rows
-    frame: pd.DataFrame  # columns PAPER_COLUMNS
-    names: dict[str, tuple[str, str]]  # data set → (panel title, short name)
+    frame: pd.DataFrame  # columns PAPER_COLUMNS; of a run as from `fill`
+    names: dict[str, tuple[str, str]]  # as `NAMES`
     note: str  # what the numbers are, in one line
     is_paper: bool = False
-    roles: Roles = field(default_factory=lambda: roles_of(None))
+    roles: Roles = BUNDLED
     rows: pd.DataFrame | None = None  # a run's result rows
     per_query: pd.DataFrame | None = None  # and its values, raw and unit-length means
     unit: Exhibits | None = None  # the run with means of unit length, where it has any
@@ -222,11 +224,16 @@ class Exhibits:
             label = label.replace(f" {dataset} ", f" {self.names[dataset][1]} ")
         return label
 
+    def rows_of(self, exhibit: str) -> pd.DataFrame:
+        """A run's rows of the engine of one figure or table; none of the paper's numbers."""
+        if self.rows is None:
+            return pd.DataFrame()
+        return self.rows[self.rows["engine"] == ENGINE.get(exhibit, "exact")]
+
     def note_on(self, exhibit: str) -> str:
         """The note on the engine of one figure or table."""
-        engine = ENGINE.get(exhibit, "exact")
-        part = None if self.rows is None else self.rows[self.rows["engine"] == engine]
-        return self.note if part is None or part.empty else _note(part, self.name)
+        part = self.rows_of(exhibit)
+        return self.note if part.empty else _note(part, self.name)
 
 
 def holds_paper(folder: str | Path) -> bool:
@@ -238,76 +245,65 @@ def read_source(folder: str | Path) -> Exhibits:
     """Read `folder`: the paper's CSVs or a run's result rows, see `rows_source`."""
     if not holds_paper(folder):
         return rows_source(read_rows(folder), Path(folder).name, read_per_query(folder))
-    names = {name: (name, name) for name in ROLES} | AVERAGE
     note = "The paper's numbers (S. Josef, LIR @ ECIR 2026, CC BY 4.0)"
-    return Exhibits("paper", read_paper(folder), names, note, is_paper=True)
+    return Exhibits("paper", read_paper(folder), NAMES, note, is_paper=True)
 
 
-def rows_source(
-    rows: pd.DataFrame,
-    name: str,
-    per_query: pd.DataFrame | None = None,
-    roles: Mapping[str, str] | None = None,
-) -> Exhibits:
+def rows_source(rows: pd.DataFrame, name: str, per_query: pd.DataFrame | None = None) -> Exhibits:
     """A run's result rows as exhibits: every cell that the paper prints, NaN where not run.
 
     `rows` may be any part of the grid; without the unpooled baseline percentages are NaN. `name`
-    is the run's where the rows have no profile; `roles` as in `roles_of`. Exact search is that of
-    raw means, as in the paper; `unit` has that of unit-length ones.
+    is the run's where the rows have no profile. Exact search is that of raw means, as in the paper;
+    `unit` has that of unit-length ones.
     """
-    played = roles_of(rows, roles)
-    unit = None
-    if rows["renormalized"].any():
-        unit = _exhibits(searched(rows, True), name, per_query, played)
-    return replace(_exhibits(searched(rows), name, per_query, played), unit=unit)
+    roles, paper = roles_of(rows), read_paper(from_root("data/paper"))
+    played = {d: (f"{c} (in {d}’s role)", c) for d, c in roles.exact.items()}
+    names = NAMES if roles.own else NAMES | played
+
+    def exhibits(part: pd.DataFrame, unit: Exhibits | None = None) -> Exhibits:
+        frame, note = fill(paper, part, roles), _note(part, name)
+        return Exhibits(name, frame, names, note, False, roles, part, per_query, unit)
+
+    unit = exhibits(searched(rows, True)) if rows["renormalized"].any() else None
+    return exhibits(searched(rows), unit)
 
 
-def _exhibits(
-    rows: pd.DataFrame, name: str, per_query: pd.DataFrame | None, roles: Roles
-) -> Exhibits:
-    titles = {d: (f"{c} (in {d}’s role)", c) for d, c in roles.exact.items()}
-    names = {d: (d, d) for d in roles.exact} if roles.own else titles
-    frame = _fill(read_paper(from_root("data/paper")), rows, roles)
-    note = _note(rows, name)
-    return Exhibits(name, frame, names | AVERAGE, note, roles=roles, rows=rows, per_query=per_query)
-
-
-def _place(frame: pd.DataFrame, roles: Roles) -> pd.DataFrame:
-    """Add ``engine`` and ``collection`` by exhibit and data set."""
-    engines = frame["exhibit"].map(ENGINE).fillna("exact")
-    pairs = zip(frame["dataset"], engines, strict=True)
-    return frame.assign(engine=engines, collection=[roles.evaluated(*pair) for pair in pairs])
-
-
-def _fill(paper: pd.DataFrame, rows: pd.DataFrame, roles: Roles) -> pd.DataFrame:
-    """The paper's cells in their order, with our values; several seeds are averaged."""
+def main_variants(rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` in one variant of each pool method, the one that most models have."""
     variants = {method: default_variant(rows, method) for method in VARIANTS}
-    rows = relative_ndcg(rows, partial=True)
-    rows = rows[rows["pool_variant"] == rows["pool_method"].map(variants)]
+    return rows[rows["pool_variant"] == rows["pool_method"].map(variants)]
+
+
+def fill(cells: pd.DataFrame, rows: pd.DataFrame, roles: Roles) -> pd.DataFrame:
+    """`cells`, columns `PAPER_COLUMNS`, with our values; several seeds are averaged.
+
+    Adds ``vectors``, the mean number per document.
+    """
+    names = {"ndcg@10": "ndcg", "relative_ndcg@10": "relative", "vectors_per_document": "vectors"}
+    rows = relative_ndcg(main_variants(rows), partial=True).rename(columns=names)
+    values = list(names.values())
     # Released checkpoints and the baseline at other lengths are in no figure.
     # The paper trains with raw means.
-    rows = rows[
-        ((rows["train_collection"] != "") | is_baseline(rows)) & ~rows["train_renormalized"]
-    ]
-    keys = ["train_collection", "train_method", "train_factors", "collection", "engine", *CELL[3:]]
-    means = rows.groupby(keys)[["ndcg@10", "relative_ndcg@10"]].mean()
+    known = (rows["train_collection"] != "") | is_baseline(rows)
+    keys = ["train_collection", *TRAINING[1:], "collection", "engine", *CELL[3:]]
+    means = rows[known & ~rows["train_renormalized"]].groupby(keys)[values].mean().astype(float)
+    places = cells.assign(
+        train_collection=cells["trained_on"].map(roles.training).fillna(""),
+        collection=roles.collections(cells),
+        pool_method=cells["pool_method"].mask(cells["pool_factor"] == 1, "none"),
+    )[keys]
+    cells = cells.assign(**places.join(means, on=keys)[values])
 
-    cells = _place(paper, roles)
-    cells["train_collection"] = cells["trained_on"].map(roles.training).fillna("")
-    cells["pool_method"] = cells["pool_method"].mask(cells["pool_factor"] == 1, "none")
-    values = means.reindex(pd.MultiIndex.from_frame(cells[keys])).to_numpy(dtype=float)
-    frame = paper.assign(ndcg=values[:, 0], relative=values[:, 1], delta=np.nan)
-
-    curve = ["exhibit", *CELL[2:]]
-    average = frame["dataset"] == "Average"  # of percentages; NaN where one is lacking
-    mean = frame[~average].groupby(curve)["relative"].agg(lambda x: x.mean(skipna=False))
-    places = pd.MultiIndex.from_frame(frame.loc[average, curve])
-    frame.loc[average, "relative"] = mean.reindex(places).to_numpy()
-    table = frame["exhibit"] == "table2"  # prints differences to the baseline at the same factor
-    base = frame[table & (frame["label"] == "Baseline")].set_index(["dataset", "pool_factor"])
-    places = pd.MultiIndex.from_frame(frame[["dataset", "pool_factor"]])
-    delta = frame["ndcg"] - base["ndcg"].reindex(places).to_numpy()
-    return frame.assign(delta=delta.where(table & (frame["label"] != "Baseline")))
+    average = cells.groupby(["exhibit", *CELL[2:]])["relative"]  # NaN where one is lacking
+    average = average.transform("sum", min_count=len(ROLES)) / len(ROLES)
+    baseline, table = cells["label"] == "Baseline", cells["exhibit"] == "table2"
+    # Table 2 prints differences to the baseline at the same factor.
+    base = cells.assign(base=cells["ndcg"].where(baseline & table))
+    base = base.groupby(["exhibit", "dataset", "pool_factor"])["base"].transform("first")
+    return cells.assign(
+        relative=cells["relative"].mask(cells["dataset"] == "Average", average),
+        delta=(cells["ndcg"] - base).mask(baseline),
+    )
 
 
 def _note(rows: pd.DataFrame, name: str) -> str:
@@ -368,10 +364,11 @@ def compare_with_paper(paper: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
             f"these rows are of other collections than the paper's ({found}): expected rows of "
             "nano: and beir: collections (profile paper)."
         )
-    long = paper.melt(CELL, QUANTITIES, "quantity", "paper", ignore_index=False)
-    filled = _fill(paper, rows, roles).melt(CELL, QUANTITIES, "quantity", "ours")
-    long["ours"] = filled["ours"].to_numpy()
-    long = _place(long.dropna(subset=["paper"]).sort_index(kind="stable"), roles)
+    keys = [*CELL, "engine"]
+    long = paper.melt(keys, QUANTITIES, "quantity", "paper", ignore_index=False)
+    long["ours"] = fill(paper, rows, roles).melt(keys, QUANTITIES)["value"].to_numpy()
+    long["collection"] = roles.collections(long)
+    long = long.dropna(subset=["paper"]).sort_index(kind="stable")
     return _judge(pd.concat([_unpooled(rows), long], ignore_index=True))[COMPARISON_COLUMNS]
 
 
@@ -379,28 +376,31 @@ def _unpooled(rows: pd.DataFrame, model: str = BASELINE) -> pd.DataFrame:
     """The paper's unpooled baselines beside those of `model`, as rows of the comparison."""
     chosen = rows[(rows["model"] == model) & (rows["pool_method"] == "none")]
     frame = pd.DataFrame(_UNPOOLED, columns=["engine", "dataset", "paper"])
-    roles, ours = roles_of(rows), chosen.set_index(["collection", "engine"])["ndcg@10"]
-    pairs = zip(frame["dataset"], frame["engine"], strict=True)
-    frame["collection"] = [roles.evaluated(*pair) for pair in pairs]
-    keys = pd.MultiIndex.from_frame(frame[["collection", "engine"]])
-    cell = {"label": "Baseline", "pool_method": "none", "pool_factor": 1, "quantity": "ndcg"}
-    return frame.assign(exhibit="baselines", **cell, ours=ours.reindex(keys).to_numpy(float))
+    cell = {"exhibit": "baselines", "label": "Baseline", "pool_method": "none", "pool_factor": 1}
+    frame = frame.assign(**cell, quantity="ndcg", collection=roles_of(rows).collections(frame))
+    keys = ["collection", "engine"]
+    ours = chosen.set_index(keys)["ndcg@10"].reindex(pd.MultiIndex.from_frame(frame[keys]))
+    return frame.assign(ours=ours.to_numpy(float))
 
 
 def _judge(frame: pd.DataFrame) -> pd.DataFrame:
-    # One NDCG point in percent of the paper's baseline.
-    percent = {(engine, dataset): 100 * POINT / value for engine, dataset, value in _UNPOOLED}
-    percent["exact", "Average"] = np.mean([percent["exact", d] for d in PAPER_BASELINES["exact"]])
-    relative = frame["quantity"] == "relative"
-    pairs = zip(frame["engine"], frame["dataset"], strict=True)
-    point = np.where(relative, [percent[pair] for pair in pairs], POINT)
+    point = _point(frame)
     # Half of the last digit; Figures 1 and 4 were drawn from unrounded values.
     unrounded = frame["exhibit"].isin(["figure1", "figure4"])
-    printed = np.where(relative, np.where(unrounded, 0.0001, 0.05), 0.0005)
+    percent = np.where(unrounded, 0.0001, 0.05)
+    printed = np.where(frame["quantity"] == "relative", percent, 0.0005)
     tolerance = frame["engine"].map(POINTS) * point + printed
     difference = frame["ours"] - frame["paper"]
     numbers = {"difference": difference, "tolerance": tolerance, "points": difference / point}
     return frame.assign(**numbers, verdict=_verdict(difference, tolerance))
+
+
+def _point(frame: pd.DataFrame) -> np.ndarray:
+    """One NDCG point in each line's unit; in percent it is of the paper's baseline."""
+    percent = {(engine, dataset): 100 * POINT / value for engine, dataset, value in _UNPOOLED}
+    percent["exact", "Average"] = np.mean([percent["exact", d] for d in PAPER_BASELINES["exact"]])
+    points = [percent[pair] for pair in zip(frame["engine"], frame["dataset"], strict=True)]
+    return np.where(frame["quantity"] == "relative", points, POINT)
 
 
 def _verdict(difference: pd.Series, tolerance: pd.Series) -> np.ndarray:
@@ -466,13 +466,10 @@ def half_spread(comparison: pd.DataFrame) -> np.ndarray:
     runs = read_runs(from_root("data/paper/runs"))
     cell = ["engine", "dataset", "trained_on", "train_method", "pool_method", "pool_factor"]
     ndcg = runs[runs["train_factors"] == "1-6"].groupby(cell)["ndcg@10"]
-    half = (ndcg.max() - ndcg.min()) / 2
     source = comparison["label"].str.split().str[1]
     places = comparison.assign(trained_on=source, train_method="kmeans")[cell]
-    half = half.reindex(pd.MultiIndex.from_frame(places)).to_numpy()
-    pairs = zip(comparison["engine"], comparison["dataset"], strict=True)
-    percent = [100 / PAPER_BASELINES[engine][dataset] for engine, dataset in pairs]
-    return np.where(comparison["quantity"] == "relative", half * percent, half)
+    half = ((ndcg.max() - ndcg.min()) / 2).reindex(pd.MultiIndex.from_frame(places))
+    return half.to_numpy() / POINT * _point(comparison)
 
 
 # ---------------------------------------------------------------- showing
@@ -512,34 +509,33 @@ _BASELINES = {
 def compare_lengths(rows: pd.DataFrame) -> pd.DataFrame:
     """The unpooled baseline on NanoBEIR at three document/query lengths, beside the paper's."""
     table = _unpooled(rows).query("engine == 'exact'")[["dataset", "paper"]]
-    for lengths, model in _BASELINES.items():
-        table[lengths] = _unpooled(rows, model)["ours"]
-    for lengths in _BASELINES:
-        table[f"{lengths} − paper"] = table[lengths] - table["paper"]
-    return table
+    ours = {lengths: _unpooled(rows, model)["ours"] for lengths, model in _BASELINES.items()}
+    gaps = {f"{lengths} − paper": values - table["paper"] for lengths, values in ours.items()}
+    return table.assign(**ours, **gaps)
 
 
 def comparison_markdown(comparison: pd.DataFrame, rows: pd.DataFrame, paper: pd.DataFrame) -> str:
     """Everything in one document: summary, lengths, checkpoints, then all values."""
+    lengths = (
+        "Unpooled NDCG@10 under exact search, documents/queries cut at as many tokens. The paper "
+        "says 300/48; its author's result files suggest 180/48 or 180/32 for NanoBEIR (300 for "
+        "BEIR). The closest is the likeliest."
+    )
+    checkpoints = (
+        "The authors' two checkpoints, measured here, beside the paper's values of its kmeans "
+        "PF1-6 models: this judges the evaluation alone. The paper's SciFact values average two "
+        "runs, of which the checkpoint is one: there the tolerance is wider by half of the "
+        "distance between the author's two runs in that cell."
+    )
     sections = {
         "# The paper's values and ours": f"{NOTE}\n\n{variants_note(rows)}\n",
         "## Summary": markdown(comparison_summary(comparison), 2),
-        "## The baseline's lengths": "Unpooled NDCG@10 under exact search, documents/queries cut "
-        "at as many tokens. The paper says 300/48; its author's result files suggest 180/48 or "
-        "180/32 for NanoBEIR (300 for BEIR). The closest is the likeliest.\n\n"
-        + markdown(compare_lengths(rows), 4),
+        "## The baseline's lengths": f"{lengths}\n\n{markdown(compare_lengths(rows), 4)}",
     }
     released = compare_released(paper, rows)
     if len(released):
-        note = (
-            "The authors' two checkpoints, measured here, beside the paper's values of its kmeans "
-        )
-        note += (
-            "PF1-6 models: this judges the evaluation alone. The paper's SciFact values average "
-            "two runs, of which the checkpoint is one: there the tolerance is wider by half of "
-            "the distance between the author's two runs in that cell.\n\n"
-        )
-        sections["## The released checkpoints"] = note + markdown(comparison_summary(released), 2)
+        summary = markdown(comparison_summary(released), 2)
+        sections["## The released checkpoints"] = f"{checkpoints}\n\n{summary}"
     for exhibit, values in comparison.groupby("exhibit", sort=False):
         title = re.sub(r"(\d)$", r" \1", exhibit).capitalize()
         sections[f"## {title}"] = markdown(values.drop(columns=["exhibit", "engine"]))
