@@ -412,7 +412,7 @@ def measure_model(
 ) -> None:
     """Measure a model of a profile on collections; finished ones of `output` are kept.
 
-    Rows are stored in ``<output>/rows``, values per query in ``<output>/per_query``: a Parquet file
+    Rows are stored in ``<output>/ways``, values per query in ``<output>/per_query``: a Parquet file
     per model, collection and document length.
     """
     profile = load_profile(profile_name)
@@ -437,14 +437,14 @@ def measure_model(
         tokens = read_tokens(model, collection, profile.precision, progress)
         keys = dict(zip(KEYS, [name, source, model.document_length], strict=True))
         for part, frame in zip(
-            ("per_query", "rows"), reversed(measure(tokens, ways, progress)), strict=True
+            ("per_query", "ways"), reversed(measure(tokens, ways, progress)), strict=True
         ):
             with atomic_path(Path(output) / part / f"{stem}.parquet") as temporary:
                 frame.assign(**keys).to_parquet(temporary, index=False, compression="zstd")
         write_json(done / PROVENANCE, {"settings": settings})
 
 
-def read(folder: str | Path = STORED, part: str = "rows") -> pd.DataFrame:
+def read(folder: str | Path = STORED, part: str = "ways") -> pd.DataFrame:
     """All stored rows, or with ``per_query`` the values of each query."""
     files = sorted(Path(folder, part).glob("*.parquet"))
     if not files:
@@ -546,10 +546,9 @@ def draw(found: pd.DataFrame, titles: Mapping[str, str] | None = None) -> Notebo
             axis.errorbar(x, y, bars, fmt="none", color="black", elinewidth=0.7, zorder=1.5)
             axis.set(xscale="log", ylim=(60, None), xlabel="Bytes per document (log scale)")
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-            title = titles.get(model, model)
-            axis.set_title(
-                f"{title}, {length} word pieces, {part['collections'].iloc[0]} collections"
-            )
+            count = part["collections"].iloc[0]
+            on = f"{count} collection{'s' if count > 1 else ''}"
+            axis.set_title(f"{titles.get(model, model)}, {length} word pieces, {on}")
         axes[0].set_ylabel("NDCG@10 (% of the unpooled index)")
         lines, labels = axes[0].get_legend_handles_labels()
         look = dict(ncols=3 * len(groups), fontsize=9, frameon=False)
