@@ -31,6 +31,7 @@ from l2p_utils.model import (
     forward_precision,
     load_checkpoint,
     load_model,
+    readable,
     use_threads,
 )
 from l2p_utils.pooling import (
@@ -108,7 +109,7 @@ def cut_documents(model: PooledColBERT, collection: Collection) -> dict[str, Any
     ``cut`` is the number of longer documents, ``lost`` the percentage of those documents' word
     pieces that come after the cut.
     """
-    kept = model.document_length - model.tokenize([""], is_query=False)["input_ids"].shape[1]
+    kept = readable(model)
     lengths = [
         len(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         for text in collection.corpus.values()

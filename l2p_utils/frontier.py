@@ -565,15 +565,15 @@ def draw(found: pd.DataFrame, titles: Mapping[str, str] | None = None) -> Notebo
 
 def recommended(found: pd.DataFrame, losses: Sequence[float] = (1, 2, 5, 10)) -> pd.DataFrame:
     """Per model, the fewest bytes with which at most so many percent are lost, two ways: by the
-    mean, and for sure (the lower end of the interval).
+    mean, and at the lower end of the interval, which is not corrected for choosing among ways.
     """
     lines = []
     for (model, length), part in found.groupby(["model", "document_length"], sort=False):
         for loss in losses:
-            for sure, column in {"on average": "kept", "for sure": "low"}.items():
+            for which, column in {"on average": "kept", "at the lower end": "low"}.items():
                 fits = part[part[column] >= 100 - loss].sort_values("bytes_per_document")
                 best = fits.iloc[0]
-                key = {"model": model, "document_length": length, "loss": f"{loss} %", "": sure}
+                key = {"model": model, "document_length": length, "loss": f"{loss} %", "": which}
                 numbers = best[["way", "bytes_per_document", "smaller", "kept", "low"]].to_dict()
                 lines.append(key | numbers)
     table = pd.DataFrame(lines).set_index(["model", "document_length", "loss", ""])

@@ -38,8 +38,8 @@ from l2p_utils.files import (
     settings_match,
     write_json,
 )
-from l2p_utils.frontier import CODES, OFFSET_BYTES
-from l2p_utils.model import PooledColBERT, encode, load_model
+from l2p_utils.frontier import CODES, stored_bytes
+from l2p_utils.model import PooledColBERT, encode, load_model, readable
 from l2p_utils.pooling import Budget, pool
 from l2p_utils.search import exact_search
 
@@ -135,7 +135,7 @@ def passages(
     model: PooledColBERT, documents: Iterable[tuple[str, str]]
 ) -> Iterator[tuple[str, str]]:
     """Documents that are longer than the model reads, in parts: ``id#1``, ``id#2``, …"""
-    most = _readable(model)
+    most = readable(model)
     for identifier, text in documents:
         found = model.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -155,9 +155,19 @@ def passages(
             start = end
 
 
-def _readable(model: PooledColBERT) -> int:
-    """How many word pieces of a document the model reads."""
-    return model.document_length - model.tokenize([""], is_query=False)["input_ids"].shape[1]
+def _free_place(folder: str | Path) -> Path:
+    """`folder`, if an index may take its place: it is missing, empty, or an index itself."""
+    folder = Path(folder)
+    if (
+        folder.exists()
+        and not (folder / INDEX).is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
+        raise UserError(
+            f"{folder} holds something else than an index, which would be lost; expected a new "
+            "folder, an empty one, or an index. Name another."
+        )
+    return folder
 
 
 def load_any(name: str) -> PooledColBERT:
@@ -207,14 +217,14 @@ class Index:
         """
         if code not in CODES:
             raise UserError(f"code is {code!r}; expected one of {list(CODES)}.")
-        folder, budget = Path(folder), Budget.of(budget)
+        folder, budget = _free_place(folder), Budget.of(budget)
         budget.check(pool_method, 1)
         settings = {
             "model": name,
             "document_length": model.document_length,
             "dim": model[-1].out_features,
             "pool_method": pool_method,
-            "budget": vars(budget),
+            "budgets": [vars(budget)],  # and those that it was shrunk by
             "code": code,
         }
         work = folder.with_name(f".{folder.name}.building")
@@ -226,7 +236,6 @@ class Index:
         if not index.settings["segments"]:
             raise UserError("There are no documents with a text to make an index of.")
         index._save()
-        (work / PROVENANCE).unlink()
         with atomic_path(folder) as temporary:
             os.rename(work, temporary)
         return cls.open(folder, model)
@@ -277,9 +286,11 @@ class Index:
             len(self.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             for text in texts
         ]
-        lost = np.maximum(np.array(lengths) - _readable(self.model), 0)
+        lost = np.maximum(np.array(lengths) - readable(self.model), 0)
         tokens = encode(self.model, texts, is_query=False)
-        vectors, sizes = self._pool(tokens, None, Budget(**self.settings["budget"]))
+        vectors, sizes = tokens, None
+        for budget in self.settings["budgets"]:
+            vectors, sizes = self._pool(vectors, sizes, Budget(**budget))
         frame = pd.DataFrame({"id": ids, "text": texts, "pieces": lengths, "lost": lost})
         self._store(segment, frame.assign(tokens=[*map(len, tokens)]), vectors, sizes, content)
 
@@ -293,7 +304,7 @@ class Index:
         frame: pd.DataFrame,
         vectors: list[torch.Tensor],
         sizes: list[np.ndarray],
-        content: str,
+        content: str = "",
     ) -> None:
         with atomic_path(segment) as temporary:
             temporary.mkdir(parents=True)
@@ -369,28 +380,22 @@ class Index:
         documents are gone for good.
         """
         budget, code = Budget.of(budget), code or self.settings["code"]
-        target = Path(folder)
+        target = _free_place(folder)
         if target.resolve() == self.folder.resolve():
             raise UserError(
                 f"{folder} is the index itself; name another folder for the smaller one."
             )
-        settings = self.settings | {"code": code, "removed": {}, "shrunk_by": vars(budget)}
+        budgets = [*self.settings["budgets"], vars(budget)]
+        new = {"code": code, "budgets": budgets, "segments": [], "removed": {}}
         with atomic_path(target) as temporary:
-            small = Index(temporary, settings, self._model)
+            small = Index(temporary, self.settings | new, self._model)
             for name in self.settings["segments"]:
                 frame, vectors, sizes = self._segment(name)
                 if frame.empty:
-                    small.settings["segments"] = [
-                        n for n in small.settings["segments"] if n != name
-                    ]
                     continue
-                pooled = self._pool(vectors, sizes, budget)
-                small._store(
-                    temporary / name,
-                    frame,
-                    *pooled,
-                    read_json(self.folder / name / PROVENANCE)["settings"]["content"],
-                )
+                number = f"{len(small.settings['segments']):05d}"
+                small._store(temporary / number, frame, *self._pool(vectors, sizes, budget))
+                small.settings["segments"].append(number)
             small._save()
         return Index.open(target, self._model)
 
@@ -418,9 +423,9 @@ class Index:
             frames.append(frame[~frame["id"].isin(self.settings["removed"].get(name, []))])
         documents = pd.concat(frames, ignore_index=True)
         dim, count = self.settings["dim"], len(documents)
-        row = -(-dim * self.code.bits // 8) + self.code.extra
-        size = documents["vectors"].sum() * row + count * OFFSET_BYTES
-        whole = documents["tokens"].sum() * 4 * dim + count * OFFSET_BYTES
+        mean = documents[["vectors", "tokens"]].mean().fillna(0.0)
+        size = count * stored_bytes(mean["vectors"], dim, self.settings["code"])
+        whole = count * stored_bytes(mean["tokens"], dim)
         files = [file for file in self.folder.rglob("*") if file.is_file()]
         return pd.Series(
             {
@@ -428,7 +433,7 @@ class Index:
                 "vectors per document": round(documents["vectors"].mean(), 1),
                 "bytes per document": round(size / max(count, 1), 1),
                 "times smaller than unpooled float32": round(whole / max(size, 1), 1),
-                "bytes of vectors": int(size),
+                "bytes of vectors": round(size),
                 "bytes on disk, texts included": sum(file.stat().st_size for file in files),
                 "documents cut": int((documents["lost"] > 0).sum()),
                 "word pieces lost, %": round(

@@ -415,6 +415,11 @@ def autocast(precision: str, device: torch.device) -> Iterator[None]:
         yield
 
 
+def readable(model: PooledColBERT) -> int:
+    """How many word pieces of a document the model reads."""
+    return model.document_length - model.tokenize([""], is_query=False)["input_ids"].shape[1]
+
+
 def encode(
     model: PooledColBERT,
     texts: Sequence[str],

@@ -242,7 +242,7 @@ def test_a_figure_and_a_recommendation(measured):
     table = recommended(found, [0, 50])
     rows = table.reset_index()
     assert (rows["kept"] >= 100 - rows["loss"].str.split().str[0].astype(float)).all()
-    sure = rows[rows[""] == "for sure"]
+    sure = rows[rows[""] == "at the lower end"]
     assert (sure["low"] >= 100 - sure["loss"].str.split().str[0].astype(float)).all()
 
 

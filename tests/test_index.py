@@ -201,6 +201,30 @@ def test_an_index_shrinks_without_the_model(built, documents, bundled_model, met
         index.shrink(index.folder, 2)
 
 
+def test_a_shrunken_index_grows_at_its_own_size(built, documents):
+    index = built(budget=2)
+    index.remove(["d0", "d1", "d2"])  # a whole segment
+    small = index.shrink(index.folder.with_name("small"), 3)
+    small.add([documents[0], ("d9", documents[5][1])])
+    again = Index.open(small.folder)
+    assert again.stats()["documents"] == 7
+    assert set(ids(again.search(["cubic spline"], k=2)[0])) == {"d5", "d9"}
+    counts = pd.concat([again._segment(name)[0] for name in again.settings["segments"]])
+    counts = counts.set_index("id")["vectors"]
+    assert counts["d9"] == counts["d5"]  # the same text
+
+
+def test_what_is_no_index_is_never_replaced(built, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    (tmp_path / "empty").mkdir()
+    index = built(name="empty")
+    for make in (lambda: built(name="mine"), lambda: index.shrink(tmp_path / "mine", 2)):
+        with pytest.raises(UserError, match="something else than an index"):
+            make()
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
+
+
 def test_export_has_everything(built, tmp_path, documents):
     index = built(code="float32")
     index.remove(["d1"])
