@@ -99,7 +99,8 @@ def encode_example(model_folder: str | Path, query: str, documents: Sequence[str
 
     def encode(text: str, is_query: bool) -> EncodedText:
         # output_value=None: PyLate gives every token's vector, with the mask of those that count
-        found = model.encode([text], is_query=is_query, output_value=None, show_progress_bar=False)
+        options = {"pool_factor": 1, "output_value": None, "show_progress_bar": False}
+        found = model.encode([text], is_query=is_query, **options)
         keys = ("input_ids", "token_embeddings", "masks")
         ids, vectors, counted = (torch.as_tensor(found[key][0]).cpu() for key in keys)
         tokens = tuple(map(str.strip, model.tokenizer.convert_ids_to_tokens(ids.tolist())))

@@ -90,6 +90,7 @@ def read_tokens(
         found = model.encode(
             list(collection.corpus.values()),
             is_query=False,
+            pool_factor=1,
             output_value=None,
             normalize_embeddings=False,
             show_progress_bar=progress,

@@ -40,8 +40,6 @@ from l2p_utils.files import (
 from l2p_utils.pooling import (
     DEFAULT_VARIANT,
     Budget,
-    PoolMethod,
-    PoolVariant,
     check_pooling,
     check_protected_tokens,
     pool_sweep,
@@ -59,6 +57,17 @@ HOW_TO_MAKE = (
     "expected a folder that notebook 02_training or `make run` made. Run one of them first; any "
     "training makes the baseline too."
 )
+
+
+BUDGETS = tuple(vars(Budget(1)))
+#: `encode`'s pool settings where neither the caller nor the model has others; then a budget of 1.
+POOLING: dict[str, Any] = {
+    "pool_method": "hierarchical",
+    "pool_variant": DEFAULT_VARIANT,
+    "use_sklearn": False,
+    "renormalize": False,
+    "protected_tokens": 1,
+}
 
 
 class NotAColBERT(UserError):
@@ -109,6 +118,24 @@ class PooledColBERT(models.ColBERT):
         """Load a saved model; PyLate's own would give back a `models.ColBERT`."""
         return PooledColBERT(input_path)
 
+    @property
+    def pooling(self) -> dict[str, Any]:
+        """Pool settings that are `encode`'s defaults for documents, and are saved with the model.
+
+        Arguments of `encode` by name, such as ``{"pool_method": "kmeans", "max_vectors": 16}``;
+        none at first. PyLate's own class loads such a model as any other, and does not pool.
+        """
+        return self._model_config.get("pooling", {})
+
+    @pooling.setter
+    def pooling(self, settings: dict[str, Any]) -> None:
+        before, self._model_config["pooling"] = self.pooling, dict(settings)
+        try:
+            _arguments(models.ColBERT.encode, self, [])
+        except UserError:
+            self._model_config["pooling"] = before
+            raise
+
     def encode(self, sentences: Any, *args: Any, **kwargs: Any) -> Any:
         """Encode texts to token vectors; documents are pooled, queries never are.
 
@@ -117,7 +144,8 @@ class PooledColBERT(models.ColBERT):
         ``pool_factor`` (1) and ``protected_tokens`` (1) among them; and, by keyword,
         ``pool_method`` (hierarchical, as in PyLate), ``max_vectors`` or ``distance_threshold``
         instead of a pool factor, ``pool_variant``, ``use_sklearn`` and ``renormalize``: see
-        `l2p_utils.pooling.pool`. Gives (vectors, dim) per text, as PyLate.
+        `l2p_utils.pooling.pool`. What is not given is as in `pooling`. Gives (vectors, dim) per
+        text, as PyLate.
         """
         given = _arguments(models.ColBERT.encode, self, sentences, *args, **kwargs)
         if not isinstance(sentences, str) and hasattr(sentences, "__len__") and not len(sentences):
@@ -162,31 +190,32 @@ class PooledColBERT(models.ColBERT):
         return pooled[budget]
 
 
-def _arguments(
-    function: Any,
-    *args: Any,
-    pool_method: PoolMethod = "hierarchical",
-    use_sklearn: bool = False,
-    pool_variant: PoolVariant = DEFAULT_VARIANT,
-    renormalize: bool = False,
-    max_vectors: int | None = None,
-    distance_threshold: float | None = None,
-    **kwargs: Any,
-) -> dict[str, Any]:
+def _arguments(function: Any, model: PooledColBERT, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """A PyLate method's arguments by name, with the pool settings, checked, in its pool factor."""
-    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    ours = {name: kwargs.pop(name) for name in (*POOLING, *BUDGETS) if name in kwargs}
+    theirs = {name: ours.pop(name) for name in ("pool_factor", "protected_tokens") if name in ours}
+    given = inspect.signature(function).bind(model, *args, **kwargs, **theirs).arguments
     del given["self"]
-    others = (max_vectors, distance_threshold)
-    factor = given.get("pool_factor", 1 if others == (None, None) else None)
-    if not isinstance(factor, _Pooling):  # it is one when PyLate's `encode` calls ours
-        check_pooling(pool_method, pool_variant)
-        protected = check_protected_tokens(given.get("protected_tokens", 1))
-        budget = Budget.of(factor) if others == (None, None) else Budget(factor, *others)
-        budget.check(pool_method, protected, use_sklearn)
-        settings = {"pool_method": pool_method, "variant": pool_variant}
-        settings |= {"use_sklearn": use_sklearn, "renormalize": renormalize}
-        factor = _Pooling(budget, settings)
-    return given | {"pool_factor": factor}
+    if isinstance(given.get("pool_factor"), _Pooling):  # PyLate's `encode` calls ours
+        return given
+    ours |= {name: given[name] for name in ("pool_factor", "protected_tokens") if name in given}
+    ours = {name: value for name, value in ours.items() if value is not None}
+    saved = model.pooling
+    if unknown := saved.keys() - {*POOLING, *BUDGETS}:
+        known = ", ".join([*POOLING, *BUDGETS])
+        raise UserError(
+            f"The model's pool settings name {sorted(unknown)}; expected some of {known}."
+        )
+    if ours.keys() & set(BUDGETS):
+        saved = {name: value for name, value in saved.items() if name not in BUDGETS}
+    settings = POOLING | saved | ours
+    budgets = {name: settings.pop(name) for name in BUDGETS if name in settings}
+    budget = Budget(**budgets or {"pool_factor": 1})
+    protected = check_protected_tokens(settings.pop("protected_tokens"))
+    settings["variant"] = settings.pop("pool_variant")
+    check_pooling(settings["pool_method"], settings["variant"])
+    budget.check(settings["pool_method"], protected, settings["use_sklearn"])
+    return given | {"pool_factor": _Pooling(budget, settings), "protected_tokens": protected}
 
 
 @contextlib.contextmanager
@@ -430,12 +459,14 @@ def encode(
 ) -> list[torch.Tensor]:
     """Token vectors of texts: (tokens, dim) float32, unit length, on the CPU.
 
-    Whatever the precision of the forward pass, vectors are normalised in float32 here.
+    Whatever the precision of the forward pass, vectors are normalised in float32 here. Nothing is
+    pooled, whatever `PooledColBERT.pooling` says.
     """
     with autocast(precision, model.device):
         vectors = model.encode(
             list(texts),
             is_query=is_query,
+            pool_factor=1,
             batch_size=batch_size,
             convert_to_tensor=True,
             show_progress_bar=progress,

@@ -411,3 +411,39 @@ def test_importing_the_model_brings_no_more_than_pooling():
         return found.union(*map(imported, found))
 
     assert imported("model") == {"pooling", "clustering", "files"}
+
+
+KEPT = {"pool_method": "kmeans", "max_vectors": 5, "renormalize": True}
+
+
+def test_a_model_remembers_its_pool_settings(model_folder, texts, tmp_path):
+    folder, model = tmp_path / "pooling", load_model(model_folder)
+    model.pooling = KEPT
+    asked = model.encode(texts, is_query=False, **KEPT)
+    model.save_pretrained(str(folder))
+    again, plain = load_model(folder), models.ColBERT(str(folder))
+    assert again.pooling == KEPT and equal(again.encode(texts, is_query=False), asked)
+    # queries, an explicit budget, our helper, and PyLate's own class are as ever
+    whole = plain.encode(texts, is_query=False)
+    assert equal(again.encode(texts), plain.encode(texts))
+    assert equal(again.encode(texts, is_query=False, pool_factor=1), whole)
+    assert [*map(len, encode(again, texts, False))] == [*map(len, whole)]
+    halved = {"pool_factor": 2, "pool_method": "kmeans", "renormalize": True}
+    assert equal(
+        again.encode(texts, is_query=False, pool_factor=2),
+        again.encode(texts, is_query=False, **halved),
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"pool_method": "median"}, "pool_method is 'median'"),
+        ({"pool_factor": 2, "max_vectors": 9}, "expected one of pool_factor"),
+        ({"factor": 2}, r"name \['factor'\]; expected some of pool_method"),
+    ],
+)
+def test_pool_settings_that_do_not_exist_are_refused_when_set(bundled_model, wrong, message):
+    with pytest.raises(UserError, match=message):
+        bundled_model.pooling = wrong
+    assert bundled_model.pooling == {}
