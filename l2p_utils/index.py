@@ -40,11 +40,12 @@ from l2p_utils.files import (
 )
 from l2p_utils.frontier import CODES, stored_bytes
 from l2p_utils.model import PooledColBERT, encode, load_model, readable
-from l2p_utils.pooling import Budget, pool
+from l2p_utils.pooling import Budget, pool, unit_length
 from l2p_utils.search import exact_search
 
 SEGMENT = 2000  # documents
 INDEX = "index.json"
+ENCODED = ("input_ids", "token_embeddings", "masks")  # what PyLate gives of each text
 TEXT_COLUMNS = ("text", "content", "body", "abstract", "passage")
 SUFFIXES = (".txt", ".md")
 
@@ -153,6 +154,50 @@ def passages(
             end, number = whole if whole > start else end, number + 1
             yield f"{identifier}#{number}", text[spans[start][0] : spans[end - 1][1]]
             start = end
+
+
+def matched_words(
+    model: PooledColBERT, query: str, texts: Sequence[str]
+) -> list[list[tuple[int, int]]]:
+    """Where in each text (start, end) the words stand that the query's tokens match best.
+
+    By MaxSim over the texts' own tokens: a pooled vector stands for several words.
+    """
+
+    def tokens(given: list[str], is_query: bool) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        options = {"output_value": None, "pool_factor": 1, "show_progress_bar": False}
+        found = model.encode(given, is_query=is_query, **options)
+        prefixes = {model.query_prefix_id, model.document_prefix_id} - {None}
+        special = [*model.tokenizer.all_special_ids, *model.skiplist, *prefixes]
+        for ids, vectors, mask in zip(*map(found.get, ENCODED), strict=True):
+            ids, vectors, mask = (torch.as_tensor(part).cpu() for part in (ids, vectors, mask))
+            counted = mask.bool() & ~torch.isin(ids, torch.tensor(special))
+            yield torch.nonzero(counted)[:, 0].numpy(), unit_length(vectors[counted].float())
+
+    ((_, asked),) = tokens([query], True)
+    before = 2 if model.document_prefix_id is not None else 1  # [CLS], and the prefix
+    spans = []
+    for text, (places, vectors) in zip(texts, tokens(list(texts), False), strict=True):
+        pieces = model.tokenizer(text, add_special_tokens=False, verbose=False)
+        best = places[(asked @ vectors.T).argmax(dim=1).numpy()] - before if len(places) else []
+        words = sorted({pieces.token_to_word(int(place)) for place in best})
+        spans.append([tuple(pieces.word_to_chars(word)) for word in words])
+    return spans
+
+
+def excerpt(text: str, spans: Sequence[tuple[int, int]], width: int = 160) -> str:
+    """The part of a text with most of the spans, these in **bold**, on one line."""
+
+    def within(start: int) -> list[tuple[int, int]]:
+        return [(a, b) for a, b in spans if start <= a and b <= start + width]
+
+    start = end = max([0, *(a for a, _ in spans)], key=lambda place: (len(within(place)), -place))
+    parts = ["… " if start else ""]
+    for a, b in within(start):
+        parts += [text[end:a], f"**{text[a:b]}**"]
+        end = b
+    parts += [text[end : start + width], " …" if start + width < len(text) else ""]
+    return " ".join("".join(parts).split())
 
 
 def _free_place(folder: str | Path) -> Path:
@@ -526,8 +571,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         index = Index.open(options.index)
         if options.command == "search":
-            for hit in index.search([options.query], options.k)[0]:
-                print(f"{hit.score:6.2f}  {hit.id}\n        {' '.join(hit.text.split())[:160]}")
+            hits = index.search([options.query], options.k)[0]
+            words = matched_words(index.model, options.query, [hit.text for hit in hits])
+            for hit, spans in zip(hits, words, strict=True):
+                print(f"{hit.score:6.2f}  {hit.id}\n        {excerpt(hit.text, spans)}")
         elif options.command == "add":
             index.add(_documents(options, index.model), progress=True)
         elif options.command == "remove":

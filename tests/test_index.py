@@ -11,7 +11,7 @@ import torch
 from l2p_utils import index as module
 from l2p_utils.files import UserError
 from l2p_utils.frontier import CODES
-from l2p_utils.index import Index, main, passages, read_documents
+from l2p_utils.index import Index, excerpt, main, matched_words, passages, read_documents
 from l2p_utils.model import encode
 from l2p_utils.pooling import Budget, pool
 from l2p_utils.search import exact_search
@@ -99,6 +99,18 @@ def test_long_texts_become_passages_that_are_read_whole(bundled_model):
     for _, part in parts:
         tokens = bundled_model.tokenize([part], is_query=False)["input_ids"].shape[1]
         assert tokens <= bundled_model.document_length
+
+
+def test_words_that_match_are_marked_in_an_excerpt(bundled_model):
+    texts = ["A cubic spline goes through points. " + "x " * 200 + "splines, again.", "", "!"]
+    (spans, *none) = matched_words(bundled_model, "cubic spline?", texts)
+    words = [texts[0][a:b] for a, b in spans]
+    assert none == [[], []] and set(words) <= {"cubic", "spline"} and "spline" in words
+    assert excerpt("one two three", [(4, 7)]) == "one **two** three"
+    assert excerpt("x " * 90 + "two\nthree four", [(180, 183), (184, 189)], width=10) == (
+        "… **two** **three** …"
+    )
+    assert excerpt("x " * 90, [], width=4) == "x x …"
 
 
 # --- search ---------------------------------------------------------------------------------------
