@@ -8,11 +8,12 @@ collection by collection; it goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,6 +207,8 @@ class Way:
         A key of `CODES`.
     ask
         What is done to the queries' vectors.
+    budget
+        Of the ways that an index of one's own documents can take (`sized_ways`).
     """
 
     name: str
@@ -213,6 +216,7 @@ class Way:
     store: Callable[[Tokens], Vectors]
     code: str = "float32"
     ask: Callable[[Tokens], Vectors] = lambda tokens: tokens.queries
+    budget: Budget | None = None
 
 
 def pooled(
@@ -364,6 +368,18 @@ def all_ways(max_factor: int = 24) -> list[Way]:
     return ways
 
 
+def sized_ways(pool_method: str = "kmeans") -> list[Way]:
+    """What `index.choose` tries: budgets with codes, those that keep most first."""
+    budgets = [Budget(f) for f in (1, *FACTORS)]
+    budgets += [Budget(max_vectors=k) for k in (32, 16, 12, 8, 6, 4)]
+    ways = [Way(UNPOOLED, UNPOOLED, pooled(pool_method, 1), budget=Budget(1))]
+    for budget, code in [(Budget(1), "float16"), *itertools.product(budgets, list(CODES)[2:])]:
+        name = f"PF{budget.pool_factor}" if budget.pool_factor else f"{budget.max_vectors} vectors"
+        way = Way(f"{name}, {code}", code, pooled(pool_method, budget), code, budget=budget)
+        ways.append(way)
+    return ways
+
+
 # ---------------------------------------------------------------- measuring
 
 
@@ -377,10 +393,12 @@ def measure(
     tuple of pandas.DataFrame
         A row per way: ``way``, ``family``, ``code``, ``vectors_per_document``,
         ``bytes_per_document``, ``ndcg@10`` (0–1), ``store_ms`` (per document, reducing and coding),
-        ``query_ms``, ``queries``, ``documents``. And a row per way and query, ``ndcg@10``.
+        ``query_ms``, ``queries``, ``documents``. And a row per way and query: ``ndcg@10``;
+        ``best@10``, the same where the one relevant document is the best of the first way; and
+        ``same@10``, the share of the first way's ten best documents that are found.
     """
     ids, count = list(tokens.collection.corpus), len(tokens.documents)
-    rows, per_query = [], []
+    rows, per_query, whole, best = [], [], None, None
     for way in tqdm(list(ways), desc=f"Ways on {tokens.collection.name}", disable=not progress):
         began = time.process_time()
         stored = way.store(tokens)
@@ -388,6 +406,13 @@ def measure(
         seconds = time.process_time() - began
         ranking = exact_search(way.ask(tokens), decoded, ids, top_k=10)
         values = measure_ranking(tokens.collection, ranking)[["query_id", "ndcg@10"]]
+        if best is None:  # judged by what the first way finds first
+            whole = [set(documents) for documents in ranking.documents]
+            firsts = zip(tokens.collection.queries, ranking.documents, strict=True)
+            best = replace(tokens.collection, qrels={q: {d[0]: 1} for q, d in firsts})
+        values["best@10"] = measure_ranking(best, ranking)["ndcg@10"]
+        pairs = zip(whole, ranking.documents, strict=True)
+        values["same@10"] = [len(a.intersection(b)) / len(a) for a, b in pairs]
         vectors = float(np.mean([len(document) for document in stored]))
         row = {
             "way": way.name, "family": way.family, "code": way.code,
@@ -441,7 +466,8 @@ def measure_model(
             ("per_query", "ways"), reversed(measure(tokens, ways, progress)), strict=True
         ):
             with atomic_path(Path(output) / part / f"{stem}.parquet") as temporary:
-                frame.assign(**keys).to_parquet(temporary, index=False, compression="zstd")
+                frame = frame.drop(columns=["best@10", "same@10"], errors="ignore").assign(**keys)
+                frame.to_parquet(temporary, index=False, compression="zstd")
         write_json(done / PROVENANCE, {"settings": settings})
 
 
@@ -492,6 +518,28 @@ def summary(rows: pd.DataFrame, per_query: pd.DataFrame) -> pd.DataFrame:
     first = [*keys, "way", "family", "code"]
     found = pd.concat(parts, ignore_index=True)
     return found[first + [column for column in found if column not in first]]
+
+
+def compare(
+    per_query: pd.DataFrame, pairs: Sequence[tuple[tuple[str, str], tuple[str, str]]]
+) -> pd.DataFrame:
+    """NDCG@10 of one (model, way) minus that of another, in points, mean over collections.
+
+    With 95 % intervals over queries. Collections and document lengths are those that both have, of
+    which `per_query` should hold one length.
+    """
+    lines = []
+    wide = per_query.pivot(
+        index=["model", "way"], columns=["collection", "query_id"], values="ndcg@10"
+    )
+    for left, right in pairs:
+        both = (wide.loc[left] - wide.loc[right]).dropna()
+        groups = [part.to_numpy() for _, part in both.groupby(level="collection")]
+        found = interval([100 * group / len(groups) for group in groups])
+        points = {"points": found.mean, "low": found.low, "high": found.high}
+        lines.append({"": " · ".join(left), "against": " · ".join(right)} | points)
+        lines[-1]["collections"] = len(groups)
+    return pd.DataFrame(lines).set_index(["", "against"]).round(1)
 
 
 def pareto(costs: Sequence[float], values: Sequence[float]) -> np.ndarray:

@@ -15,6 +15,8 @@ import heapq
 import itertools
 import json
 import os
+import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,28 +24,44 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
+from l2p_utils.collection import Collection, load_collection, subset
+from l2p_utils.figures import STYLE, NotebookFigure, save_figure
 from l2p_utils.files import (
     PROVENANCE,
     UserError,
     atomic_path,
+    from_root,
     read_json,
     remove,
     settings_match,
     write_json,
 )
-from l2p_utils.frontier import CODES, stored_bytes
+from l2p_utils.frontier import (
+    CODES,
+    STORED,
+    UNPOOLED,
+    measure,
+    read_tokens,
+    sized_ways,
+    stored_bytes,
+    summary,
+)
 from l2p_utils.model import PooledColBERT, encode, load_model, readable
 from l2p_utils.pooling import Budget, pool, unit_length
+from l2p_utils.profile import slug
 from l2p_utils.search import exact_search
 
 SEGMENT = 2000  # documents
+PREDICTED = STORED / "predicted"
 INDEX = "index.json"
 ENCODED = ("input_ids", "token_embeddings", "masks")  # what PyLate gives of each text
 TEXT_COLUMNS = ("text", "content", "body", "abstract", "passage")
@@ -218,6 +236,215 @@ def _free_place(folder: str | Path) -> Path:
 def load_any(name: str) -> PooledColBERT:
     """A model from its folder, or from the hub by its id."""
     return load_model(name) if Path(name).is_dir() else PooledColBERT(name)
+
+
+# ---------------------------------------------------------------- choosing
+
+
+class Choice(NamedTuple):
+    """The smallest index that `choose` found to be good enough.
+
+    `table` has a row per budget and code, the smallest first, in percent: ``loss`` of NDCG@10
+    against the unpooled float32 index, measured or predicted; ``upper``, the upper end of its 95 %
+    interval; ``qualifies``; and what the loss is predicted from (see `choose`): ``best``, ``known``
+    and ``same``, the share of the ten best documents that stays.
+    """
+
+    budget: Budget
+    code: str
+    table: pd.DataFrame
+
+
+def known_items(
+    model: PooledColBERT, documents: dict[str, str], titles: bool = False, seed: int = 42
+) -> Collection:
+    """A sentence of each document, or its first line, as a query for the document it is taken from.
+
+    The sentence has 5 to 30 words, a first line 2 to 30; it lies in the part that the model reads,
+    and what is left of the document has at least 10. Documents without one have no query.
+    """
+    rng, most = random.Random(seed), readable(model)
+    corpus, queries = dict(documents), {}
+    for identifier, text in documents.items():
+        pieces = model.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        end = pieces["offset_mapping"][:most][-1][1] if pieces["offset_mapping"] else 0
+        parts = re.split(r"\n+" if titles else r"(?<=[.!?])\s+|\n+", text[:end])
+        if end < len(text):
+            parts.pop()  # it may be broken off
+        least, words = 2 if titles else 5, len(text.split())
+        fit = [
+            part
+            for part in (parts[:1] if titles else parts)
+            if least <= len(part.split()) <= min(30, words - 10)
+        ]
+        if fit:
+            queries[identifier] = rng.choice(fit)
+            corpus[identifier] = text.replace(queries[identifier], " ", 1)
+    return Collection("known items", corpus, queries, {q: {q: 1} for q in queries})
+
+
+def choose(
+    model: PooledColBERT,
+    documents: Iterable[tuple[str, str]] | Collection,
+    max_loss: float = 0.01,
+    queries: str | Sequence[str] = "sentences",
+    sample: int = 1000,
+    seed: int = 42,
+    progress: bool = True,
+) -> Choice:
+    """The smallest index of these documents that loses at most so much of NDCG@10.
+
+    Every budget and code of `frontier.sized_ways` is tried on a sample of the documents. Without
+    judgments the loss is predicted (`predicted_loss`) from ``best``: the loss where the one right
+    document of a query is what the unpooled index finds first. Beside it stands ``known``, the loss
+    where it is the document that a made query was taken from (`known_items`).
+
+    Parameters
+    ----------
+    documents
+        Ids and texts; or a collection with judgments, whose loss is measured.
+    max_loss
+        0.01 means: the upper end of the loss's 95 % interval, prediction error included, is at most
+        1 % of the unpooled index's NDCG@10.
+    queries
+        ``sentences`` taken out of their documents, ``titles`` (first lines), or your own.
+
+    Raises
+    ------
+    UserError
+        Where there are fewer than 30 queries.
+    """
+    if not 0 < max_loss < 1:
+        raise UserError(f"max_loss is {max_loss!r}; expected a share such as 0.01, for 1 %.")
+    if isinstance(documents, Collection):
+        collection = subset(documents, None, sample)
+    else:
+        chosen = _sampled(documents, sample, seed)
+        if isinstance(queries, str):
+            collection = known_items(model, chosen, queries == "titles", seed)
+        else:  # what is right is not known: the judgments are not used
+            asked = {str(i): text for i, text in enumerate(queries) if text.strip()}
+            collection = Collection("own", chosen, asked, dict.fromkeys(asked, {min(chosen): 1}))
+    if len(collection.queries) < 30:
+        raise UserError(
+            f"{len(collection.queries)} queries are too few to choose by; expected 30 or more. "
+            "Give more documents or queries of your own, or name a budget."
+        )
+    table = _losses(model, collection, progress)
+    if isinstance(documents, Collection):
+        table = table.rename(columns={"known": "loss", "known_error": "error"})
+    else:
+        table["loss"], table["error"] = predicted_loss(table["best"], table["best_error"])
+        table = table.drop(columns="known" if isinstance(queries, list) else [])
+    table["upper"] = table["loss"] + 1.96 * table["error"]
+    table["qualifies"] = (table["upper"] <= 100 * max_loss) | (table["way"] == UNPOOLED)
+    table = table.sort_values("bytes_per_document", ignore_index=True)
+    best = table[table["qualifies"]].iloc[0]
+    return Choice(best["budget"], best["code"], table)
+
+
+def _sampled(documents: Iterable[tuple[str, str]], most: int, seed: int) -> dict[str, str]:
+    """At most so many documents with a text, all equally likely; no others are held."""
+    rng, kept = random.Random(seed), []
+    for number, document in enumerate(pair for pair in documents if pair[1].strip()):
+        if number < most:
+            kept.append(document)
+        elif (place := rng.randrange(number + 1)) < most:
+            kept[place] = document
+    return dict(kept)
+
+
+def _losses(model: PooledColBERT, collection: Collection, progress: bool = True) -> pd.DataFrame:
+    """What each of `sized_ways` loses, percent: ``known`` and ``best`` with their standard errors,
+    and ``same``, which stays.
+    """
+    ways = sized_ways()
+    rows, values = measure(read_tokens(model, collection, progress=progress), ways, progress)
+    keys = dict.fromkeys(["model", "collection", "document_length"], "")
+    found = summary(rows.assign(**keys), values.assign(**keys))
+    table = found[["way", "code", "vectors_per_document", "bytes_per_document", "smaller"]]
+    by_way = values.groupby("way", sort=False)
+    return table.assign(
+        budget=[way.budget for way in ways],
+        known=100 - found["kept"],
+        known_error=(found["high"] - found["low"]) / 2 / 1.96,
+        best=100 - 100 * by_way["best@10"].mean().to_numpy(),
+        best_error=100 * by_way["best@10"].sem().to_numpy(),
+        same=100 * by_way["same@10"].mean().to_numpy(),
+    )
+
+
+def predict(model: PooledColBERT, name: str, folder: str | Path = PREDICTED) -> None:
+    """Store what `choose` would see of a collection's documents beside what its judgments say."""
+    collection = load_collection(name)
+    items = known_items(model, _sampled(collection.corpus.items(), 1000, 42))
+    seen, true = _losses(model, items), _losses(model, collection)
+    table = seen.drop(columns="budget").assign(
+        true=true["known"], true_error=true["known_error"], collection=Path(name).name
+    )
+    with atomic_path(Path(folder) / f"{slug(Path(name).name)}.csv") as temporary:
+        table.round(3).to_csv(temporary, index=False)
+
+
+def predictions(folder: str | Path = PREDICTED) -> pd.DataFrame:
+    """The rows of `predict` for all stored collections."""
+    if not (files := sorted(Path(folder).glob("*.csv"))):
+        raise UserError(
+            f"{folder} holds no rows of `python -m l2p_utils.index predict`; `git restore "
+            "data/frontier` brings the stored ones back."
+        )
+    return pd.concat(map(pd.read_csv, files), ignore_index=True)
+
+
+def predicted_loss(
+    best: ArrayLike, best_error: ArrayLike = 0.0, rows: pd.DataFrame | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The true loss, percent, that a loss of the unpooled index's best documents stands for.
+
+    It grows with the square of that: loss = factor · best² / 100, with a standard error of
+    relative · (1 + loss), which `best_error` comes on top of. Both are fitted to `rows`, by default
+    to all of `predictions`. Gives the loss and its standard error.
+    """
+    rows = predictions() if rows is None else rows
+    seen, true = rows["best"] ** 2 / 100, rows["true"]
+    # what few judgments say counts less
+    weights = 1 / ((1 + seen) ** 2 + rows["true_error"] ** 2)
+    factor = (weights * seen * true).sum() / (weights * seen**2).sum()
+    errors = ((true - factor * seen) / (1 + factor * seen)) ** 2
+    relative = np.sqrt(np.average(errors, weights=weights * (1 + seen) ** 2))
+    best = np.asarray(best)
+    loss = factor * best**2 / 100
+    return loss, np.hypot(relative * (1 + loss), factor * best * best_error / 50)
+
+
+def draw_predictions(rows: pd.DataFrame) -> NotebookFigure:
+    """Predicted against true loss, each collection's predicted from the others, with 95 % bands."""
+    with matplotlib.rc_context(STYLE):
+        figure = NotebookFigure(figsize=(7, 5.4), layout="constrained")
+        axis = figure.subplots()
+        errors, inside = [], []
+        for (name, part), marker in zip(rows.groupby("collection"), "o^sDvP*X", strict=False):
+            others = rows[rows["collection"] != name]
+            loss, error = predicted_loss(part["best"], part["best_error"], others)
+            axis.plot(loss, part["true"], marker, markersize=4, label=name)
+            errors += [*(part["true"] - loss)]
+            inside += [*(part["true"] <= loss + 1.96 * error)]
+        x = np.linspace(0, rows["true"].max(), 50)
+        relative = predicted_loss(0, 0, rows)[1]
+        half = 1.96 * relative * (1 + x)
+        axis.fill_between(x, x - half, x + half, color="#BBBBBB", alpha=0.4, label="95 % of errors")
+        axis.plot(x, x, color="black", linewidth=1)
+        axis.set(xlabel="Predicted loss (% of NDCG@10)", ylabel="Loss by judgments (%)")
+        axis.legend(fontsize=9)
+        figure.suptitle("What `choose` predicts without judgments", fontweight="bold")
+    figure.alt = (
+        f"Predicted against true loss of {len(rows)} ways on {rows['collection'].nunique()} "
+        f"collections: the mean absolute error is {np.abs(errors).mean():.1f} percent, "
+        f"{100 * np.mean(inside):.0f} % lie below the upper bound."
+    )
+    return figure
 
 
 # ---------------------------------------------------------------- the index
@@ -507,6 +734,9 @@ def _parser() -> argparse.ArgumentParser:
         budget = sub.add_mutually_exclusive_group()
         budget.add_argument("--pool-factor", type=float, help="about how many vectors become one")
         budget.add_argument("--max-vectors", type=int, help="at most so many per document")
+        if code:
+            what = "choose size and bits: lose at most so much of NDCG@10, such as 1%%"
+            budget.add_argument("--max-loss", type=_share, help=what)
         bits = dict(zip(("32", "16", "8", "4", "1"), CODES, strict=True))
         sub.add_argument("--bits", choices=bits, default=code, help="per value")
 
@@ -519,11 +749,16 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--model", default="bundled", help="bundled, a folder or a hub id")
     build.add_argument("--document-length", type=int, help="word pieces that are read")
     sized(build, "16")
+    build.add_argument(
+        "--queries", help="with --max-loss: a file of your own, one a line; or titles"
+    )
     read(build)
     search = command("search", "Print the best documents for a query.", "index", "query")
     search.add_argument("-k", type=int, default=10)
     read(command("add", "Add documents; known ids are replaced.", "index", "documents"))
     command("remove", "Remove documents.", "index").add_argument("ids", nargs="+")
+    predicts = command("predict", "How well `choose` predicts judgments.", "collection")
+    predicts.add_argument("--model", default="bundled", help="bundled, a folder or a hub id")
     command("stats", "What is stored, and how much smaller it is.", "index")
     sized(
         command("shrink", "Another index with fewer vectors, without the model.", "index", "out"),
@@ -531,6 +766,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     command("export", "Write ids, texts and vectors as Parquet.", "index", "file")
     return parser
+
+
+def _share(text: str) -> float:
+    return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+
+
+def _chosen(options: argparse.Namespace, model: PooledColBERT) -> tuple[Budget, str]:
+    """What `choose` finds, told."""
+    documents, queries = _documents(options, model), options.queries or "sentences"
+    if (Path(options.documents) / "qrels" / "test.tsv").is_file():
+        documents = load_collection(options.documents)
+    if queries not in ("sentences", "titles"):
+        if not Path(queries).is_file():
+            raise UserError(f"{queries} does not exist; expected a file with a query in each line.")
+        queries = Path(queries).read_text("utf-8").splitlines()
+    choice = choose(model, documents, options.max_loss, queries)
+    best = choice.table[choice.table["qualifies"]].iloc[0]
+    print(choice.table.drop(columns="budget").round(2).to_string(index=False))
+    if best["way"] == UNPOOLED:
+        print(f"Nothing smaller is sure to lose at most {options.max_loss:.1%}: all is kept.")
+    else:
+        print(
+            f"Chosen: {best['way']}, {best['smaller']:.0f} times smaller than unpooled float32. "
+            f"It loses {best['loss']:.1f} % of NDCG@10, and at most {best['upper']:.1f} %."
+        )
+    return choice.budget, choice.code
+
+
+def _named(options: argparse.Namespace) -> tuple[str, PooledColBERT]:
+    name = _bundled() if options.model == "bundled" else options.model
+    return name, load_any(name).eval()
 
 
 def _budget(options: argparse.Namespace, factor: float) -> Budget:
@@ -561,13 +827,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.command == "build":
-            name = _bundled() if options.model == "bundled" else options.model
-            model = load_any(name).eval()
+            name, model = _named(options)
             model.document_length = options.document_length or model.document_length
-            budget, code = _budget(options, 4), _code(options.bits)
+            if options.max_loss is None:
+                budget, code = _budget(options, 4), _code(options.bits)
+            else:
+                budget, code = _chosen(options, model)
             documents = _documents(options, model)
             index = Index.build(options.out, documents, model, name, budget, code=code)
             print(index.stats().to_string())
+            return 0
+        if options.command == "predict":
+            predict(_named(options)[1], options.collection)
+            save_figure(draw_predictions(predictions()), from_root("figures/frontier"), "predicted")
             return 0
         index = Index.open(options.index)
         if options.command == "search":

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -9,9 +10,19 @@ import pytest
 import torch
 
 from l2p_utils import index as module
+from l2p_utils.collection import Collection
 from l2p_utils.files import UserError
 from l2p_utils.frontier import CODES
-from l2p_utils.index import Index, excerpt, main, matched_words, passages, read_documents
+from l2p_utils.index import (
+    Index,
+    choose,
+    excerpt,
+    known_items,
+    main,
+    matched_words,
+    passages,
+    read_documents,
+)
 from l2p_utils.model import encode
 from l2p_utils.pooling import Budget, pool
 from l2p_utils.search import exact_search
@@ -111,6 +122,104 @@ def test_words_that_match_are_marked_in_an_excerpt(bundled_model):
         "… **two** **three** …"
     )
     assert excerpt("x " * 90, [], width=4) == "x x …"
+
+
+# --- choosing -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Forty documents of two sentences, each with a word of its own."""
+    things = [f"{a}{b}" for a in ("spline", "matrix", "array", "test", "row") for b in "abcdefgh"]
+    return [
+        (f"d{i}", f"The {thing} of it is found here. Then one more, a longer rest, for {thing}s "
+                  "and all that is left of it, follows.")
+        for i, thing in enumerate(things)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def choice(bundled_model, many):
+    return choose(bundled_model, iter(many), max_loss=0.5, progress=False)
+
+
+def test_a_choice_is_the_smallest_that_qualifies(choice):
+    table = choice.table
+    assert table["bytes_per_document"].is_monotonic_increasing and len(table) == 47
+    first = table[table["qualifies"]].iloc[0]
+    assert (first["budget"], first["code"]) == (choice.budget, choice.code)
+    assert (table["upper"] >= table["loss"])[table["loss"] > 0].all()
+    whole = table.set_index("way").loc["unpooled"]
+    assert whole["qualifies"] and whole["best"] == whole["known"] == 0 and whole["same"] == 100
+    assert table["best"].iloc[0] > 5 and table["same"].iloc[0] < 90  # the smallest loses much
+
+
+def test_where_nothing_is_sure_all_vectors_are_kept(bundled_model, many, monkeypatch):
+    monkeypatch.setattr(module, "predicted_loss", lambda best, error: (best, 9 + 0 * best))
+    strict = choose(bundled_model, many, queries=["a spline", "rows"] * 15, progress=False)
+    assert (strict.budget, strict.code) == (Budget(1), "float32")
+    assert "known" not in strict.table  # what is right is not known
+
+
+def test_judgments_are_used_where_there_are_some(bundled_model, many):
+    names = [name for name, _ in many]
+    queries = {name: text.split()[1] for name, text in many}
+    judged = Collection("own", dict(many), queries, {name: {name: 1} for name in names})
+    table = choose(bundled_model, judged, max_loss=0.2, progress=False).table
+    assert table.set_index("way").loc["unpooled", "loss"] == 0 and "known" not in table
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"max_loss": 1}, "such as 0.01"), ({"queries": ["one"]}, "1 queries are too few")],
+)
+def test_what_cannot_be_chosen_by_is_refused(bundled_model, many, options, message):
+    with pytest.raises(UserError, match=message):
+        choose(bundled_model, many, progress=False, **options)
+
+
+def test_known_items_take_the_query_out_of_the_document(bundled_model):
+    rest = " ".join(f"word{i}" for i in range(12))
+    documents = {
+        "sentence": f"Short one. This has five words surely. {rest}",
+        "title": f"A title\n{rest}",
+        "nothing": "Too short to be taken apart.",
+        "unread": f"{rest} {rest}. {rest} {rest}. This has five words surely.",
+        "empty": "",
+    }
+    found = known_items(bundled_model, documents)
+    assert found.queries == {"sentence": "This has five words surely."}
+    assert found.corpus["sentence"].split() == ["Short", "one.", *rest.split()]
+    assert found.corpus["nothing"] == documents["nothing"]
+    assert found.qrels == {"sentence": {"sentence": 1}}
+    titles = known_items(bundled_model, documents, titles=True)
+    assert titles.queries == {"title": "A title"} and titles.corpus["title"].split() == rest.split()
+
+
+def test_every_document_is_as_likely_in_the_sample():
+    counts = Counter(
+        name
+        for seed in range(300)
+        for name in module._sampled([(str(i), "x" * (i != 5)) for i in range(10)], 3, seed)
+    )
+    assert set(counts) == set("012346789") and all(60 < n < 140 for n in counts.values())
+
+
+def test_the_predicted_loss_is_fitted_to_stored_rows():
+    best = np.array([0, 4, 10, 20, 40])
+    rows = pd.DataFrame({"best": best, "true": 1.5 * best**2 / 100, "true_error": 1.0})
+    loss, error = module.predicted_loss(10, 2, rows)
+    assert loss == pytest.approx(1.5) and error == pytest.approx(1.5 * 10 * 2 / 50)  # no misfit
+    rows["true"] += [1, -1, 2, -2, 3]
+    assert module.predicted_loss(0, 0, rows)[1] > 0.2
+    rows = module.predictions()
+    assert rows["collection"].nunique() >= 5
+    within = []
+    for name, part in rows.groupby("collection"):  # each predicted from the others
+        others = rows[rows["collection"] != name]
+        loss, error = module.predicted_loss(part["best"], part["best_error"], others)
+        within += [*(part["true"] <= loss + 1.96 * error)]
+    assert np.mean(within) >= 0.95
 
 
 # --- search ---------------------------------------------------------------------------------------
