@@ -25,7 +25,7 @@ SNAKEMAKE = $(KEEP_MEMORY) $(PY) -m snakemake --cores $(CORES) \
 	--config "profile=$(PROFILE)" $(if $(HAVE),"have=$(HAVE)") $(if $(ONLY),"only=$(ONLY)") \
 	--rerun-incomplete --nolock --scheduler greedy --quiet all
 
-.PHONY: help run plan fetch test lab figures notebooks bench clean setup
+.PHONY: help run plan verify fetch test lab figures notebooks bench clean setup
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -39,6 +39,12 @@ run: setup  ## run a profile, or resume it: PROFILE=quick (default), offline, sm
 
 plan: setup  ## check a profile and its data, and show the jobs of `make run`
 	@$(NOTEBOOKS) plan "$(PROFILE)" $(if $(HAVE),--have "$(HAVE)")
+
+# A reference without a spread is refused before the run; compared with itself, it is silent.
+verify: setup  ## run quick, and hold its rows against the spread of the reference's training seeds
+	@$(PY) -m l2p_utils.results data/offline >/dev/null
+	@$(MAKE) --no-print-directory run PROFILE=quick HAVE= ONLY=
+	@$(PY) -m l2p_utils.results runs/quick/results
 
 fetch: setup  ## bring here what a profile needs from the hub (`make run` does it first)
 	@env -u HF_HUB_OFFLINE $(PY) -m l2p_utils.hub "$(PROFILE)"

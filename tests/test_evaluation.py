@@ -71,6 +71,25 @@ def test_what_counts_0():
     assert values[METRICS].to_numpy().tolist() == [[0, 0, 0]] * 4
 
 
+STORED_RUNS = sorted((ROOT / "data" / "offline" / "runs").glob("*/*/*.trec.gz"))
+
+
+@pytest.mark.parametrize("path", STORED_RUNS, ids=lambda path: path.stem)
+def test_a_stored_run_gives_its_row(path):
+    model, collection = path.parts[-3], path.parts[-2].replace("docs-", "docs:")
+    rows = read_rows(STORED_RUNS[0].parents[3]).query("engine == 'exact'")
+    rows = rows[(rows["model"] == model) & (rows["collection"] == collection)]
+    values = rows.set_index(["pool_method", "pool_variant", "pool_factor", "renormalized"])
+    expected = {f"{run_name(Setting(*k))}.trec.gz": v for k, v in values["ndcg@10"].items()}
+    qrels = evaluation.load_collection(collection).qrels
+    with gzip.open(path, "rt") as lines:
+        run = pytrec_eval.parse_run(lines)
+    found = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut_10"}).evaluate(run).values()
+    assert len(found) == len(qrels)
+    mean = np.mean([value["ndcg_cut_10"] for value in found])
+    assert mean == pytest.approx(expected[path.name], abs=1e-5)
+
+
 SCORED = st.dictionaries(st.sampled_from(DOCUMENTS), st.integers(0, 4), max_size=25)
 JUDGED = st.dictionaries(st.sampled_from(DOCUMENTS), st.integers(-2, 3), min_size=1, max_size=15)
 

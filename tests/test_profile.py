@@ -56,8 +56,15 @@ def test_shipped_profiles_load(name):
         profile.find_run("docs-scipy-pf9-s42")
 
 
-def test_quick_is_what_the_issue_asks_for():
-    profile = load_profile("quick")
+def test_quick_is_a_part_of_the_reference():
+    profile, reference = load_profile("quick"), load_profile("offline")
+    for part in ("seed", "threads", "model", "mining", "adaptation", "training", "use_sklearn"):
+        assert getattr(profile, part) == getattr(reference, part)
+    assert {*profile.evaluated_names} <= {*reference.evaluated_names}
+    measured = [one.evaluation for one in (profile, reference)]
+    for part in ("collections", "pool_methods", "pool_factors", "means"):
+        assert {*getattr(measured[0], part)} <= {*getattr(measured[1], part)}
+    assert measured[0].max_documents == measured[1].max_documents
     assert profile.model_names == ["baseline", "docs-scipy-pf1-s42", "docs-scipy-kmeans-pf1-6-s42"]
     assert profile.fitted_collections == ["docs:mixed", "docs:scipy"]
     assert profile.evaluation.pool_factors == [1, 2, 3, 4, 5, 6, 8, 16]

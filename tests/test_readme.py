@@ -202,6 +202,40 @@ def test_the_snippets_on_budgets_and_on_a_way_of_ones_own_run(bundled_model, tex
     assert [len(document) for document in stored] == expected
 
 
+def table(heading):
+    """First cells of the tables under a heading of artifact.md."""
+    section = DOCS["artifact.md"].split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| (.*?) \|", section, re.M)
+
+
+def test_every_column_and_every_folder_of_data_is_explained():
+    names = re.findall(r"`(.+?)`", " ".join(table("Columns")))
+    assert names == [*results.ROW_COLUMNS, "query_id", *results.MEASURES]
+    assert {*per_query()} == {*results.SETTING, "query_id", *results.MEASURES}
+    folders = re.findall(r"\[data/(\w+)\]", " ".join(table("Licences")))
+    assert sorted(folders) == sorted(p.name for p in (ROOT / "data").iterdir() if p.is_dir())
+
+
+def test_the_snippets_for_reviewers_run(monkeypatch, bundled_model, reports):
+    gains, run = re.findall(r"```python\n(.*?)```", DOCS["artifact.md"], re.S)
+    monkeypatch.chdir(ROOT)
+    exec(gains, known := {})
+    rows, name = results.read_rows(OFFLINE), "docs-scipy-kmeans-pf1-6-s42"
+    found = known["gain"].groupby("collection").mean()
+    assert len(found) == 5
+    for collection, gain in found.items():
+        curves = (
+            results.series(rows, m, collection, "kmeans") for m in (name, "docs-scipy-pf1-s42")
+        )
+        assert gain == pytest.approx(np.subtract(*curves)[6], abs=1e-5)
+    monkeypatch.chdir(reports.parent)
+    monkeypatch.setattr("l2p_utils.evaluation.load_evaluated", lambda *_: bundled_model)
+    exec(run.replace("docs:scipy", reports.name).replace("1000", "30"), {})
+    written = {path.name for path in Path("runs", "trec", name, reports.name).iterdir()}
+    expected = ("none-pf1", "kmeans-fast-pf6", "kmeans-fast-pf6-unit")
+    assert written == {f"{run}.trec.gz" for run in expected}
+
+
 @pytest.fixture
 def reports(tmp_path):
     """A folder in BEIR's layout: each document's number is its query's, half of them to train."""

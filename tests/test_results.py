@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 
@@ -296,71 +295,116 @@ def test_a_cell_is_inside_the_prediction_interval_worked_by_hand():
     assert results.compare_runs(other, reference).empty
 
 
-def test_the_spread_is_pooled_over_cells_of_a_method_and_factor():
+def test_the_spread_is_pooled_over_models_and_collections():
     # variances .0004 (2 degrees of freedom) and .0016 (2): pooled .001, t(.975, 4) = 2.7764
     second = {"collection": "docs:torch", "model": ["n0", "n1", "n2"]}
-    reference = pd.concat(
-        [seeds_of([0.50, 0.52, 0.54]), seeds_of([0.30, 0.34, 0.38]).assign(**second)]
-    )
-    (cell,) = results.compare_runs(seeds_of([0.5]), reference).itertuples()
-    assert cell.high - cell.mean == pytest.approx(2.776445 * math.sqrt(0.001 * 4 / 3), abs=1e-6)
+    alone = {"collection": "docs:numpy", "model": "o0"}  # one seed, so the interval is wider
+    unit = {"renormalized": True}  # a spread of its own
+    parts = [
+        seeds_of([0.50, 0.52, 0.54]),
+        seeds_of([0.30, 0.34, 0.38]).assign(**second),
+        seeds_of([0.20]).assign(**alone),
+        seeds_of([0.1, 0.9]).assign(**unit),
+    ]
+    run = pd.concat([seeds_of([0.5]), seeds_of([0.2]).assign(**alone)])
+    found = results.compare_runs(run, pd.concat(parts)).set_index("collection")
+    for collection, seeds in {"docs:scipy": 3, "docs:numpy": 1}.items():
+        half = 2.776445 * math.sqrt(0.001 * (1 + 1 / seeds))
+        assert found.loc[collection, "high"] - found.loc[collection, "mean"] == pytest.approx(half)
+    with pytest.raises(UserError, match="one training seed"):
+        results.compare_runs(run, seeds_of([0.5]))
 
 
 def test_one_more_seed_is_outside_in_a_twentieth_of_cells():
-    random = np.random.default_rng(0)
-    number = 2_000
-    cells = [f"c{i}" for i in range(number)]
+    # 400 spreads of five cells with two seeds each: with 1.96 in place of t it were 11 %
+    random, factors = np.random.default_rng(0), np.repeat(np.arange(2, 402), 5)
     row = seeds_of([0.0])
 
     def seed(n):
-        rows = row.loc[row.index.repeat(number)]
-        return rows.assign(
-            collection=cells, model=f"m{n}", **{"ndcg@10": random.normal(0.5, 0.01, number)}
-        )
+        rows = row.loc[row.index.repeat(len(factors))].assign(pool_factor=factors, model=f"m{n}")
+        values = random.normal(0.5, 0.01, len(factors))
+        return rows.assign(collection=[f"c{i % 5}" for i in range(2_000)], **{"ndcg@10": values})
 
-    found = results.compare_runs(seed(9), pd.concat([seed(n) for n in range(5)]))
-    assert len(found) == number and 0.03 < 1 - found["inside"].mean() < 0.07
+    found = results.compare_runs(seed(9), pd.concat([seed(0), seed(1)]))
+    assert len(found) == 2_000 and 0.035 < 1 - found["inside"].mean() < 0.065
 
 
-def runs_of(folder, seeds, models=QUICK_MODELS, shift=0.0, **shifts):
-    """Rows of models with so many training seeds; those trained with kmeans are shifted.
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Five seeds; a second training collection, on which kmeans gains much more."""
+    both = [*QUICK_MODELS, ("docs:torch", "none", "1"), ("docs:torch", "kmeans", "1-6")]
+    return runs_of(tmp_path_factory.mktemp("reference"), range(40, 45), both)
 
-    `shifts` are of the kmeans model of one training collection, by its package.
-    """
-    random = np.random.default_rng(len(seeds))
-    for model, seed in itertools.product(models, seeds):
-        rows, values = make_rows([model], queries=4, plaid=False)
-        name = f"{rows['model'].iloc[0]}-{seed}"
-        moved = rows["ndcg@10"] + random.normal(0, 0.002, len(rows))
-        if model[1] == "kmeans":
-            moved += shift + shifts.get(model[0].removeprefix("docs:"), 0.0)
-        rows = rows.assign(model=name, seed=seed, **{"ndcg@10": moved})
-        write_rows(folder, name, rows, values.assign(model=name))
+
+def runs_of(folder, seeds, models=QUICK_MODELS, shift=0.0, factors=range(1, 7)):
+    """Rows of models with these training seeds; those trained with kmeans are shifted."""
+    random, parts = np.random.default_rng(len(seeds)), []
+    rows, values = make_rows(models, queries=4, plaid=False)
+    kmeans, torch = rows["train_method"] == "kmeans", rows["train_collection"] == "docs:torch"
+    more = np.where(torch, 0.1, shift) * (kmeans & rows["pool_factor"].isin(factors))
+    for seed in seeds:
+        moved = rows["ndcg@10"] + more + random.normal(0, 0.002, len(rows))
+        names = rows["model"] + f"-{seed}"
+        parts.append(rows.assign(model=names, seed=seed, **{"ndcg@10": moved}))
+    write_rows(folder, "all", pd.concat(parts), values)
     return str(folder)
 
 
-def test_a_run_is_within_the_spread_and_another_training_is_not(tmp_path, capsys):
-    # the reference has a second training collection, on which kmeans gains much more
-    both = [*QUICK_MODELS, ("docs:torch", "none", "1"), ("docs:torch", "kmeans", "1-6")]
-    reference = runs_of(tmp_path / "reference", range(5), both, torch=0.1)
-    same = runs_of(tmp_path / "same", [42])
-    assert results.main([same, "--reference", reference]) == 0
+def test_another_seed_and_the_reference_itself_are_within_its_spread(tmp_path, reference, capsys):
+    assert results.main([runs_of(tmp_path, [50]), "--reference", reference]) == 0
     shown = capsys.readouterr().out
-    assert "of 240 cells are outside" in shown and "The run is within" in shown
-    assert shown.count("docs:scipy") >= 2 and "docs:torch       False" not in shown
-    other = runs_of(tmp_path / "other", [43], shift=-0.02)
-    assert results.main([other, "--reference", reference]) == 1
-    headlines = results.compare_headlines(*map(read_rows, (other, reference)))
+    assert "240 cells of exact search" in shown and "; 0 rows equal" in shown
+    cells = results.compare_runs(*map(read_rows, (tmp_path, reference)))
+    assert f"\n{(~cells['inside']).sum()} cells (" in shown
+    assert "The run is within the spread" in shown and "docs:torch False" not in shown
+    assert results.main([reference, "--reference", reference]) == 0
+    assert "400 cells of exact search" in (shown := capsys.readouterr().out)
+    assert "; 2000 rows equal" in shown and "\n0 cells (0.0 %) are outside" in shown
+
+
+@pytest.mark.parametrize(("shift", "factors", "few"), [(-0.03, range(1, 7), 0), (-0.005, [6], 1)])
+def test_another_training_fails_as_does_a_headline_alone(
+    tmp_path, reference, capsys, shift, factors, few
+):
+    run = runs_of(tmp_path, [40], shift=shift, factors=factors)
+    assert results.main([run, "--reference", reference]) == 1
+    cells = results.compare_runs(*map(read_rows, (run, reference)))
+    outside = cells[~cells["inside"]]
+    assert (len(outside) <= 0.1 * len(cells)) == few
+    shown = capsys.readouterr().out
+    assert "NOT within" in shown
+    listed = shown.count("docs-scipy-kmeans-pf1-6-s42-40")
+    assert listed == (outside["train_method"] == "kmeans").sum() > 0
+    headlines = results.compare_headlines(*map(read_rows, (run, reference)))
     assert headlines["rival"].tolist() == ["FT PF1", "the baseline"]
     assert headlines["train_collection"].tolist() == ["docs:scipy"] * 2
     assert not headlines["inside"].any()
 
 
-def test_without_a_spread_or_a_headline_no_run_passes(tmp_path, capsys):
+def test_a_headline_worked_by_hand():
+    # gains over FT PF1 of seeds 0 and 1: .02 and .04 on one collection, .06 and .05 on the other
+    def one(model, method, seed, collection, value):
+        training = {"train_method": method, "train_factors": "1-6" if method == "kmeans" else "1"}
+        cell = {"pool_method": "kmeans", "pool_factor": 6, "collection": collection, **training}
+        return seeds_of([value], **cell).assign(model=f"{model}{seed}", seed=seed)
+
+    values = {("a", 0): 0.02, ("a", 1): 0.04, ("b", 0): 0.06, ("b", 1): 0.05}
+    parts = [one("k", "kmeans", s, c, 0.5 + gain) for (c, s), gain in values.items()]
+    parts += [one("p", "none", s, c, 0.5) for c, s in values]
+    rows = pd.concat(parts)
+    found = results.compare_headlines(rows[rows["seed"] == 0], rows).iloc[0]
+    # means over collections .04 and .045: mean .0425, s = .0035355; t(.975, 1) = 12.7062
+    half = 12.7062047 * 0.0035355339 * math.sqrt(1.5)
+    assert (found["ours"], found["mean"]) == pytest.approx((0.04, 0.0425))
+    assert found["high"] - found["mean"] == pytest.approx(half)
+
+
+def test_without_a_spread_or_a_headline_no_run_passes(tmp_path, reference, capsys):
     one = runs_of(tmp_path / "one", [42])
     assert results.main([one, "--reference", one]) == 1
     assert "one training seed" in capsys.readouterr().err
     baseline = runs_of(tmp_path / "baseline", [42], QUICK_MODELS[:1])
-    assert results.main([baseline, "--reference", runs_of(tmp_path / "r", range(3))]) == 1
+    assert results.main([baseline, "--reference", reference]) == 1
+    assert "no headline difference in common" in capsys.readouterr().err
     assert results.main([str(tmp_path / "none"), "--reference", one]) == 1
     assert "no result rows" in capsys.readouterr().err
