@@ -403,6 +403,12 @@ def pooling_panels(
     return panels
 
 
+def is_live() -> bool:
+    """Whether a widget can run: VS Code sets the one, JupyterLab the other, papermill neither."""
+    names = getattr(get_ipython(), "user_ns", {})
+    return "__vsc_ipynb_file__" in names or "JPY_SESSION_NAME" in os.environ
+
+
 def step_through(
     example: Example, pool_factor: int = 4, pool_method: PoolMethod = "kmeans"
 ) -> ipywidgets.Widget | NotebookFigure:
@@ -411,9 +417,7 @@ def step_through(
     def show(factor: int, method: PoolMethod) -> NotebookFigure:
         return draw_clusters(pooling_panels(example, method, [factor]))
 
-    names = getattr(get_ipython(), "user_ns", {})
-    # VS Code sets the one and JupyterLab the other; papermill and nbconvert set neither
-    if "__vsc_ipynb_file__" not in names and "JPY_SESSION_NAME" not in os.environ:
+    if not is_live():
         return show(pool_factor, pool_method)
     slider = ipywidgets.IntSlider(pool_factor, min=1, max=6, description="pool factor")
     buttons = ipywidgets.ToggleButtons(options=METHODS, value=pool_method)

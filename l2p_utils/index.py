@@ -10,30 +10,37 @@ segments, each some thousand documents; what is added becomes a new one, what is
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import heapq
+import html
 import itertools
 import json
 import os
 import random
 import re
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ipywidgets
 import matplotlib
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from IPython.display import HTML
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from l2p_utils.collection import Collection, load_collection, subset
+from l2p_utils.explain import is_live
 from l2p_utils.figures import STYLE, NotebookFigure, save_figure
 from l2p_utils.files import (
     PROVENANCE,
@@ -203,8 +210,13 @@ def matched_words(
     return spans
 
 
-def excerpt(text: str, spans: Sequence[tuple[int, int]], width: int = 160) -> str:
-    """The part of a text with most of the spans, these in **bold**, on one line."""
+def excerpt(
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    width: int = 160,
+    marks: tuple[str, str] = ("**", "**"),
+) -> str:
+    """The part of a text with most of the spans, these between marks, on one line."""
 
     def within(start: int) -> list[tuple[int, int]]:
         return [(a, b) for a, b in spans if start <= a and b <= start + width]
@@ -212,7 +224,7 @@ def excerpt(text: str, spans: Sequence[tuple[int, int]], width: int = 160) -> st
     start = end = max([0, *(a for a, _ in spans)], key=lambda place: (len(within(place)), -place))
     parts = ["… " if start else ""]
     for a, b in within(start):
-        parts += [text[end:a], f"**{text[a:b]}**"]
+        parts += [text[end:a], marks[0], text[a:b], marks[1]]
         end = b
     parts += [text[end : start + width], " …" if start + width < len(text) else ""]
     return " ".join("".join(parts).split())
@@ -231,6 +243,16 @@ def _free_place(folder: str | Path) -> Path:
             "folder, an empty one, or an index. Name another."
         )
     return folder
+
+
+def named_model(name: str) -> tuple[str, PooledColBERT]:
+    """Where a model is, and the model: ``bundled`` (made if it is missing), a folder or a hub id."""
+    if name == "bundled":
+        from l2p_utils.profile import load_profile
+        from l2p_utils.training import make_baseline  # takes seconds to import
+
+        name = str(make_baseline(load_profile("quick")))
+    return name, load_any(name).eval()
 
 
 def load_any(name: str) -> PooledColBERT:
@@ -343,6 +365,37 @@ def choose(
     table = table.sort_values("bytes_per_document", ignore_index=True)
     best = table[table["qualifies"]].iloc[0]
     return Choice(best["budget"], best["code"], table)
+
+
+def draw_choice(choice: Choice, max_loss: float) -> NotebookFigure:
+    """Loss against bytes per document, with 95 % intervals; what qualifies is filled."""
+    table = choice.table[choice.table["way"] != UNPOOLED]
+    with matplotlib.rc_context(STYLE):
+        figure = NotebookFigure(figsize=(8, 5), layout="constrained")
+        axis = figure.subplots()
+        for (code, part), marker in zip(table.groupby("code", sort=False), "^oDsv", strict=False):
+            x, y = part["bytes_per_document"], part["loss"]
+            axis.errorbar(x, y, part["upper"] - y, fmt="none", color="#AAAAAA", zorder=1)
+            axis.plot(x, y, marker, markerfacecolor="white", color="#0072B2", label=code)
+            good = part["qualifies"]
+            axis.plot(x[good], y[good], marker, color="#0072B2")
+        axis.axhline(100 * max_loss, color="black", linestyle="--", linewidth=1)
+        chosen = choice.table[choice.table["qualifies"]].iloc[0]
+        axis.annotate(
+            chosen["way"], (chosen["bytes_per_document"], chosen["loss"]), (0, -30),
+            textcoords="offset points", ha="center", arrowprops={"arrowstyle": "->"},
+        )  # fmt: skip
+        axis.set(xscale="log", xlabel="Bytes per document (log scale)")
+        axis.set(ylabel="Loss of NDCG@10 (%)", ylim=(min(-8, table["loss"].min()), 40))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.legend(title="values as", fontsize=9)
+        figure.suptitle(f"Filled: sure to lose at most {max_loss:.0%}", fontweight="bold")
+    figure.alt = (
+        "Loss against bytes per document. The smallest that is sure to lose at most "
+        f"{max_loss:.0%} is {chosen['way']}: {chosen['bytes_per_document']:,.0f} bytes, "
+        f"{chosen['loss']:.1f} %, at most {chosen['upper']:.1f} %."
+    )
+    return figure
 
 
 def _sampled(documents: Iterable[tuple[str, str]], most: int, seed: int) -> dict[str, str]:
@@ -717,6 +770,43 @@ class Index:
         )
 
 
+# ---------------------------------------------------------------- the notebook
+
+
+def search_box(
+    index: Index, query: str, k: int = 5, factors: Sequence[int] = (1, 2, 4, 8)
+) -> ipywidgets.Widget | HTML:
+    """A query box, and a slider that pools the index further; elsewhere their first position.
+
+    Hits have the words that match in colour. Below stands what the index itself finds and the
+    smaller one does not.
+    """
+
+    @functools.cache
+    def shrunken(factor: int) -> Index:
+        folder = Path(tempfile.mkdtemp(prefix="smaller-index-")) / "index"
+        return index if factor == 1 else index.shrink(folder, factor)
+
+    def show(query: str, factor: int) -> HTML:
+        hits, whole = (some.search([query], k)[0] for some in (shrunken(factor), index))
+        words = matched_words(index.model, query, [hit.text for hit in hits])
+        lines = ""
+        for hit, spans in zip(hits, words, strict=True):
+            part = html.escape(excerpt(hit.text, spans, 240, ("\0", "\1")))
+            part = part.replace("\0", "<mark>").replace("\1", "</mark>")
+            lines += f"<li><b>{html.escape(hit.id)}</b> ({hit.score:.2f}) {part}</li>"
+        gone = [hit.id for hit in whole if hit.id not in {hit.id for hit in hits}]
+        size = shrunken(factor).stats()["bytes per document"]
+        note = f"{size:,.0f} bytes per document" + (f"; lost: {', '.join(gone)}" if gone else "")
+        return HTML(f"<ol>{lines}</ol><p>{html.escape(note)}</p>")
+
+    if not is_live():
+        return show(query, factors[0])
+    box = ipywidgets.Text(query, description="query", continuous_update=False)
+    slider = ipywidgets.SelectionSlider(options=factors, description="pooled again")
+    return ipywidgets.interactive(show, query=box, factor=slider)
+
+
 # ---------------------------------------------------------------- the shell
 
 
@@ -794,11 +884,6 @@ def _chosen(options: argparse.Namespace, model: PooledColBERT) -> tuple[Budget, 
     return choice.budget, choice.code
 
 
-def _named(options: argparse.Namespace) -> tuple[str, PooledColBERT]:
-    name = _bundled() if options.model == "bundled" else options.model
-    return name, load_any(name).eval()
-
-
 def _budget(options: argparse.Namespace, factor: float) -> Budget:
     if options.max_vectors is not None:
         return Budget(max_vectors=options.max_vectors)
@@ -814,20 +899,12 @@ def _documents(options: argparse.Namespace, model: PooledColBERT) -> Iterable[tu
     return passages(model, documents) if options.passages else documents
 
 
-def _bundled() -> str:
-    """The folder of the bundled baseline, which is made if it is missing."""
-    from l2p_utils.profile import load_profile
-    from l2p_utils.training import make_baseline  # takes seconds to import
-
-    return str(make_baseline(load_profile("quick")))
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Build, search, grow and shrink an index of your own documents."""
     options = _parser().parse_args(arguments)
     try:
         if options.command == "build":
-            name, model = _named(options)
+            name, model = named_model(options.model)
             model.document_length = options.document_length or model.document_length
             if options.max_loss is None:
                 budget, code = _budget(options, 4), _code(options.bits)
@@ -838,7 +915,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(index.stats().to_string())
             return 0
         if options.command == "predict":
-            predict(_named(options)[1], options.collection)
+            predict(named_model(options.model)[1], options.collection)
             save_figure(draw_predictions(predictions()), from_root("figures/frontier"), "predicted")
             return 0
         index = Index.open(options.index)
