@@ -246,7 +246,7 @@ def _free_place(folder: str | Path) -> Path:
 
 
 def named_model(name: str) -> tuple[str, PooledColBERT]:
-    """Where a model is, and the model: ``bundled`` (made if it is missing), a folder or a hub id."""
+    """Where a model is, and the model: ``bundled`` (made if missing), a folder or a hub id."""
     if name == "bundled":
         from l2p_utils.profile import load_profile
         from l2p_utils.training import make_baseline  # takes seconds to import
