@@ -227,31 +227,48 @@ def plaid_search(
         return exact_search(queries, unit, document_ids, top_k)
     with contextlib.ExitStack() as stack:
         place = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="l2p-plaid-"))
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        options = {"nbits": nbits, "n_ivf_probe": n_ivf_probe, "n_full_scores": n_full_scores}
+        built = [documents[i].float() for i in kept], [document_ids[i] for i in kept]
+        index = plaid_index(place, *built, seed=seed, **options)
+        size = index_size(place)
+        start = time.perf_counter()
+        found = plaid_ranking(index, queries, min(top_k, len(kept)))
+        seconds = time.perf_counter() - start
+    ids = [[name for _, name in row] for row in found]
+    return Ranking(ids, [[score for score, _ in row] for row in found], seconds, size)
+
+
+def plaid_index(
+    folder: str | Path,
+    documents: list[torch.Tensor] | None = None,
+    ids: list[str] | None = None,
+    seed: int = 42,
+    **options: Any,
+) -> indexes.PLAID:
+    """PyLate's PLAID index in `folder`: opened, or built of documents (float32) and their ids."""
+    with contextlib.redirect_stdout(io.StringIO()), _seeded(seed):
         # fast-plaid draws the documents for its centroids before it sets its seed.
-        stack.enter_context(_seeded(seed))
         index = indexes.PLAID(
-            index_folder=str(place),
+            index_folder=str(folder),
             index_name="index",
-            override=True,
-            nbits=nbits,
-            n_ivf_probe=n_ivf_probe,
-            n_full_scores=n_full_scores,
+            override=documents is not None,
             seed=seed,
             num_threads=1,
             show_progress=False,
+            **options,
         )
-        index.add_documents(
-            documents_ids=[document_ids[i] for i in kept],
-            documents_embeddings=[documents[i].float() for i in kept],
-        )
-        size = index_size(place)
-        start = time.perf_counter()
-        found = index([query.float() for query in queries], k=min(top_k, len(kept)))
-        seconds = time.perf_counter() - start
-    pairs = [sorted(((hit["score"], hit["id"]) for hit in hits), reverse=True) for hits in found]
-    ids = [[name for _, name in row] for row in pairs]
-    return Ranking(ids, [[float(score) for score, _ in row] for row in pairs], seconds, size)
+        if documents is not None:
+            index.add_documents(documents_ids=ids, documents_embeddings=documents)
+    return index
+
+
+def plaid_ranking(
+    index: indexes.PLAID, queries: list[torch.Tensor], k: int
+) -> list[list[tuple[float, str]]]:
+    """Scores and ids of the `k` best documents of each query; equal scores by id, descending."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = index([query.float() for query in queries], k=k)
+    return [sorted(((float(h["score"]), h["id"]) for h in hits), reverse=True) for hits in found]
 
 
 def index_size(folder: str | Path) -> int:

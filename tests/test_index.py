@@ -1,13 +1,19 @@
 """An index of one's own documents: what goes in, comes out, and survives."""
 
+import http.server
 import json
 import os
+import shutil
+import subprocess
+import sys
+import threading
 from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from qdrant_client import QdrantClient
 
 from l2p_utils import index as module
 from l2p_utils.collection import Collection
@@ -31,6 +37,16 @@ from l2p_utils.search import exact_search
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     monkeypatch.setattr(module, "SEGMENT", 3)
+
+
+@pytest.fixture(params=["exact", "qdrant", "server"])
+def engine(request, monkeypatch):
+    """Options of `build`; a server's place is taken by the client's own engine."""
+    if request.param != "server":
+        return {"engine": request.param}
+    client = QdrantClient(":memory:")
+    monkeypatch.setattr(module, "connect", lambda url: client)
+    return {"url": "http://localhost:6333"}
 
 
 @pytest.fixture
@@ -226,22 +242,48 @@ def test_the_predicted_loss_is_fitted_to_stored_rows():
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_found_is_what_exact_search_finds_in_what_is_stored(built, documents, bundled_model, code):
-    index = built(budget=2, code=code)
+def test_found_is_what_exact_search_finds_in_what_is_stored(
+    built, documents, bundled_model, code, engine
+):
+    exact = engine == {"engine": "exact"}
+    if not exact and code not in module.Qdrant.codes:
+        with pytest.raises(UserError, match="expected one of .'float32', 'float16', 'int8'.*exact"):
+            built(code=code, **engine)
+        return
+    index = built(budget=2, code=code, **engine)
     asked = ["cubic spline", "sorted rows", "linear equations"]
     names, texts = zip(*documents, strict=True)
     vectors = pool(encode(bundled_model, texts, False), 2, "kmeans", renormalize=True)
-    stored = [CODES[code].decode(document) for document in vectors]
+    stored = index.engine.read(index.rows)
+    for one, other in zip(stored, vectors, strict=True):
+        close = torch.isclose(one, CODES[code].decode(other), atol=1e-5 if exact else 5e-3)
+        assert close.float().mean() > 0.99  # rounded differently at the edge between two levels
     judge = exact_search(encode(bundled_model, asked, True), stored, names, 5)
-    found = index.search(asked, k=5)
-    assert [ids(hits) for hits in found] == judge.documents
-    assert [[h.score for h in hits] for hits in found] == [pytest.approx(s) for s in judge.scores]
-    assert dict(documents)[found[0][0].id] == found[0][0].text
-    assert ids(Index.open(index.folder).search(asked[:1], k=1)[0]) == judge.documents[0][:1]
+    rounding = 2e-3 if code in ("float16", "int8") else 1e-5  # Qdrant rounds queries too
+    for hits, ids_, scores in zip(
+        index.search(asked, 5), judge.documents, judge.scores, strict=True
+    ):
+        assert [hit.score for hit in hits] == pytest.approx(scores, abs=rounding)
+        assert ids(hits)[0] == ids_[0] and hits[0].text == dict(documents)[ids_[0]]
+    again = Index.open(index.folder)
+    assert ids(again.search(asked[:1], k=1)[0]) == judge.documents[0][:1]
+    assert again.search([], 3) == [] and len(again.search(["x"] * 40, 99)[39]) == 8
 
 
-def test_an_index_grows_and_forgets(built, documents):
-    index = built(given=documents[:4])
+def test_vectors_are_compared_at_their_own_length(tmp_path):
+    """MaxSim by hand: max(3·1, 1·1) + max(0, 1·2) and 2 + 0."""
+    shard = module.Qdrant(
+        tmp_path, {"collection": "x", "dim": 2, "code": "float32", "graph": False}
+    )
+    given = [torch.tensor([[3.0, 0], [1, 2]]), torch.tensor([[2.0, -1]])]
+    shard.write(tmp_path, 0, ["a", "b"], given)
+    rows = pd.DataFrame({"live": [True, True], "vectors": [2, 1]})
+    ((numbers, scores),) = shard.search([torch.eye(2)], 2, rows)
+    assert (numbers.tolist(), scores.tolist()) == ([0, 1], [5.0, 1.0])
+
+
+def test_an_index_grows_and_forgets(built, documents, engine):
+    index = built(given=documents[:4], **engine)
     index.add([*documents[4:], ("d0", "Fit a cubic spline.")])
     assert index.stats()["documents"] == 8
     assert set(ids(index.search(["cubic spline"], k=2)[0])) == {"d0", "d5"}
@@ -251,6 +293,60 @@ def test_an_index_grows_and_forgets(built, documents):
     assert again.stats()["documents"] == 6
     again.add([documents[0]])
     assert again.stats()["documents"] == 7 and "d0" in ids(again.search([documents[0][1]], k=1)[0])
+    again.remove([f"d{i}" for i in range(8)])
+    assert again.search(["cubic spline"]) == [[]]
+    with pytest.raises(UserError, match="no documents left"):
+        again.shrink(index.folder.with_name("small"))
+
+
+def test_an_addition_that_was_killed_leaves_nothing_to_find(built, documents, engine):
+    index = built(given=documents[:4], **engine)
+    ghost = encode(index.model, [documents[5][1]], False)
+    (index.folder / "00002").mkdir()
+    index.engine.write(index.folder / "00002", 4, ["ghost"], ghost)  # and no more
+    index.close()
+    again = Index.open(index.folder)
+    assert sorted(ids(again.search(["cubic spline"], k=9)[0])) == ["d0", "d1", "d2", "d3"]
+    again.add(documents[4:6])
+    assert ids(again.search(["cubic spline"], k=1)[0]) == ["d5"]
+
+
+def test_another_process_is_told_that_a_shard_is_open(built):
+    index = built(engine="qdrant")
+    index.close()
+    hold = "import sys, filelock as f; l = f.FileLock(sys.argv[1]); l.acquire(); input(print())"
+    command = [sys.executable, "-uc", hold, str(index.folder / "qdrant.lock")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="Another process holds the index .*index open"):
+            index.search(["spline"])
+        assert index.stats()["documents"] == 8
+        other.communicate(b"\n")
+    assert index.search(["spline"])[0]
+
+
+@pytest.mark.parametrize("engine", ["qdrant", "server"], indirect=True)
+def test_a_graph_says_what_it_finds(built, documents, engine):
+    index = built(graph=True, **engine)
+    assert index.stats()["recall@10 of the graph, against a scan"] == 1  # of eight documents
+    index.add([("new", documents[5][1])])
+    assert set(ids(Index.open(index.folder).search(["cubic spline"], k=2)[0])) == {"d5", "new"}
+
+
+def test_plaid_searches_and_says_what_it_cannot_do(built, documents):
+    other = built(name="other", code="1 bit")
+    index = other.shrink(other.folder.with_name("plaid"), engine="plaid", code="int8")
+    assert not [*index.folder.rglob("vectors.npy")] and index.stats()["engine"] == "plaid, int8"
+    assert ids(index.search(["cubic spline"], k=1)[0]) == ["d5"]
+    assert index.remove(["d5"]) == 1
+    assert len(ids(Index.open(index.folder).search(["cubic spline"], k=8)[0])) == 7
+    calls = (lambda: index.add(documents), lambda: index.export("x"), lambda: index.shrink("x", 2))
+    for call in calls:
+        with pytest.raises(UserError, match="keeps no vectors.*shrink … --engine plaid"):
+            call()
+    with pytest.raises(UserError, match="at least 10 vectors"):
+        built(name="few", given=[("a", "one")], engine="plaid")
 
 
 def test_repeated_and_empty_texts_are_left_out_and_counted(built, documents):
@@ -262,10 +358,15 @@ def test_repeated_and_empty_texts_are_left_out_and_counted(built, documents):
 
 
 def test_the_numbers_of_an_index_by_hand(built, documents, bundled_model):
-    stats = built(budget=Budget(max_vectors=5), code="1 bit").stats()
+    index = built(budget=Budget(max_vectors=5), code="1 bit")
+    stats = index.stats()
     tokens = [len(document) for document in encode(bundled_model, [t for _, t in documents], False)]
     vectors = sum(min(n, 5) for n in tokens)
     assert stats["bytes of vectors"] == vectors * 16 + 8 * 8
+    assert stats["bytes on this disk, texts included"] >= sum(
+        file.stat().st_size for file in index.folder.rglob("*") if file.is_file()
+    )
+    assert stats["bytes of memory that search needs here"] > vectors * 16 + 8 * 8
     ratio = (sum(tokens) * 512 + 64) / (vectors * 16 + 64)
     assert stats["times smaller than unpooled float32"] == pytest.approx(ratio, abs=0.05)
     long = built(name="long", given=[("a", "spline " * 60), ("b", "one")]).stats()
@@ -278,8 +379,8 @@ def test_the_numbers_of_an_index_by_hand(built, documents, bundled_model):
 # --- what survives --------------------------------------------------------------------------------
 
 
-def test_a_build_that_is_broken_off_goes_on(built, documents, monkeypatch):
-    index = built(given=documents[:2])  # a good one stands there
+def test_a_build_that_is_broken_off_goes_on(built, documents, monkeypatch, engine):
+    index = built(given=documents[:2], **engine)  # a good one stands there
     encoded, encode_ = [], module.encode
 
     def failing(model, texts, **options):
@@ -290,22 +391,29 @@ def test_a_build_that_is_broken_off_goes_on(built, documents, monkeypatch):
 
     monkeypatch.setattr(module, "encode", failing)
     with pytest.raises(KeyboardInterrupt):
-        built()
+        built(**engine)
     assert encoded == [3, 3] and index.stats()["documents"] == 2
     monkeypatch.setattr(module, "encode", lambda *a, **k: encoded.append(0) or encode_(*a, **k))
-    whole = built()
+    whole = built(**engine)
     assert encoded == [3, 3, 0] and whole.stats()["documents"] == 8
+    assert whole.timing["documents encoded"] == 2
+    assert ids(whole.search(["cubic spline"], k=1)[0]) == ["d5"]
+    if "url" in engine:  # the former's collection is gone, and nothing else is left there
+        assert len(module.connect("").get_collections().collections) == 1
     assert os.listdir(whole.folder.parent) == ["index"]
     with pytest.raises(UserError, match="'2 bits'; expected one of"):
         built(code="2 bits")
 
 
 @pytest.mark.parametrize("method", ["span", "kmeans"])
-def test_an_index_shrinks_without_the_model(built, documents, bundled_model, method, monkeypatch):
-    index = built(budget=2, code="float32", pool_method=method)
+def test_an_index_shrinks_without_the_model(
+    built, documents, bundled_model, method, monkeypatch, engine
+):
+    index = built(budget=2, code="float32", pool_method=method, **engine)
     index.remove(["d3"])
     monkeypatch.setattr(module, "encode", None)
     small = index.shrink(index.folder.with_name("small"), 2, "int8")
+    assert {key: small.settings[key] for key in engine} == engine
     names, vectors, sizes = zip(
         *((f["id"].tolist(), v, s) for f, v, s in map(small._segment, small.settings["segments"])),
         strict=True,
@@ -357,6 +465,95 @@ def test_export_has_everything(built, tmp_path, documents):
     assert len(vectors) == len(frame["sizes"][0]) and frame["text"][0] == documents[0][1]
 
 
+def test_parts_that_two_jobs_build_are_merged_to_what_one_builds(
+    tmp_path, documents, model_folder, bundled_model, engine, capsys
+):
+    lines = [json.dumps({"id": name, "text": text}) for name, text in [*documents, ("", " ")]]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    place = [f"--{key}={value}" for key, value in engine.items()]
+    build = ["build", str(tmp_path / "in.jsonl"), "--model", str(model_folder), *place]
+    outs = {part: str(tmp_path / part[0]) for part in ("1/2", "2/2", "one", "all")}
+    for part in ("1/2", "2/2"):
+        assert main([*build, "--part", part, "--out", outs[part]]) == 0
+    assert main([*build, "--out", outs["one"]]) == 0
+    parts = [outs[part] for part in ("1/2", "2/2")]
+    assert main(["merge", *parts, "--out", outs["all"]]) == 0
+    one, merged = Index.open(outs["one"], bundled_model), Index.open(outs["all"], bundled_model)
+    assert merged.settings["left_out"] == one.settings["left_out"] == {"empty": 1}
+    asked = [text for _, text in documents]
+    pairs = zip(one.search(asked, 8), merged.search(asked, 8), strict=True)
+    assert all(ids(a) == ids(b) for a, b in pairs)
+    twice = Index.merge(tmp_path / "twice", [one, merged])
+    assert twice.stats()["left out: repeated"] == twice.stats()["documents"] == 8
+    other = Index.build(tmp_path / "o", documents, bundled_model, "x", 2, progress=False, **engine)
+    with pytest.raises(UserError, match="made differently: budgets"):
+        Index.merge(tmp_path / "twice", [one, other])
+    capsys.readouterr()
+    assert main([*build, "--part", "3/2", "--out", outs["one"]]) == 1
+    assert "--part is 3/2; expected such as 1/2" in capsys.readouterr().err
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"code": "2 bits"}, "code is '2 bits'; expected one of"),
+        ({"engine": "faiss"}, "expected one of .'qdrant', 'exact', 'plaid'."),
+        ({"engine": "exact", "url": "http://x"}, "a url for Qdrant's server alone"),
+        ({"engine": "plaid", "code": "float16"}, "the plaid engine can store"),
+        ({"url": "http://127.0.0.1:9"}, "at http://127.0.0.1:9 does not answer: .*refused"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(built, options, message):
+    with pytest.raises(UserError, match=message):
+        built(**options)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(401, "asks for a key; .*QDRANT_API_KEY"), (400, "refused collection_exists: no turbo8")],
+)
+def test_a_servers_refusal_is_told_without_the_key(built, monkeypatch, status, message):
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.headers["api-key"])
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b'{"status": {"error": "no turbo8"}}')
+
+        log_message = print
+
+    seen = []
+    monkeypatch.setenv("QDRANT_API_KEY", "secret")
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match=message) as error, pytest.warns(match="insecure"):
+            built(url=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert seen[-1] == "secret" and "secret" not in str(error.value)
+
+
+def test_a_full_disk_costs_nothing(built, tmp_path, documents, model_folder, monkeypatch, capsys):
+    index = built(given=documents[:4])
+    usage = shutil._ntuple_diskusage(1, 1, 2**20)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "d9", "text": "Fit."}))
+    assert main(["add", str(index.folder), str(tmp_path / "in.jsonl")]) == 1
+    assert "The disk is full" in capsys.readouterr().err
+    assert Index.open(index.folder).stats()["documents"] == 4 and index.search(["spline"])[0]
+
+
+def test_another_model_is_refused(built, bundled_model, monkeypatch):
+    index = built()
+    monkeypatch.setattr(module, "_weights", lambda model: "others")
+    for call in (lambda: index.search(["spline"]), lambda: index.add([("a", "one")])):
+        with pytest.raises(UserError, match="was made with another model than"):
+            index.__dict__.pop("model", None)
+            call()
+
+
 def test_the_shell(tmp_path, documents, model_folder, capsys, texts):
     for name, text in documents:
         (tmp_path / "in").mkdir(exist_ok=True)
@@ -364,13 +561,16 @@ def test_the_shell(tmp_path, documents, model_folder, capsys, texts):
     out, small = str(tmp_path / "out"), str(tmp_path / "small")
     build = ["build", str(tmp_path / "in"), "--out", out, "--model", str(model_folder)]
     assert main([*build, "--max-vectors", "6", "--bits", "8", "--passages"]) == 0
-    assert "times smaller than unpooled float32" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "times smaller than unpooled float32" in said and "documents per second" in said
+    assert "qdrant, int8" in said
     assert main(["search", out, "cubic spline", "-k", "2"]) == 0
     assert capsys.readouterr().out.split()[1] == "d5.txt"
     assert main(["remove", out, "d5.txt", "x"]) == 0
     assert "1 of 2 were in the index" in capsys.readouterr().out
     assert main(["add", out, str(tmp_path / "in")]) == 0
     assert main(["shrink", out, small, "--pool-factor", "2", "--bits", "1"]) == 0
+    assert "The exact engine is taken: Qdrant does not store 1 bit" in capsys.readouterr().out
     assert main(["export", small, str(tmp_path / "x.parquet")]) == 0
     assert len(pd.read_parquet(tmp_path / "x.parquet")) == len(texts)
     capsys.readouterr()

@@ -9,10 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from qdrant_client import QdrantClient
 
 from l2p_utils import index, results
 from l2p_utils.collection import Collection, load_collection
 from l2p_utils.frontier import read_tokens
+from l2p_utils.index import Index
 from l2p_utils.paper import read_paper
 from l2p_utils.profile import load_profile
 from l2p_utils.statistics import interval
@@ -165,26 +167,29 @@ def test_the_snippet_for_ones_own_documents_runs(model_folder, capsys):
     assert set(eval(capsys.readouterr().out)) <= {"spline", "mean", "inverse"}
 
 
-def test_the_commands_for_an_index_run(tmp_path, model_folder, texts, capsys):
+def test_the_commands_for_an_index_run(tmp_path, model_folder, texts, capsys, monkeypatch):
+    client = QdrantClient(":memory:")
+    monkeypatch.setattr(index, "connect", lambda url: client)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()
     for number, text in enumerate(texts):
         (tmp_path / "in" / f"{number}.txt").write_text(text)
-    text, folder = DOCS["own_documents.md"], str(tmp_path / "my-index")
-    shell = re.search(r"```sh\n(.*?)```", text, re.S).group(1)
-    for line in shell.splitlines():
-        command = shlex.split(line.replace("DOCUMENTS", str(tmp_path / "in")))
-        command = [folder if word == "my-index" else word for word in command]
+    text = DOCS["own_documents.md"]
+    for line in "".join(re.findall(r"```sh\n(.*?)```", text, re.S)).splitlines():
+        command = shlex.split(line.replace("DOCUMENTS", "in"))
         assert command[1:3] == ["-m", "l2p_utils.index"]
         extra = ["--model", str(model_folder)] if command[3] == "build" else []
-        assert index.main(command[3:] + extra) == 0
+        assert index.main(command[3:] + extra) == 0, line
     found = capsys.readouterr().out
     assert "5.txt" in found and "times smaller than unpooled float32" in found
+    assert Index.open("whole").stats()["documents"] == len(texts)
     snippet = next(s for s in re.findall(r"```python\n(.*?)```", text, re.S) if "Index.open" in s)
-    exec(snippet.replace("my-index", folder), {})
+    exec(snippet, {})
     assert len(capsys.readouterr().out.splitlines()) == 5
-    small = str(tmp_path / "smaller")
-    assert index.main(["shrink", folder, small, "--pool-factor", "2", "--bits", "1"]) == 0
-    assert index.main(["export", folder, str(tmp_path / "vectors.parquet")]) == 0
+    for said in ("shrink my-index smaller --pool-factor 2 --bits 1", "remove my-index 5.txt"):
+        assert index.main(shlex.split(said)) == 0
+    assert index.main(["add", "my-index", "in"]) == 0
+    assert index.main(["export", "my-index", "vectors.parquet"]) == 0
 
 
 def test_the_snippets_on_budgets_and_on_a_way_of_ones_own_run(bundled_model, texts):
