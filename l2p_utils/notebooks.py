@@ -29,13 +29,14 @@ READING = [
     "04_inference_pooling", "05_pooling_aware", "06_cross_dataset", "07_beir_validation",
     "08_claims",
 ]  # fmt: skip
-FROM_DATA = ["00_token_pooling", *READING, "10_speed"]  # read data/, in seconds
+FROM_DATA = ["00_token_pooling", *READING, "10_speed", "11_frontier"]  # read data/, in seconds
 FROM_QUICK = {  # copied from a finished run of quick; 09 is executed on it
     "01_data_mining": "01_data_mining--docs-scipy",
     "02_training": "02_training--docs-scipy-kmeans-pf1-6-s42",
     "03_evaluation": "03_evaluation--docs-scipy-kmeans-pf1-6-s42",
     "09_release": None,
 }
+OWN = ["12_your_documents"]  # takes minutes: executed where it is named
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # Seconds per job of `quick` on two cores without bfloat16: what a plan goes by before anything ran.
@@ -459,12 +460,12 @@ def refresh(names: list[str]) -> None:
     """Store the outputs of notebooks anew: from data/, and from the run of `quick` if finished."""
     import nbformat
 
-    known = [*FROM_DATA, *FROM_QUICK]
+    known = [*FROM_DATA, *FROM_QUICK, *OWN]
     if unknown := sorted(set(names) - set(known)):
         raise UserError(f"There is no notebook {', '.join(unknown)}; expected some of {known}.")
     quick = load_profile("quick")
     whole = (quick.folder / "notebooks" / "08_claims.ipynb").exists()
-    for name in names or sorted(known):
+    for name in names or sorted({*known} - {*OWN}):
         if name in FROM_QUICK and not whole:
             print(f"{name}: left as it is; it takes a finished `make run`", flush=True)
             continue
