@@ -558,6 +558,7 @@ class Engine:
         """What an engine need not do, or allows."""
 
     editable = nothing  # refuse what it cannot do, such as "grow"
+    begin = nothing  # something will be written
     delete = nothing  # documents, by number, that `rows` calls dead already
     finish = nothing  # everything is written; gets `rows`
     publish = nothing  # the index has taken its place
@@ -665,6 +666,9 @@ class Qdrant(Engine):
                 edge.EdgeShard.create(str(temporary), config).close()
         _OPEN[self._key] = edge.EdgeShard.load(str(place), config), lock
         return _OPEN[self._key][0]
+
+    def begin(self) -> None:
+        self._count()  # refused, if need be, before anything is encoded
 
     def close(self) -> None:
         shard, lock = _OPEN.pop(self._key, (None, None))
@@ -786,19 +790,23 @@ class QdrantServer(Qdrant):
                 what = f"refused {method}: {error.structured()['status']['error']}"
         raise UserError(f"The Qdrant server at {self.settings['url']} {what}")
 
-    def _put(self, points: list[tuple[int, list, dict]]) -> None:
+    def begin(self) -> None:
+        if self._call("collection_exists"):
+            return
         models = self.models
-        if not self._call("collection_exists"):
-            most = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
-            vectors = models.VectorParams(
-                size=self.settings["dim"],
-                distance=models.Distance.DOT,
-                datatype=models.Datatype(self.codes[self.settings["code"]].lower()),
-                multivector_config=most,
-            )
-            scanned = models.HnswConfigDiff(m=0)
-            self._call("create_collection", vectors_config=vectors, hnsw_config=scanned)
-        given = [models.PointStruct(id=n, vector=v, payload=payload) for n, v, payload in points]
+        most = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
+        vectors = models.VectorParams(
+            size=self.settings["dim"],
+            distance=models.Distance.DOT,
+            datatype=models.Datatype(self.codes[self.settings["code"]].lower()),
+            multivector_config=most,
+        )
+        scanned = models.HnswConfigDiff(m=0)
+        self._call("create_collection", vectors_config=vectors, hnsw_config=scanned)
+
+    def _put(self, points: list[tuple[int, list, dict]]) -> None:
+        point = self.models.PointStruct
+        given = [point(id=number, vector=v, payload=payload) for number, v, payload in points]
         self._call("upsert", points=given, wait=True)
 
     def _get(self, numbers: list[int]) -> list[Any]:
@@ -816,9 +824,9 @@ class QdrantServer(Qdrant):
         """A server keeps a log."""
 
     def _link(self) -> None:
-        graph, least = self.models.HnswConfigDiff(m=16), self.models.OptimizersConfigDiff
-        least = least(indexing_threshold=1)  # KiB
-        self._call("update_collection", hnsw_config=graph, optimizers_config=least)
+        graph = self.models.HnswConfigDiff(m=16)
+        always = self.models.OptimizersConfigDiff(indexing_threshold=1)  # KiB
+        self._call("update_collection", hnsw_config=graph, optimizers_config=always)
         time.sleep(1)  # the server begins a little later
         while self._call("get_collection").status != self.models.CollectionStatus.GREEN:
             time.sleep(1)
@@ -1054,6 +1062,7 @@ class Index:
                     seen.add(identifier)
                     yield identifier, text
 
+        self.engine.begin()
         bar = tqdm(desc="Indexing", unit=" documents", disable=not progress)
         rest, names = fresh(), list(self.settings["segments"])
         start, encoded, began = len(self.rows) if names else 0, 0, time.perf_counter()
@@ -1243,6 +1252,7 @@ class Index:
         remove(work)
         made = cls(work, sources[0].settings | new | _empty(target), sources[0]._model)
         left_out, seen, start = Counter(), set(), 0
+        made.engine.begin()
         try:
             for source in sources:
                 left_out.update(source.settings["left_out"])
