@@ -60,6 +60,8 @@ lab: setup  ## open the notebooks in JupyterLab; LAB="--port 9999 --ip 0.0.0.0":
 figures: setup  ## redraw figures/ from data/
 	@$(PY) -m l2p_utils.figures
 	@$(PY) -m l2p_utils.benchmark
+	@$(PY) -m l2p_utils.frontier
+	@$(PY) -m l2p_utils.index predict
 
 notebooks: setup  ## execute the stored notebooks again from data/; copy 01-03 from a finished quick
 	@$(NOTEBOOKS) refresh

@@ -410,17 +410,17 @@ def draw_choice(choice: Choice, max_loss: float) -> NotebookFigure:
         axis.axhline(100 * max_loss, color="black", linestyle="--", linewidth=1)
         chosen = choice.table[choice.table["qualifies"]].iloc[0]
         axis.annotate(
-            chosen["way"], (chosen["bytes_per_document"], chosen["loss"]), (0, -30),
+            chosen["way"], (chosen["bytes_per_document"], chosen["loss"]), (-30, -28),
             textcoords="offset points", ha="center", arrowprops={"arrowstyle": "->"},
         )  # fmt: skip
         axis.set(xscale="log", xlabel="Bytes per document (log scale)")
-        axis.set(ylabel="Loss of NDCG@10 (%)", ylim=(min(-8, table["loss"].min()), 40))
+        axis.set(ylabel="Loss of NDCG@10 (%)", ylim=(min(-6, table["loss"].min()), 40))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axis.legend(title="values as", fontsize=9)
-        figure.suptitle(f"Filled: sure to lose at most {max_loss:.0%}", fontweight="bold")
+        figure.suptitle(f"Filled: sure to lose at most {100 * max_loss:g} %", fontweight="bold")
     figure.alt = (
         "Loss against bytes per document. The smallest that is sure to lose at most "
-        f"{max_loss:.0%} is {chosen['way']}: {chosen['bytes_per_document']:,.0f} bytes, "
+        f"{100 * max_loss:g} % is {chosen['way']}: {chosen['bytes_per_document']:,.0f} bytes, "
         f"{chosen['loss']:.1f} %, at most {chosen['upper']:.1f} %."
     )
     return figure
@@ -520,7 +520,7 @@ def draw_predictions(rows: pd.DataFrame) -> NotebookFigure:
         axis.plot(x, x, color="black", linewidth=1)
         axis.set(xlabel="Predicted loss (% of NDCG@10)", ylabel="Loss by judgments (%)")
         axis.legend(fontsize=9)
-        figure.suptitle("What `choose` predicts without judgments", fontweight="bold")
+        figure.suptitle("Loss, predicted without judgments", fontweight="bold")
     figure.alt = (
         f"Predicted against true loss of {len(rows)} ways on {rows['collection'].nunique()} "
         f"collections: the mean absolute error is {np.abs(errors).mean():.1f} percent, "
@@ -1026,7 +1026,11 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("-k", type=int, default=10)
     read(command("add", "Add documents; known ids are replaced.", "index", "documents"))
     command("remove", "Remove documents.", "index").add_argument("ids", nargs="+")
-    predicts = command("predict", "How well `choose` predicts judgments.", "collection")
+    what = (
+        "How well `choose` predicts collections' judgments; of none: redraw the figure."
+    )
+    predicts = command("predict", what)
+    predicts.add_argument("collections", nargs="*")
     predicts.add_argument("--model", default="bundled", help="bundled, a folder or a hub id")
     command("stats", "What is stored, and how much smaller it is.", "index")
     sized(
@@ -1061,7 +1065,7 @@ def _chosen(options: argparse.Namespace, model: PooledColBERT) -> tuple[Budget, 
     best = choice.table[choice.table["qualifies"]].iloc[0]
     print(choice.table.drop(columns="budget").round(2).to_string(index=False))
     if best["way"] == UNPOOLED:
-        print(f"Nothing smaller is sure to lose at most {options.max_loss:.1%}: all is kept.")
+        print(f"Nothing smaller is sure to lose at most {100 * options.max_loss:g} %: all is kept.")
     else:
         print(
             f"Chosen: {best['way']}, {best['smaller']:.0f} times smaller than unpooled float32. "
@@ -1115,7 +1119,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(Index.merge(options.out, parts, options.engine, options.url).stats().to_string())
             return 0
         if options.command == "predict":
-            predict(named_model(options.model)[1], options.collection)
+            for collection in options.collections:
+                predict(named_model(options.model)[1], collection)
             save_figure(draw_predictions(predictions()), from_root("figures/frontier"), "predicted")
             return 0
         index = Index.open(options.index)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from qdrant_client import QdrantClient
 
-from l2p_utils import index, results
+from l2p_utils import engines, index, results
 from l2p_utils.collection import Collection, load_collection
 from l2p_utils.frontier import read_tokens
 from l2p_utils.index import Index
@@ -159,21 +159,27 @@ def test_every_make_target_is_in_the_readme():
     assert [target for target in targets if f"make {target}" not in README] == []
 
 
-def test_the_snippet_for_ones_own_documents_runs(model_folder, capsys):
+def test_the_snippets_for_ones_own_documents_run(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", DOCS["own_documents.md"], re.S)
-    snippet = next(some for some in snippets if "PooledColBERT(" in some)
-    path = re.search(r'PooledColBERT\("(.*?)"\)', snippet).group(1)
-    exec(snippet.replace(path, str(model_folder)), {})
+    remembers, search = (some for some in snippets if "PooledColBERT(" in some)
+    path, known = re.search(r'PooledColBERT\("(runs.*?)"\)', search).group(1), {}
+    exec(search.replace(path, str(model_folder)), {})
     assert set(eval(capsys.readouterr().out)) <= {"spline", "mean", "inverse"}
+    exec(remembers.replace(path, str(model_folder)), known)
+    assert len(known["documents"][0]) <= 16
 
 
 def test_the_commands_for_an_index_run(tmp_path, model_folder, texts, capsys, monkeypatch):
     client = QdrantClient(":memory:")
-    monkeypatch.setattr(index, "connect", lambda url: client)
+    monkeypatch.setattr(engines, "connect", lambda url: client)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()
     for number, text in enumerate(texts):
         (tmp_path / "in" / f"{number}.txt").write_text(text)
+    for number in range(40):  # to choose by
+        more = f"Array number {number} is sorted. Its rows are of one length, as all others are too."
+        (tmp_path / "in" / f"more{number}.txt").write_text(more)
     text = DOCS["own_documents.md"]
     for line in "".join(re.findall(r"```sh\n(.*?)```", text, re.S)).splitlines():
         command = shlex.split(line.replace("DOCUMENTS", "in"))
@@ -182,7 +188,8 @@ def test_the_commands_for_an_index_run(tmp_path, model_folder, texts, capsys, mo
         assert index.main(command[3:] + extra) == 0, line
     found = capsys.readouterr().out
     assert "5.txt" in found and "times smaller than unpooled float32" in found
-    assert Index.open("whole").stats()["documents"] == len(texts)
+    assert "Chosen: " in found or "is sure to lose" in found
+    assert Index.open("whole").stats()["documents"] == 40 + len(texts)
     snippet = next(s for s in re.findall(r"```python\n(.*?)```", text, re.S) if "Index.open" in s)
     exec(snippet, {})
     assert len(capsys.readouterr().out.splitlines()) == 5
