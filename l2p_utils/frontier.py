@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -403,11 +403,11 @@ def measure(
         A row per way: ``way``, ``family``, ``code``, ``vectors_per_document``,
         ``bytes_per_document``, ``ndcg@10`` (0–1), ``store_ms`` (per document, reducing and coding),
         ``query_ms``, ``queries``, ``documents``. And a row per way and query: ``ndcg@10``;
-        ``best@10``, the same where the one relevant document is the best of the first way; and
+        ``best@10``, NDCG where the one relevant document is the best of the first way; and
         ``same@10``, the share of the first way's ten best documents that are found.
     """
     ids, count = list(tokens.collection.corpus), len(tokens.documents)
-    rows, per_query, whole, best = [], [], None, None
+    rows, per_query, whole = [], [], None
     for way in tqdm(list(ways), desc=f"Ways on {tokens.collection.name}", disable=not progress):
         began = time.process_time()
         stored = way.store(tokens)
@@ -415,13 +415,10 @@ def measure(
         seconds = time.process_time() - began
         ranking = exact_search(way.ask(tokens), decoded, ids, top_k=10)
         values = measure_ranking(tokens.collection, ranking)[["query_id", "ndcg@10"]]
-        if best is None:  # judged by what the first way finds first
-            whole = [set(documents) for documents in ranking.documents]
-            firsts = zip(tokens.collection.queries, ranking.documents, strict=True)
-            best = replace(tokens.collection, qrels={q: {d[0]: 1} for q, d in firsts})
-        values["best@10"] = measure_ranking(best, ranking)["ndcg@10"]
-        pairs = zip(whole, ranking.documents, strict=True)
-        values["same@10"] = [len(a.intersection(b)) / len(a) for a, b in pairs]
+        whole = whole or ranking.documents
+        pairs = list(zip(whole, ranking.documents, strict=True))
+        values["best@10"] = [1 / np.log2(2 + b.index(a[0])) if a[0] in b else 0 for a, b in pairs]
+        values["same@10"] = [len(set(a) & set(b)) / len(a) for a, b in pairs]
         vectors = float(np.mean([len(document) for document in stored]))
         row = {
             "way": way.name, "family": way.family, "code": way.code,

@@ -178,8 +178,8 @@ def test_the_commands_for_an_index_run(tmp_path, model_folder, texts, capsys, mo
     for number, text in enumerate(texts):
         (tmp_path / "in" / f"{number}.txt").write_text(text)
     for number in range(40):  # to choose by
-        more = f"Array number {number} is sorted. Its rows are of one length, as all others are too."
-        (tmp_path / "in" / f"more{number}.txt").write_text(more)
+        text = f"Array {number} of all is sorted. Its rows have one length, as all others have too."
+        (tmp_path / "in" / f"more{number}.txt").write_text(text)
     text = DOCS["own_documents.md"]
     for line in "".join(re.findall(r"```sh\n(.*?)```", text, re.S)).splitlines():
         command = shlex.split(line.replace("DOCUMENTS", "in"))
