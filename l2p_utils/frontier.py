@@ -585,9 +585,14 @@ def draw(found: pd.DataFrame, titles: Mapping[str, str] | None = None) -> Notebo
     """
     titles, groups = titles or {}, list(found.groupby(["model", "document_length"], sort=False))
     with matplotlib.rc_context(STYLE):
-        figure = NotebookFigure(figsize=(1 + 6.2 * len(groups), 5.6), layout="constrained")
-        axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-        for axis, ((model, length), part) in zip(axes, groups, strict=True):
+        columns = min(len(groups), 2)
+        lines = math.ceil(len(groups) / columns)
+        size = (1 + 6.2 * columns, 1 + 4.6 * lines)
+        figure = NotebookFigure(figsize=size, layout="constrained")
+        axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
+        for axis in axes[len(groups) :]:
+            axis.axis("off")
+        for axis, ((model, length), part) in zip(axes, groups, strict=False):
             axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
             for family, (colour, marker) in LOOKS.items():
                 some = part[part["family"] == family]
@@ -604,9 +609,9 @@ def draw(found: pd.DataFrame, titles: Mapping[str, str] | None = None) -> Notebo
             count = part["collections"].iloc[0]
             on = f"{count} collection{'s' if count > 1 else ''}"
             axis.set_title(f"{titles.get(model, model)}, {length} word pieces, {on}")
-        axes[0].set_ylabel("NDCG@10 (% of the unpooled index)")
+            axis.set_ylabel("NDCG@10 (% of the unpooled index)")
         lines, labels = axes[0].get_legend_handles_labels()
-        look = dict(ncols=3 * len(groups), fontsize=9, frameon=False)
+        look = dict(ncols=4 * columns, fontsize=9, frameon=False)
         figure.legend(lines, labels, loc="outside lower center", **look)
         figure.suptitle("What an index keeps, and what it takes", fontweight="bold")
     figure.alt = "NDCG@10 kept against bytes per document. The Pareto front: " + "; ".join(
