@@ -24,13 +24,26 @@ import torch
 # Python's own check of a divisor would keep loops from taking several numbers at a time.
 COMPILED = numba.njit(nogil=True, cache=True, error_model="numpy")
 LLOYD_STEPS = 10  # from Ward's cut, most sets stand still after two or three
+_INFINITY = np.array(np.inf).view(np.int64)[()]  # its bits
 
 
 def squared_distances(vectors: torch.Tensor) -> torch.Tensor:
     """Squared Euclidean distances within each set: (sets, n, dim) → (sets, n, n)."""
     norms = vectors.square().sum(dim=2)  # (sets, n)
-    sums = norms[:, :, None] + norms[:, None, :]
+    sums = torch.add(norms[:, :, None], norms[:, None, :], out=new_square(vectors))
     return sums.baddbmm_(vectors, vectors.transpose(1, 2), alpha=-2).clamp_(min=0)
+
+
+def new_square(vectors: torch.Tensor) -> torch.Tensor:
+    """A tensor (sets, n, n) to be filled, for vectors (sets, n, dim) of a dtype that NumPy has.
+
+    NumPy asks Linux for pages of 2 MiB, torch does not: from 2,000 tokens on, a third of the time
+    went by in giving out those of 4 KiB.
+    """
+    shape = (*vectors.shape[:2], vectors.shape[1])
+    if not vectors.is_cpu:
+        return vectors.new_empty(shape)
+    return torch.from_numpy(np.empty(shape, str(vectors.dtype).removeprefix("torch.")))
 
 
 class Trees(NamedTuple):
@@ -83,7 +96,14 @@ def ward_trees(
     merges = np.zeros((sets, max(n - 1, 0), 2), dtype=np.int32)
     trees = Trees(merges, np.full(merges.shape[:2], np.inf))
     arrays = (distances, mask, same, sizes, *trees)
-    _over_sets(lambda part: _ward_trees(*(a[part] for a in arrays), cosines), sets, threads)
+    # Rows of an odd number of cache lines: those of a power of two would bring a column's numbers
+    # into few places of a cache.
+    room = (n, 8 * (math.ceil(n / 8) | 1))
+
+    def grow(part: slice) -> None:
+        _ward_trees(*(a[part] for a in arrays), cosines, np.empty(room))
+
+    _over_sets(grow, sets, threads)
     return trees
 
 
@@ -138,7 +158,11 @@ def lloyd(
     labels = labels.copy()
     sizes = np.ones(mask.shape) if sizes is None else sizes
     arrays = (distances, mask, labels, same, sizes)
-    _over_sets(lambda part: _lloyd(*(a[part] for a in arrays), steps), len(mask), threads)
+
+    def improve(part: slice) -> None:
+        _lloyd(*(a[part] for a in arrays), steps, np.empty(mask.shape[1] ** 2))
+
+    _over_sets(improve, len(mask), threads)
     return labels
 
 
@@ -154,15 +178,13 @@ def _over_sets(work: Callable[[slice], None], sets: int, threads: int) -> None:
 
 @COMPILED
 def _ward_trees(
-    distances, mask, same, sizes, merges, heights, cosines
+    distances, mask, same, sizes, merges, heights, cosines, buffer
 ):  # pragma: no cover (compiled)
-    # One for all sets: memory that is new each time costs more than growing the tree.
-    buffer = np.empty(mask.shape[1] ** 2)
     for i in range(len(mask)):
         members = np.flatnonzero(mask[i])
         n = len(members)
         # a copy: growing the tree uses it up; float64, for merges round again and again
-        among = buffer[: n * n].reshape(n, n)
+        among = buffer[:n]
         _copy_among(distances[i], members, same[i], cosines, among)
         size = sizes[i][members]
         if (size != 1).any():  # as far apart as Ward's criterion has clusters of such sizes
@@ -247,13 +269,11 @@ def _nearest_neighbour_chain(distances, size):  # pragma: no cover (compiled)
         while True:  # until the two last in the chain are each other's nearest
             x = chain[length - 1]
             row = distances[x, :slots]
-            nearest = _least(row, empty[:slots])
+            y = _nearest(row, empty[:slots])
+            nearest = row[y]
             if length > 1 and row[chain[length - 2]] == nearest:
                 y = chain[length - 2]
                 break
-            y = 0
-            while row[y] != nearest or size[y] == 0:
-                y += 1
             chain[length] = y
             length += 1
         length -= 2
@@ -287,20 +307,23 @@ def _move_together(distances, name, size, empty, chain, slots):  # pragma: no co
 
 
 @COMPILED
-def _least(values, more):  # pragma: no cover (compiled)
-    """The smallest of the sums of two arrays: four chains of comparisons, side by side."""
-    a = b = c = d = np.inf
-    whole = len(values) // 4 * 4
-    for i in range(0, whole, 4):
-        p, q = values[i] + more[i], values[i + 1] + more[i + 1]
-        r, s = values[i + 2] + more[i + 2], values[i + 3] + more[i + 3]
-        a = p if p < a else a
-        b = q if q < b else b
-        c = r if r < c else c
-        d = s if s < d else d
-    for i in range(whole, len(values)):
-        a = min(a, values[i] + more[i])
-    return min(min(a, b), min(c, d))
+def _nearest(row, empty):  # pragma: no cover (compiled)
+    """The first of the slots with the least distance that are not empty.
+
+    Numbers that are not negative have the order of their bits; of integers, but not of floats, a
+    compiler finds the least several at a time.
+    """
+    values, more = row.view(np.int64), empty.view(np.int64)
+    least, at = _INFINITY, 0
+    for start in range(0, len(values), 32):
+        best = _INFINITY
+        for i in range(start, min(start + 32, len(values))):
+            best = min(best, values[i] | more[i])
+        if best < least:
+            least, at = best, start
+    while values[at] | more[at] != least:
+        at += 1
+    return at
 
 
 @COMPILED
@@ -328,19 +351,21 @@ def _join(merges, members, labels):  # pragma: no cover (compiled)
 
 
 @COMPILED
-def _lloyd(distances, mask, labels, same, sizes, steps):  # pragma: no cover (compiled)
+def _lloyd(distances, mask, labels, same, sizes, steps, sums):  # pragma: no cover (compiled)
     buffer = np.empty(mask.shape[1] ** 2, distances.dtype)
     for i in range(len(mask)):
         members = np.flatnonzero(mask[i])
-        if len(members) > 1:
-            n = len(members)
-            among = buffer[: n * n].reshape(n, n)
-            for j in range(n):
-                for k in range(n):
-                    among[j, k] = distances[i, members[j], members[k]]
+        n = len(members)
+        if n > 1:
+            among, start = distances[i], members[0]
+            if members[n - 1] - start != n - 1:  # not side by side
+                among, start = buffer[: n * n].reshape(n, n), 0
+                for j in range(n):
+                    for k in range(n):
+                        among[j, k] = distances[i, members[j], members[k]]
             for cut in range(labels.shape[1]):
                 moved = labels[i, cut][members]
-                _refine(among, moved, same[i][members], sizes[i][members], steps)
+                _refine(among, start, moved, same[i][members], sizes[i][members], steps, sums)
                 _rename(moved)
                 labels[i, cut][members] = moved
 
@@ -352,16 +377,21 @@ def _add(total, times, row):  # pragma: no cover (compiled)
 
 
 @COMPILED
-def _refine(distances, labels, same, sizes, steps):  # pragma: no cover (compiled)
-    """Lloyd's steps for one set, in place; `distances` (n, n), the others (n,)."""
+def _refine(distances, start, labels, same, sizes, steps, buffer):  # pragma: no cover (compiled)
+    """Lloyd's steps for one set, in place; labels, same, sizes (n,).
+
+    The set's distances are those of `distances` from row and column `start` on.
+    """
     n = len(labels)
     clusters = labels.max() + 1
     count = np.zeros(clusters, np.int64)  # of vectors
     weight = np.zeros(clusters)
-    sums = np.zeros((clusters, n))  # of each vector's squared distances to the cluster's members
+    # of each vector's squared distances to the cluster's members
+    sums = buffer[: clusters * n].reshape(clusters, n)
+    sums[:] = 0
     for j in range(n):
         weight[labels[j]] += sizes[j]
-        _add(sums[labels[j]], sizes[j], distances[j])
+        _add(sums[labels[j]], sizes[j], distances[start + j, start : start + n])
     nearest = np.empty(n, np.int64)
     least = np.empty(n)  # squared distance to the nearest centre
     for _ in range(steps):
@@ -398,8 +428,9 @@ def _refine(distances, labels, same, sizes, steps):  # pragma: no cover (compile
         for j in range(n):
             if nearest[j] != labels[j]:
                 changed = True
-                _add(sums[labels[j]], -sizes[j], distances[j])
-                _add(sums[nearest[j]], sizes[j], distances[j])
+                row = distances[start + j, start : start + n]
+                _add(sums[labels[j]], -sizes[j], row)
+                _add(sums[nearest[j]], sizes[j], row)
                 weight[labels[j]] -= sizes[j]
                 weight[nearest[j]] += sizes[j]
                 labels[j] = nearest[j]

@@ -33,6 +33,7 @@ from l2p_utils.clustering import (
     by_first_occurrence,
     cut_trees,
     lloyd,
+    new_square,
     segment_sums,
     squared_distances,
     ward_trees,
@@ -49,7 +50,7 @@ KMEANS_SEED = 42
 ROUNDING = 0.02  # how far above 1 a squared norm may come out; bfloat16 vectors reach 1.004
 # Squared distances below this share of the squared norm are rounding.
 SAME = {torch.float32: 1e-6, torch.float64: 1e-12}
-BLOCK_BYTES = 2**20  # of one block's distances: they stay in the processor's cache
+BLOCK_BYTES = 3 * 2**20  # of one block's distances: they stay in the processor's cache
 SPAN_BLOCK_BYTES = 4 * 2**20  # span needs no distances, so blocks can be larger
 #: Bump when pooling, search or evaluation changes results: invalidates stored models and rows.
 CACHE_VERSION = 1
@@ -776,7 +777,8 @@ def _distances(
     norms = vectors.square().sum(dim=2)
     if variant == "euclidean":
         return squared_distances(vectors), norms, SAME[norms.dtype] * norms
-    products = torch.bmm(vectors, vectors.transpose(1, 2))  # (documents, tokens, tokens)
+    # (documents, tokens, tokens)
+    products = torch.bmm(vectors, vectors.transpose(1, 2), out=new_square(vectors))
     if variant == "pylate":
         # 1 - cos is half the squared distance of unit vectors, and is squared once more; vectors of
         # any dtype may have been normalised in float32
