@@ -195,6 +195,37 @@ def test_what_cannot_be_chosen_by_is_refused(bundled_model, many, options, messa
         choose(bundled_model, many, progress=False, **options)
 
 
+def test_a_choice_is_drawn_and_what_predicts_it(choice, bundled_model, many, tmp_path):
+    best = choice.table[choice.table["qualifies"]].iloc[0]
+    assert f"lose at most 50 % is {best['way']}: " in module.draw_choice(choice, 0.5).alt
+    folder = tmp_path / "judged"
+    (folder / "qrels").mkdir(parents=True)
+    lines = [json.dumps({"_id": name, "text": text}) for name, text in many]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    lines = [json.dumps({"_id": f"q{name}", "text": text.split()[1]}) for name, text in many]
+    (folder / "queries.jsonl").write_text("\n".join(lines))
+    lines = ["query-id\tcorpus-id\tscore", *(f"q{name}\t{name}\t1" for name, _ in many)]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(lines))
+    module.predict(bundled_model, str(folder), tmp_path / "stored")
+    rows = module.predictions(tmp_path / "stored")
+    seen = choice.table.set_index("way")["best"].reindex(rows["way"]).to_numpy()
+    np.testing.assert_allclose(rows["best"], seen, atol=1e-3)  # the same documents and queries
+    assert set(rows["collection"]) == {"judged"} and rows["true"].iloc[0] == 0
+    both = pd.concat([rows, rows.assign(collection="another")])
+    assert "94 ways on 2 collections" in module.draw_predictions(both).alt
+    with pytest.raises(UserError, match="git restore data/frontier"):
+        module.predictions(tmp_path)
+
+
+def test_the_notebooks_box_shows_hits_and_what_a_smaller_index_loses(built, monkeypatch):
+    index = built(code="float32", engine="exact", budget=1)
+    still = module.search_box(index, "cubic spline", k=3).data
+    assert still.count("<li>") == 3 and "<mark>spline</mark>" in still and "lost" not in still
+    monkeypatch.setattr(module, "is_live", lambda: True)
+    box, slider, _ = module.search_box(index, "cubic spline").children
+    assert box.value == "cubic spline" and slider.options == (1, 2, 4, 8)
+
+
 def test_known_items_take_the_query_out_of_the_document(bundled_model):
     rest = " ".join(f"word{i}" for i in range(12))
     documents = {
