@@ -25,7 +25,7 @@ SNAKEMAKE = $(KEEP_MEMORY) $(PY) -m snakemake --cores $(CORES) \
 	--config "profile=$(PROFILE)" $(if $(HAVE),"have=$(HAVE)") $(if $(ONLY),"only=$(ONLY)") \
 	--rerun-incomplete --nolock --scheduler greedy --quiet all
 
-.PHONY: help run plan verify fetch test lab figures notebooks bench clean setup
+.PHONY: help run plan verify fetch test lab figures notebooks site bench clean setup
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -65,6 +65,11 @@ figures: setup  ## redraw figures/ from data/
 
 notebooks: setup  ## execute the stored notebooks again from data/; copy 01-03 from a finished quick
 	@$(NOTEBOOKS) refresh
+
+site: setup  ## README, docs, notebooks and figures as a static site in site/, from what is stored
+	@rm -rf build/site && mkdir -p build/site/source
+	@$(PY) -m sphinx -q -W --keep-going -c docs -d build/site/doctrees build/site/source build/site/html
+	@rm -rf site && mv build/site/html site && echo "Open site/index.html, or serve the folder site."
 
 bench: setup  ## measure beside the libraries that people use: executes 10_speed
 	@$(NOTEBOOKS) run notebooks/10_speed.ipynb runs/bench/10_speed.ipynb --parameters measure=True $(BENCH)

@@ -137,9 +137,10 @@ def lloyd(
 ) -> np.ndarray:
     """Improve clusterings by Lloyd's steps until no label changes: k-means from a given start.
 
-    The squared distance of x to the mean of a cluster C is Σ_c d²(x, c) / |C| − Σ_cc' d²(c, c') /
-    (2 |C|²). A vector moves only to a nearer centre. A cluster that loses its last vector takes
-    over the one that is farthest from its own centre, unless that is no farther than its `same`.
+    The squared distance of x to the mean of a cluster of n vectors is Σ_c d²(x, c) / n −
+    Σ_cc' d²(c, c') / (2 n²), summed over its members. A vector moves only to a nearer centre. A
+    cluster that loses its last vector takes over the one that is farthest from its own centre,
+    unless that is no farther than its `same`.
 
     Parameters
     ----------

@@ -421,4 +421,4 @@ def step_through(
         return show(pool_factor, pool_method)
     slider = ipywidgets.IntSlider(pool_factor, min=1, max=6, description="pool factor")
     buttons = ipywidgets.ToggleButtons(options=METHODS, value=pool_method)
-    return ipywidgets.interactive(show, factor=slider, method=buttons)
+    return ipywidgets.interactive(show, {"auto_display": True}, factor=slider, method=buttons)

@@ -60,7 +60,7 @@ UNPOOLED = "unpooled"
 class Tokens:
     """A collection's token vectors, unpooled, and what else a way of storing less may look at.
 
-    Attributes
+    Parameters
     ----------
     documents, queries
         (tokens, dim) float32 of unit length, one per text, in the collection's order.
@@ -204,7 +204,7 @@ def stored_bytes(vectors: float, dim: int, code: str = "float32") -> float:
 class Way:
     """A way of storing less.
 
-    Attributes
+    Parameters
     ----------
     name, family
         What tables and the legend call it.

@@ -977,7 +977,7 @@ def search_box(
         return show(query, factors[0])
     box = ipywidgets.Text(query, description="query", continuous_update=False)
     slider = ipywidgets.SelectionSlider(options=factors, description="pooled again")
-    return ipywidgets.interactive(show, query=box, factor=slider)
+    return ipywidgets.interactive(show, {"auto_display": True}, query=box, factor=slider)
 
 
 # ---------------------------------------------------------------- the shell

@@ -148,7 +148,7 @@ def negative_limit(positive_scores: Sequence[float], settings: MiningSettings) -
 
     95 % of the anchor's score, the best positive's (the paper's text) or the median positive's (the
     authors' script). Below zero, "95 % of" would lie above the anchor and keep negatives that beat
-    the positive; there the limit lies as far below it: anchor − 0.05 · |anchor|.
+    the positive; there the limit lies as far below it: anchor − 0.05 · abs(anchor).
     """
     median = settings.anchor == "median_positive"
     anchor = float(np.median(positive_scores) if median else max(positive_scores))

@@ -52,7 +52,7 @@ ROUNDING = 0.02  # how far above 1 a squared norm may come out; bfloat16 vectors
 SAME = {torch.float32: 1e-6, torch.float64: 1e-12}
 BLOCK_BYTES = 3 * 2**20  # of one block's distances: they stay in the processor's cache
 SPAN_BLOCK_BYTES = 4 * 2**20  # span needs no distances, so blocks can be larger
-#: Bump when pooling, search or evaluation changes results: invalidates stored models and rows.
+#: Bump when pooling, search or evaluation changes results; it invalidates stored models and rows.
 CACHE_VERSION = 1
 
 

@@ -54,7 +54,7 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, Safete
 class BundledTeacher:
     """Scores of every training query with every document.
 
-    Attributes
+    Parameters
     ----------
     dense, late
         Cosine of the dense encoder and MaxSim of the late-interaction model: (queries, documents),
