@@ -47,6 +47,9 @@ def collect(app, _):
         files = sorted(file.relative_to(path.parent) for file in path.parent.rglob("*.[!m]*"))
         lines = [path.read_text("utf-8"), "## Files\n", *map("- [{0}]({0})".format, files)]
         pages[path.relative_to(ROOT)] = "\n".join(lines)
+    for path in ROOT.glob("docs/*.md"):  # the tables have pages here, the paper's beside ours
+        text = path.read_text("utf-8").replace("figures/offline/table", "figures/table")
+        pages[path.relative_to(ROOT)] = text
     pages |= {f"notebooks/{path.name}": with_alt(path) for path in ROOT.glob("notebooks/*.ipynb")}
     for name, text in pages.items():
         (source / name).write_text(text, "utf-8")
