@@ -1026,9 +1026,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("-k", type=int, default=10)
     read(command("add", "Add documents; known ids are replaced.", "index", "documents"))
     command("remove", "Remove documents.", "index").add_argument("ids", nargs="+")
-    what = (
-        "How well `choose` predicts collections' judgments; of none: redraw the figure."
-    )
+    what = "How well `choose` predicts collections' judgments; of none: redraw the figure."
     predicts = command("predict", what)
     predicts.add_argument("collections", nargs="*")
     predicts.add_argument("--model", default="bundled", help="bundled, a folder or a hub id")
