@@ -3,6 +3,9 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from l2p_utils.statistics import interval
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 DOCS = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}" for name in DOCS)]
 OFFLINE = ROOT / "data" / "offline"
 MODELS = {
     "baseline": "baseline",
@@ -137,17 +141,17 @@ def test_the_variants_of_hierarchical_are_the_rows():
         assert shown == pytest.approx(expected, abs=0.00051)
 
 
-@pytest.mark.parametrize("name", ["README.md", *DOCS])
+@pytest.mark.parametrize("name", PAGES)
 def test_every_linked_file_exists(name):
-    text, folder = (README, ROOT) if name == "README.md" else (DOCS[name], ROOT / "docs")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    links = re.findall(r"\]\(([^)#]+)(?:#.*?)?\)", (ROOT / name).read_text("utf-8"))
+    links = [link for link in links if "://" not in link]
     assert links
-    assert [link for link in links if not (folder / link).exists()] == []
+    assert [link for link in links if not (ROOT / name).parent.joinpath(link).exists()] == []
 
 
-@pytest.mark.parametrize("name", ["README.md", *DOCS])
+@pytest.mark.parametrize("name", PAGES)
 def test_every_named_make_target_exists(name):
-    text = README if name == "README.md" else DOCS[name]
+    text = (ROOT / name).read_text("utf-8")
     makefile = (ROOT / "Makefile").read_text()
     named = set(re.findall(r"(?:^|`)(?:PROFILE=\w+ )?make (\w+)", text, re.M))
     assert [target for target in named if not re.search(rf"^{target}:", makefile, re.M)] == []
@@ -212,6 +216,37 @@ def test_the_snippets_on_budgets_and_on_a_way_of_ones_own_run(bundled_model, tex
     stored = known["ways"][1].store(tokens)
     expected = [len(np.unique(sentences)) for sentences in tokens.sentences]
     assert [len(document) for document in stored] == expected
+
+
+def test_the_snippets_that_add_a_collection_and_a_claim_run(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    snippets = re.findall(r"```python\n(.*?)```", DOCS["extending.md"], re.S)
+    for snippet in (snippet for snippet in snippets if "print(" in snippet):
+        exec(textwrap.dedent(snippet), {})
+    fingerprints, verdicts = capsys.readouterr().out.splitlines()
+    stored = json.loads((ROOT / "tests/fixtures/fingerprints.json").read_text())
+    assert eval(fingerprints) == stored["scipy"]
+    assert re.fullmatch(r"holds \(by sign\) [\d.]+ vs [\d.]+ (holds|undecided)", verdicts)
+
+
+def test_the_commands_for_contributors_run():
+    """In this environment; what takes minutes or changes files, as far as it can be tried."""
+    text, binaries = (ROOT / "CONTRIBUTING.md").read_text("utf-8"), Path(sys.executable).parent
+    commands = re.split(r" && |\n", "\n".join(re.findall(r"```\n(.*?)\n```", text, re.S)))
+    options = {
+        "make": ["-o", "setup", f"VENV={binaries.parent}", "--dry-run"],
+        "python": ["--collect-only"],
+        "ruff": ["--diff", "--no-cache"],
+    }
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        name = words[0].removeprefix(".venv/bin/")
+        words = [words[0] if name == "make" else binaries / name, *words[1:], *options[name]]
+        if words[1] == "plan":
+            words.remove("--dry-run")
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        most = 1 if name == "ruff" else 0  # 1: there is something to format
+        assert done.returncode <= most, f"{command}: {done.stdout}{done.stderr}"
 
 
 def table(heading):
