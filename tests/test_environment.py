@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,15 @@ def test_every_package_of_the_lock_has_hashes_of_its_files():
     pin = r"[A-Za-z][^\\]*==[^\\]+(?:\\\n    --hash=sha256:[0-9a-f]{64} ?)+"
     assert re.fullmatch(rf"(?:#.*\n)+(?:{pin}\n)+", text)
     assert text.count("--hash") > 2 * len(LOCK)
+
+
+def test_package_citation_and_changelog_are_of_one_version():
+    said = [
+        tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"],
+        yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"],
+        re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M).group(1),
+    ]
+    assert said == [said[0]] * 3 and re.fullmatch(r"\d+\.\d+\.\d+", said[0])
 
 
 @pytest.mark.parametrize("name", sorted(DIRECT))
