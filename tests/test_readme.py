@@ -259,8 +259,14 @@ def test_every_column_and_every_folder_of_data_is_explained():
     names = re.findall(r"`(.+?)`", " ".join(table("Columns")))
     assert names == [*results.ROW_COLUMNS, "query_id", *results.MEASURES]
     assert {*per_query()} == {*results.SETTING, "query_id", *results.MEASURES}
-    folders = re.findall(r"\[data/(\w+)\]", " ".join(table("Licences")))
+    folders = re.findall(r"\[data/(\w+)\]", " ".join(table("Data and licences")))
     assert sorted(folders) == sorted(p.name for p in (ROOT / "data").iterdir() if p.is_dir())
+    for path in [*ROOT.glob("data/**/*.csv"), *ROOT.glob("data/frontier/*/*.parquet")]:
+        said = ROOT.joinpath("data", path.relative_to(ROOT).parts[1], "README.md").read_text(
+            "utf-8"
+        )
+        found = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        assert [name for name in found if name not in said] == [], path
 
 
 def test_the_snippets_for_reviewers_run(monkeypatch, bundled_model, reports):
@@ -269,7 +275,7 @@ def test_the_snippets_for_reviewers_run(monkeypatch, bundled_model, reports):
     exec(gains, known := {})
     rows, name = results.read_rows(OFFLINE), "docs-scipy-kmeans-pf1-6-s42"
     found = known["gain"].groupby("collection").mean()
-    assert len(found) == 5
+    assert len(found) == 5 and known["scipy"].mean() == pytest.approx(known["found"].mean)
     for collection, gain in found.items():
         curves = (
             results.series(rows, m, collection, "kmeans") for m in (name, "docs-scipy-pf1-s42")
