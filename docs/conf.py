@@ -15,15 +15,15 @@ from l2p_utils.paper import FIGURES, TABLES, read_source
 from l2p_utils.results import find_models
 
 ROOT = Path(__file__).parents[1]
-COPIED = ["CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "cluster", "data", "docs"]
-COPIED += ["figures", "l2p_utils", "notebooks"]
+COPIED = [path.name for path in ROOT.iterdir() if path.is_file()]
+COPIED += ["cluster", "data", "docs", "figures", "l2p_utils", "notebooks"]
 WIDE = "---\nhtml_theme.sidebar_secondary.remove: true\n---\n"
 
 project, author = "Learn to Pool: the companion", "the Learn to Pool companion authors"
 copyright, html_title = f"2026, {author}", "Learn to Pool"
 extensions = ["myst_nb"] + [f"sphinx.ext.{n}" for n in ("autodoc", "autosummary", "napoleon")]
 extensions += ["sphinx.ext.viewcode", "sphinx.ext.githubpages"]  # GitHub drops _static otherwise
-include_patterns = ["index.md", "CHANGELOG.md", "data/*/README.md", "docs/*.md", "docs/**.rst"]
+include_patterns = ["index.md", "C*.md", "data/*/README.md", "docs/*.md", "docs/**.rst"]
 include_patterns += ["figures/*.md", "figures/offline/claims.md", "notebooks/*"]
 nb_execution_mode, myst_enable_extensions = "off", ["dollarmath"]
 myst_heading_anchors, default_role, napoleon_use_ivar = 3, "py:obj", True

@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ NAMED_BY_USERS = {"jupyterlab", "papermill", "torch", "pylate", "datasets", "mat
 
 
 def requirements(lines):
-    """Requirement by canonical name, of the lines that are no comment."""
-    found = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+    """Requirement by canonical name, of the lines that are neither comments nor hashes."""
+    lines = [line.removesuffix(" \\") for line in lines if re.match(r"[A-Za-z]", line)]
+    found = [Requirement(line) for line in lines]
     by_name = {canonicalize_name(requirement.name): requirement for requirement in found}
     assert len(by_name) == len(found), "a package is listed twice"
     return by_name
@@ -29,11 +31,10 @@ def read(name):
 
 
 def conda():
-    """The file's dependencies, and its pip section: requirements and options apart."""
+    """The file's dependencies, and what it asks pip for."""
     content = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
     *plain, pip = content["dependencies"]
-    options = [line for line in pip["pip"] if line.startswith("-")]
-    return plain, requirements(line for line in pip["pip"] if line not in options), options
+    return plain, pip["pip"]
 
 
 LOCK = read("requirements.lock")
@@ -51,7 +52,25 @@ def test_the_lock_pins_everything_exactly_and_names_no_place():
         operators = [pin.operator for pin in requirement.specifier]
         assert operators == ["=="], name
         assert "*" not in version(name) and requirement.url is None, name
-    assert not re.search(r"://|^\s*-|file:", (ROOT / "requirements.lock").read_text("utf-8"), re.M)
+    text = (ROOT / "requirements.lock").read_text("utf-8")
+    assert not re.search(r"://|file:|^-", text, re.M)
+
+
+def test_every_package_of_the_lock_has_hashes_of_its_files():
+    """Else pip refuses all of them; a wheel and the source make two, at least for most."""
+    text = (ROOT / "requirements.lock").read_text("utf-8")
+    pin = r"[A-Za-z][^\\]*==[^\\]+(?:\\\n    --hash=sha256:[0-9a-f]{64} ?)+"
+    assert re.fullmatch(rf"(?:#.*\n)+(?:{pin}\n)+", text)
+    assert text.count("--hash") > 2 * len(LOCK)
+
+
+def test_package_citation_and_changelog_are_of_one_version():
+    said = [
+        tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"],
+        yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"],
+        re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M).group(1),
+    ]
+    assert said == [said[0]] * 3 and re.fullmatch(r"\d+\.\d+\.\d+", said[0])
 
 
 @pytest.mark.parametrize("name", sorted(DIRECT))
@@ -61,17 +80,20 @@ def test_a_direct_dependency_is_in_the_lock(name):
 
 
 def test_the_conda_environment_lists_the_direct_dependencies_at_the_locks_versions():
-    _, packages, _ = conda()
+    _, (_, *packages) = conda()
+    packages = requirements(packages)
     assert {name: str(package.specifier) for name, package in packages.items()} == {
         name: f"=={version(name)}" for name in DIRECT
     }
-
-
-def test_the_conda_environment_is_held_to_the_lock():
-    plain, packages, options = conda()
-    assert plain == ["python=3.11", "pip"]
-    assert options == ["--constraint requirements.lock", "--editable ."]
     assert packages.keys() >= NAMED_BY_USERS
+
+
+def test_the_conda_environment_is_held_to_the_lock_and_its_hashes():
+    """The lock comes first: pip takes a package's hashes from where it is named first."""
+    plain, (first, *others) = conda()
+    assert plain == ["python=3.11", "pip"]
+    assert first == "--requirement requirements.lock"
+    assert not any(line.startswith("-") for line in others)  # nor --editable: it has no hash
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12"])

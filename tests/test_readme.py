@@ -3,6 +3,9 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from l2p_utils.statistics import interval
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 DOCS = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}" for name in DOCS)]
 OFFLINE = ROOT / "data" / "offline"
 MODELS = {
     "baseline": "baseline",
@@ -137,17 +141,17 @@ def test_the_variants_of_hierarchical_are_the_rows():
         assert shown == pytest.approx(expected, abs=0.00051)
 
 
-@pytest.mark.parametrize("name", ["README.md", *DOCS])
+@pytest.mark.parametrize("name", PAGES)
 def test_every_linked_file_exists(name):
-    text, folder = (README, ROOT) if name == "README.md" else (DOCS[name], ROOT / "docs")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    links = re.findall(r"\]\(([^)#]+)(?:#.*?)?\)", (ROOT / name).read_text("utf-8"))
+    links = [link for link in links if "://" not in link]
     assert links
-    assert [link for link in links if not (folder / link).exists()] == []
+    assert [link for link in links if not (ROOT / name).parent.joinpath(link).exists()] == []
 
 
-@pytest.mark.parametrize("name", ["README.md", *DOCS])
+@pytest.mark.parametrize("name", PAGES)
 def test_every_named_make_target_exists(name):
-    text = README if name == "README.md" else DOCS[name]
+    text = (ROOT / name).read_text("utf-8")
     makefile = (ROOT / "Makefile").read_text()
     named = set(re.findall(r"(?:^|`)(?:PROFILE=\w+ )?make (\w+)", text, re.M))
     assert [target for target in named if not re.search(rf"^{target}:", makefile, re.M)] == []
@@ -214,6 +218,37 @@ def test_the_snippets_on_budgets_and_on_a_way_of_ones_own_run(bundled_model, tex
     assert [len(document) for document in stored] == expected
 
 
+def test_the_snippets_that_add_a_collection_and_a_claim_run(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    snippets = re.findall(r"```python\n(.*?)```", DOCS["extending.md"], re.S)
+    for snippet in (snippet for snippet in snippets if "print(" in snippet):
+        exec(textwrap.dedent(snippet), {})
+    fingerprints, verdicts = capsys.readouterr().out.splitlines()
+    stored = json.loads((ROOT / "tests/fixtures/fingerprints.json").read_text())
+    assert eval(fingerprints) == stored["scipy"]
+    assert re.fullmatch(r"holds \(by sign\) [\d.]+ vs [\d.]+ (holds|undecided)", verdicts)
+
+
+def test_the_commands_for_contributors_run():
+    """In this environment; what takes minutes or changes files, as far as it can be tried."""
+    text, binaries = (ROOT / "CONTRIBUTING.md").read_text("utf-8"), Path(sys.executable).parent
+    commands = re.split(r" && |\n", "\n".join(re.findall(r"```\n(.*?)\n```", text, re.S)))
+    options = {
+        "make": ["-o", "setup", f"VENV={binaries.parent}", "--dry-run"],
+        "python": ["--collect-only"],
+        "ruff": ["--diff", "--no-cache"],
+    }
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        name = words[0].removeprefix(".venv/bin/")
+        words = [words[0] if name == "make" else binaries / name, *words[1:], *options[name]]
+        if words[1] == "plan":
+            words.remove("--dry-run")
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        most = 1 if name == "ruff" else 0  # 1: there is something to format
+        assert done.returncode <= most, f"{command}: {done.stdout}{done.stderr}"
+
+
 def table(heading):
     """First cells of the tables under a heading of artifact.md."""
     section = DOCS["artifact.md"].split(f"\n## {heading}\n")[1].split("\n## ")[0]
@@ -224,8 +259,14 @@ def test_every_column_and_every_folder_of_data_is_explained():
     names = re.findall(r"`(.+?)`", " ".join(table("Columns")))
     assert names == [*results.ROW_COLUMNS, "query_id", *results.MEASURES]
     assert {*per_query()} == {*results.SETTING, "query_id", *results.MEASURES}
-    folders = re.findall(r"\[data/(\w+)\]", " ".join(table("Licences")))
+    folders = re.findall(r"\[data/(\w+)\]", " ".join(table("Data and licences")))
     assert sorted(folders) == sorted(p.name for p in (ROOT / "data").iterdir() if p.is_dir())
+    for path in [*ROOT.glob("data/**/*.csv"), *ROOT.glob("data/frontier/*/*.parquet")]:
+        said = ROOT.joinpath("data", path.relative_to(ROOT).parts[1], "README.md").read_text(
+            "utf-8"
+        )
+        found = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        assert [name for name in found if name not in said] == [], path
 
 
 def test_the_snippets_for_reviewers_run(monkeypatch, bundled_model, reports):
@@ -234,7 +275,7 @@ def test_the_snippets_for_reviewers_run(monkeypatch, bundled_model, reports):
     exec(gains, known := {})
     rows, name = results.read_rows(OFFLINE), "docs-scipy-kmeans-pf1-6-s42"
     found = known["gain"].groupby("collection").mean()
-    assert len(found) == 5
+    assert len(found) == 5 and known["scipy"].mean() == pytest.approx(known["found"].mean)
     for collection, gain in found.items():
         curves = (
             results.series(rows, m, collection, "kmeans") for m in (name, "docs-scipy-pf1-s42")
