@@ -1,4 +1,4 @@
-# `make help` lists the targets. Needs Python 3.12 or 3.11 (3.11.5 or later) with venv; everything else goes into .venv.
+# `make help` lists the targets. Needs Python 3.11 or 3.12 with venv; everything else goes into .venv.
 SHELL := /bin/bash
 PROFILE ?= quick
 CORES ?= 2
@@ -95,10 +95,10 @@ setup:
 
 define find_python
 for python in python3 python3.12 python3.11 ""; do \
-	[ -z "$$python" ] && { echo "make needs Python 3.12 or 3.11 (3.11.5 or later) with venv; found" \
-		"none among python3 ($$(python3 --version 2>&1)), python3.12, python3.11. Install one" \
+	[ -z "$$python" ] && { echo "make needs Python 3.11 or 3.12 with venv; found none among" \
+		"python3 ($$(python3 --version 2>&1)), python3.12, python3.11. Install one" \
 		"(Debian, Ubuntu: apt install python3.12 python3.12-venv) and try again." >&2; exit 1; }; \
-	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11, 5) <= sys.version_info < (3, 13))' \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
 		2>/dev/null && break; \
 done
 endef

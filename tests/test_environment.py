@@ -17,12 +17,22 @@ ROOT = Path(__file__).parents[1]
 NAMED_BY_USERS = {"jupyterlab", "papermill", "torch", "pylate", "datasets", "matplotlib", "seaborn"}
 
 
+def applies(requirement, environment):
+    """Whether a requirement's marker holds in `environment`."""
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""} | environment)
+
+
 def requirements(lines):
-    """Requirement by canonical name, of the lines that are neither comments nor hashes."""
+    """Requirement by canonical name, of the lines that are neither comments nor hashes.
+
+    Of a package with several versions, each for some Pythons, it is the one for this Python.
+    """
     lines = [line.removesuffix(" \\") for line in lines if re.match(r"[A-Za-z]", line)]
-    found = [Requirement(line) for line in lines]
+    here = default_environment()
+    found = sorted(map(Requirement, lines), key=lambda requirement: applies(requirement, here))
     by_name = {canonicalize_name(requirement.name): requirement for requirement in found}
-    assert len(by_name) == len(found), "a package is listed twice"
+    others = [r for r in found if by_name[canonicalize_name(r.name)] is not r]
+    assert not any(applies(other, here) for other in others), "a package is listed twice"
     return by_name
 
 
@@ -124,11 +134,6 @@ def test_the_lock_satisfies_itself(python):
                 pending += [(key, wanted) for wanted in needed.extras]
     assert not unmet
     assert len(seen) >= len(LOCK) - 20  # nearly all of them were looked at
-
-
-def applies(requirement, environment):
-    """Whether a requirement's marker holds in `environment`."""
-    return requirement.marker is None or requirement.marker.evaluate({"extra": ""} | environment)
 
 
 def test_this_interpreter_runs_what_the_lock_says():
