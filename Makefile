@@ -31,10 +31,10 @@ SNAKEMAKE = $(KEEP_MEMORY) $(PY) -m snakemake --cores $(CORES) \
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
 
-# Without rows or a baseline nothing else can run: a failure there ends the run at once.
+# First a picture, and what all else needs: a failure there ends the run at once.
 run: setup  ## run a profile, or resume it: PROFILE=quick (default), offline, smoke, paper, mine.yaml
 	@$(NOTEBOOKS) check "$(PROFILE)"
-	@$(SNAKEMAKE) --until mine baseline && $(SNAKEMAKE) --keep-going; status=$$?; \
+	@$(SNAKEMAKE) --until token_pooling mine baseline && $(SNAKEMAKE) --keep-going; status=$$?; \
 		$(NOTEBOOKS) report "$(PROFILE)" && exit $$status
 
 plan: setup  ## check a profile and its data, and show the jobs of `make run`

@@ -101,7 +101,8 @@ onstart:
 localrules:
     fetch,
 
-# Priorities: all else waits for the baseline; of the rest, the longest trainings come first.
+# Priorities: a first picture within a minute; all else waits for the baseline; of the rest, the longest
+# trainings come first.
 rule all:
     input:
         # all of them: a product in the middle that was deleted is made again too
@@ -184,4 +185,5 @@ rule token_pooling:
     benchmark: f"{LOGS}/token_pooling/00_token_pooling.tsv"
     params: values=[]
     resources: **needs(0, 4_000, 15)
+    priority: 110
     shell: RUN
