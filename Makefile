@@ -8,6 +8,8 @@ HAVE ?=
 ONLY ?=
 # MB that the jobs of `make run` share: all of this machine's, where the system tells
 MEM_MB ?= $(shell awk '/^MemTotal/ {print int($$2 / 1000)}' /proc/meminfo 2>/dev/null)
+# Pythons of environments with libraries that do not fit into this one, for `bench`: docs/pooling.md
+PEERS ?=
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
@@ -72,7 +74,8 @@ site: setup  ## README, docs, notebooks and figures as a static site in site/, f
 	@rm -rf site && mv build/site/html site && echo "Open site/index.html, or serve the folder site."
 
 bench: setup  ## measure beside the libraries that people use: executes 10_speed
-	@$(NOTEBOOKS) run notebooks/10_speed.ipynb runs/bench/10_speed.ipynb --parameters measure=True $(BENCH)
+	@$(NOTEBOOKS) run notebooks/10_speed.ipynb runs/bench/10_speed.ipynb --parameters measure=True \
+		"peers=[$(foreach python,$(PEERS),'$(python)',)]" $(BENCH)
 
 clean:  ## remove runs/ (and say how much it was); .venv stays
 	@if [ -d runs ]; then du -sh runs | sed 's/\t.*/ in runs\/ removed/'; rm -rf runs; \

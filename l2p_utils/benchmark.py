@@ -2,21 +2,28 @@
 
 Token vectors come from the bundled encoder, before any training, on the bundled collections. All
 contestants work on the same vectors with the same number of threads, in turns; medians count.
+Libraries that do not fit into this environment take part from environments of their own.
 ``python -m l2p_utils.benchmark`` redraws figures/bench from data/bench.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import inspect
 import itertools
+import os
+import pickle
 import platform
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from timeit import timeit
 from typing import Any
 
 import fastcluster
@@ -28,15 +35,15 @@ from fastkmeans import FastKMeans
 from pylate import models, rank
 from pylate.scores import colbert_scores
 from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
 from threadpoolctl import threadpool_limits
 
 from l2p_utils.collection import load_collection, subset
 from l2p_utils.evaluation import Encoded, encode_collection, evaluate_collection
-from l2p_utils.evaluation import measure as measure_ranking
-from l2p_utils.figures import COLOURS, STYLE, NotebookFigure, save_figure
-from l2p_utils.files import ROOT, atomic_path, read_json, versions, write_json
+from l2p_utils.figures import COLOURS, MODEL_COLOURS, STYLE, NotebookFigure, save_figure
+from l2p_utils.files import ROOT, UserError, atomic_path, read_json, versions, write_json
 from l2p_utils.model import PooledColBERT, autocast, encode
-from l2p_utils.pooling import pool, pool_padded, pool_sweep
+from l2p_utils.pooling import pool, pool_padded, pool_sweep, unit_length
 from l2p_utils.profile import load_profile, slug
 from l2p_utils.search import exact_search
 from l2p_utils.statistics import interval
@@ -46,7 +53,7 @@ from l2p_utils.training import PooledDistillation
 Vectors = list[torch.Tensor]
 METHODS = ("span", "kmeans", "hierarchical")
 FACTORS = [2, 3, 4, 5, 6]
-REFERENCE = {"span": "loop over groups", "kmeans": "scikit-learn", "hierarchical": "PyLate"}
+LENGTHS = (64, 128, 300, 512, 1024, 2048, 4096)  # in tokens
 COLLECTIONS = ["docs:scipy", "docs:torch", "docs:numpy", "docs:pandas", "docs:sklearn"]
 STORED = ROOT / "data" / "bench"
 PAPER_BATCH = 16 * 16  # documents in one of the paper's training batches
@@ -64,8 +71,8 @@ class Pooler:
     sweep: Callable[[Vectors, list[int]], dict[int, Vectors]] | None = None  # shares work
 
 
-def poolers() -> list[Pooler]:
-    """Ours, then the libraries', with their own defaults; each method's reference comes first."""
+def poolers(peers: Mapping[str, Peer] | None = None) -> list[Pooler]:
+    """Ours, then the libraries', with their own defaults; those of `peers` last."""
     bind, pylate = functools.partial, models.ColBERT.pool_embeddings_hierarchical
     found = [
         Pooler(m, "ours", bind(pool, pool_method=m), bind(pool_sweep, pool_method=m))
@@ -81,6 +88,13 @@ def poolers() -> list[Pooler]:
         sweep = bind(linkage_sweep, linkage=library.linkage)
         single = bind(lambda sweep, docs, f: sweep(docs, [f])[f], sweep)
         found.append(Pooler("hierarchical", engine, single, sweep))
+    for engine, peer in (peers or {}).items():
+        if engine == "sentence-transformers":
+            found.append(Pooler("hierarchical", engine, peer))
+        elif engine == "colpali-engine":  # protects no token
+            ours = bind(pool, pool_method="hierarchical", protected_tokens=0, variant="paper")
+            variant = "hierarchical, paper"
+            found += [Pooler(variant, "ours", ours), Pooler(variant, engine, peer)]
     return found
 
 
@@ -108,8 +122,8 @@ def linkage_sweep(documents: Vectors, factors: list[int], linkage: Callable) -> 
     pooled: dict[int, Vectors] = {factor: [] for factor in factors}
     for document in documents:
         tokens = document[1:].numpy()
-        distances = np.maximum(1 - tokens @ tokens.T, 0)[np.triu_indices(len(tokens), k=1)]
-        tree = linkage(distances, method="ward")
+        distances = np.maximum(1 - tokens @ tokens.T, 0)
+        tree = linkage(squareform(distances, checks=False), method="ward")
         for factor in factors:
             labels = hierarchy.fcluster(tree, max(len(tokens) // factor, 1), criterion="maxclust")
             pooled[factor].append(_means(document, labels))
@@ -128,12 +142,31 @@ def _means(document: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
 def in_turns(
     contestants: Mapping[Any, Callable[[], Any]], repetitions: int, warm: bool = True
 ) -> dict[Any, float]:
-    """Median seconds of each, measured in turns: what disturbs the machine disturbs all alike."""
+    """Median seconds of each, measured in turns: what disturbs the machine disturbs all alike.
+
+    On one thread those of the processor, so that what else it does does not count.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def seconds(run: Callable[[], Any]) -> float:
+        start = clock()
+        found = run()
+        return found.seconds if isinstance(found, Answer) else clock() - start
+
     runs = contestants.values()
     for run in runs if warm else ():
         run()
-    seconds = [[timeit(run, number=1) for run in runs] for _ in range(repetitions)]
-    return dict(zip(contestants, np.median(seconds, axis=0).tolist(), strict=True))
+    taken = [[seconds(run) for run in runs] for _ in range(repetitions)]
+    return dict(zip(contestants, np.median(taken, axis=0).tolist(), strict=True))
+
+
+def same_groups(pooled: Vectors, others: Vectors) -> float:
+    """Share of documents whose pooled vectors have the same directions, in any order."""
+    same = []
+    for a, b in zip(pooled, others, strict=True):
+        near = torch.cdist(unit_length(a.double()), unit_length(b.double())) < 1e-3
+        same.append(len(a) == len(b) and bool(near.any(0).all() and near.any(1).all()))
+    return float(np.mean(same))
 
 
 def inertia(documents: Vectors, pooled: Vectors) -> float:
@@ -171,6 +204,107 @@ def processor() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
+# ---------------------------------------------------------------- peers
+
+
+def serve() -> None:
+    """What the Python of a peer runs: pickled questions on standard input, answers on its output.
+
+    It is sent there as source, with `peak_memory`, and has nothing else of this project.
+    """
+    import torch
+
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what the libraries print goes elsewhere
+    engines: dict[str, Callable] = {}
+    with contextlib.suppress(ModuleNotFoundError):
+        from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
+
+        engines["sentence-transformers"] = lambda d, f: HierarchicalTokenPooling(f).pool(d)
+    with contextlib.suppress(ModuleNotFoundError):
+        from colpali_engine.compression.token_pooling import HierarchicalTokenPooler
+
+        pooler = HierarchicalTokenPooler()
+        engines["colpali-engine"] = lambda d, f: pooler.pool_embeddings(d, pool_factor=f)
+    with contextlib.suppress(ModuleNotFoundError):
+        from maxsim_cpu import maxsim_scores_variable as maxsim
+
+        def search(queries, documents):
+            documents = [document.numpy() for document in documents]
+            scores = [torch.tensor(maxsim(query.numpy(), documents)) for query in queries]
+            return torch.stack(scores).topk(10).indices
+
+        engines["maxsim-cpu"] = search
+    answer: Any = {engine: version(engine) for engine in engines}
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    with contextlib.suppress(EOFError):  # no more questions
+        while True:
+            pickle.dump(answer, output)
+            output.flush()
+            engine, memory, given = pickle.load(sys.stdin.buffer)
+            given = [[torch.from_numpy(v) for v in a] if isinstance(a, list) else a for a in given]
+            start = clock()
+            if memory:
+                answer = peak_memory(lambda e=engine, a=given: engines[e](*a))
+            else:
+                found = engines[engine](*given)
+                answer = clock() - start, [vectors.numpy() for vectors in found]
+
+
+class Answer(list):
+    """Tensors that a peer made in `seconds`."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library in a Python of its own: takes lists of tensors and numbers, and times itself."""
+
+    engine: str
+    version: str
+    process: subprocess.Popen
+
+    def __call__(self, *arguments: Any, memory: bool = False) -> Any:
+        """Its `Answer`, or the MiB that it needs for it (`peak_memory`)."""
+        # as arrays: of a tensor that is a part of another, the whole would travel
+        given = [[v.numpy() for v in a] if isinstance(a, list) else a for a in arguments]
+        pickle.dump((self.engine, memory, given), self.process.stdin)
+        self.process.stdin.flush()
+        found = pickle.load(self.process.stdout)
+        if memory:
+            return found
+        answer = Answer(map(torch.from_numpy, found[1]))
+        answer.seconds = found[0]
+        return answer
+
+
+@contextlib.contextmanager
+def started(pythons: Sequence[str], threads: int) -> Iterator[dict[str, Peer]]:
+    """The peers that the interpreters `pythons` have, by name, until the end of the block."""
+    source = "from __future__ import annotations\n"
+    source += "import contextlib, ctypes, os, pickle, re, sys, time\n"
+    source += "from importlib.metadata import version\nfrom pathlib import Path\n"
+    source += f"{inspect.getsource(peak_memory)}\n{inspect.getsource(serve)}\nserve()"
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
+    environment.pop("PYTHONPATH", None)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
+    peers: dict[str, Peer] = {}
+    with contextlib.ExitStack() as stack:
+        for python in pythons:
+            try:
+                process = stack.enter_context(subprocess.Popen([python, "-c", source], **pipes))
+                if not (found := pickle.load(process.stdout)):
+                    raise EOFError("it has none of them")
+            except (OSError, EOFError) as error:
+                raise UserError(
+                    f"{python} starts no peer: {error}. Expected the Python of an environment with "
+                    "sentence-transformers ≥ 6.2, colpali-engine or maxsim-cpu."
+                ) from error
+            peers |= {engine: Peer(engine, number, process) for engine, number in found.items()}
+        yield peers
+
+
 # ---------------------------------------------------------------- measurements
 
 
@@ -202,29 +336,40 @@ def bench_pooling(vectors: Mapping[int, Vectors], repetitions: int = 3) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def bench_scaling(vectors: Vectors, repetitions: int = 3) -> pd.DataFrame:
-    """Seconds per document at factor 4, by tokens (16 documents) and by number of documents."""
-    line = torch.cat(vectors)
-    cases = {("tokens", n): list(line[: 16 * n].split(n)) for n in (64, 128, 256, 512, 1024)}
-    cases |= {("documents", n): list(line[: n * 96].split(96)) for n in (16, 64, 256)}
-    chosen = [p for p in poolers() if p.engine in ("ours", REFERENCE[p.method])]
-    rows = []
-    for (axis, size), documents in cases.items():
+def bench_scaling(
+    vectors: Vectors, peers: Mapping[str, Peer], repetitions: int = 5
+) -> pd.DataFrame:
+    """Every contestant at factor 4, by tokens of a document: 8,192 tokens, or two documents.
+
+    Who takes more than 1.5 s for the documents of one length gets no longer ones.
+    """
+    line, chosen, rows = torch.cat(vectors), poolers(peers), []
+    for length in LENGTHS:
+        documents = list(line.split(length)[: max(8192 // length, 2)])
         runs = {p: functools.partial(p.pool, documents, 4) for p in chosen}
-        for pooler, value in in_turns(runs, repetitions).items():
-            rows.append((axis, size, pooler.method, pooler.engine, value / len(documents)))
-    columns = ["axis", "size", "method", "engine", "seconds_per_document"]
-    return pd.DataFrame(rows, columns=columns)
+        seconds, ours = in_turns(runs, repetitions), {}
+        for p, run in runs.items():
+            pooled = run()
+            row = {"document_length": length, "method": p.method, "engine": p.engine}
+            row |= {"documents": len(documents), "seconds": seconds[p]}
+            row["documents_per_second"] = len(documents) / seconds[p]
+            row["same_groups"] = same_groups(ours.setdefault(p.method, pooled), pooled)
+            row["peak_mib"] = run(memory=True) if isinstance(p.pool, Peer) else peak_memory(run)
+            rows.append(row)
+        chosen = [p for p in chosen if seconds[p] < 1.5]
+    return pd.DataFrame(rows)
 
 
-def bench_search(encoded: Encoded, queries: int = 60, repetitions: int = 9) -> pd.DataFrame:
-    """Ours and PyLate's two searches of the same unpooled vectors: seconds, share of equal tops."""
-    asked, documents, ids = encoded.queries[:queries], encoded.documents, encoded.document_ids
+def bench_search(
+    encoded: Encoded, peers: Mapping[str, Peer], queries: int = 60, repetitions: int = 9
+) -> pd.DataFrame:
+    """Ours and others' searches of the same unpooled vectors: seconds, share of equal tops."""
+    asked, documents = encoded.queries[:queries], encoded.documents
+    ids = list(range(len(documents)))
 
-    def scoring() -> list[list[str]]:
+    def scoring() -> torch.Tensor:
         padded = [torch.nn.utils.rnn.pad_sequence(v, batch_first=True) for v in (asked, documents)]
-        tops = colbert_scores(*padded).topk(10, dim=1).indices  # zeros pad, as in PyLate
-        return [[ids[i] for i in row] for row in tops.tolist()]
+        return colbert_scores(*padded).topk(10, dim=1).indices  # zeros pad, as in PyLate
 
     runs = {
         "ours": lambda: exact_search(asked, documents, ids, 10).documents,
@@ -234,25 +379,16 @@ def bench_search(encoded: Encoded, queries: int = 60, repetitions: int = 9) -> p
         ],
         "PyLate colbert_scores": scoring,
     }
+    if peer := peers.get("maxsim-cpu"):
+        runs["maxsim-cpu"] = functools.partial(peer, asked, documents)
     seconds, expected, rows = in_turns(runs, repetitions), runs["ours"](), []
     for engine, run in runs.items():
         same = [list(a) == list(b) for a, b in zip(run(), expected, strict=True)]
+        memory = run(memory=True) if engine in peers else peak_memory(run)
         sizes = (len(asked), len(documents))
-        rows.append((engine, *sizes, seconds[engine], float(np.mean(same)), peak_memory(run)))
+        rows.append((engine, *sizes, seconds[engine], float(np.mean(same)), memory))
     columns = ["engine", "queries", "documents", "seconds", "same_top_10", "peak_mib"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def bench_sweep(model: PooledColBERT, encoded: Encoded) -> pd.DataFrame:
-    """Encoding a collection once, beside all 1 + 3 × 5 settings from vectors to NDCG@10."""
-    found = exact_search(encoded.queries, encoded.documents, encoded.document_ids)
-    measure_ranking(encoded.collection, found)  # ranx compiles itself when it is first used
-    runs = {
-        "encode": lambda: encode_collection(model, encoded.collection, progress=False),
-        "all settings": lambda: evaluate_collection(encoded, METHODS, [1, *FACTORS]),
-    }
-    seconds = in_turns(runs, repetitions=2, warm=False)
-    return pd.DataFrame(seconds.items(), columns=["stage", "seconds"])
 
 
 def bench_training(
@@ -298,17 +434,6 @@ def bench_training(
     return table.assign(pooling_ms_per_document=1e3 * parts / len(vectors))
 
 
-def bench_ndcg(encoded: Encoded) -> pd.DataFrame:
-    """Mean NDCG@10 with every contestant's pooled vectors: one row per engine and factor."""
-    rows = []
-    for pooler, factor in itertools.product(poolers(), FACTORS):
-        pooled = pooler.pool(encoded.documents, factor)
-        found = exact_search(encoded.queries, pooled, encoded.document_ids)
-        ndcg = measure_ranking(encoded.collection, found)["ndcg@10"].mean()
-        rows.append((pooler.method, pooler.engine, factor, ndcg))
-    return pd.DataFrame(rows, columns=["method", "engine", "pool_factor", "ndcg@10"])
-
-
 def bench_quality(model: PooledColBERT, collections: Sequence[str]) -> pd.DataFrame:
     """NDCG@10 of every query with our k-means and with scikit-learn's, and both inertias."""
     tables = []
@@ -330,22 +455,22 @@ def bench_quality(model: PooledColBERT, collections: Sequence[str]) -> pd.DataFr
     return pd.concat(tables, ignore_index=True)
 
 
-def measure(folder: str | Path, threads: int = 1, collections: Sequence[str] = ()) -> Path:
-    """Measure everything (about 8 minutes) and write it to `folder` as CSV files.
+def measure(
+    folder: str | Path, threads: int = 1, collections: Sequence[str] = (), peers: Sequence[str] = ()
+) -> Path:
+    """Measure everything (about 10 minutes) and write it to `folder` as CSV files.
 
     `threads` is that of every contestant: torch, BLAS and OpenMP. K-means is compared on the five
-    bundled collections and on `collections`.
+    bundled collections and on `collections`. `peers` are the interpreters of environments that hold
+    sentence-transformers ≥ 6.2, colpali-engine or maxsim-cpu.
     """
     profile = load_profile("quick").model_copy(update={"name": "bench"})
     folder, before = Path(folder), torch.get_num_threads()
     torch.set_num_threads(threads)
-    with threadpool_limits(threads):
+    with threadpool_limits(threads), started(peers, threads) as found:
         model = untrained_model(profile)
         collection = subset(load_collection("docs:scipy"), None, 1000)
-        encoded, half, few = (
-            encode_collection(model, part, progress=False)
-            for part in (collection, subset(collection, None, 500), subset(collection, 100, 300))
-        )
+        encoded = encode_collection(model, collection, progress=False)
         texts, queries = (list(part.values()) for part in (collection.corpus, collection.queries))
         longest = sorted(texts, key=len, reverse=True)  # all of the first fill the length
         model.document_length = 300
@@ -360,11 +485,9 @@ def measure(folder: str | Path, threads: int = 1, collections: Sequence[str] = (
 
         measurements = {
             "pooling": lambda: bench_pooling({96: encoded.documents[:256], 300: longer}),
-            "scaling": lambda: bench_scaling(longer),
-            "search": lambda: bench_search(encoded),
+            "scaling": lambda: bench_scaling(longer, found),
+            "search": lambda: bench_search(encoded, found),
             "training": training,
-            "sweep": lambda: bench_sweep(model, half),
-            "ndcg": lambda: bench_ndcg(few),
             "quality": lambda: bench_quality(model, [*COLLECTIONS, *collections]),
         }
         start, parts = time.perf_counter(), {}
@@ -376,6 +499,7 @@ def measure(folder: str | Path, threads: int = 1, collections: Sequence[str] = (
         with atomic_path(folder / f"{name}.csv") as temporary:
             part.to_csv(temporary, index=False)
     machine = {"processor": processor(), "threads": threads, "versions": versions()}
+    machine["peers"] = {engine: peer.version for engine, peer in found.items()}
     write_json(folder / "machine.json", machine)
     return folder
 
@@ -391,10 +515,10 @@ def read(folder: str | Path = STORED) -> tuple[dict[str, pd.DataFrame], dict[str
     return parts, read_json(folder / "machine.json")
 
 
-def times_faster(pooling: pd.DataFrame) -> pd.DataFrame:
-    """Our speed by each contestant's: a row per length, method and engine, a column per factor."""
-    keys = ["document_length", "method", "engine"]
-    speed = pooling.pivot_table("documents_per_second", keys, "pool_factor", sort=False)
+def times_faster(pooling: pd.DataFrame, columns: str = "pool_factor") -> pd.DataFrame:
+    """Our speed by each contestant's; a column per pool factor, or per `document_length`."""
+    keys = [key for key in ("document_length", "method", "engine") if key != columns]
+    speed = pooling.pivot_table("documents_per_second", keys, columns, sort=False)
     ours = speed.xs("ours", level="engine").reindex(speed.index.droplevel("engine"))
     return (ours.to_numpy() / speed).drop("ours", level="engine")
 
@@ -430,17 +554,14 @@ def draw(parts: Mapping[str, pd.DataFrame], machine: Mapping[str, Any]) -> Noteb
             _draw_speeds(axes, part)
             count = part["documents"].iloc[0]
             axes.set_title(f"Speed: {count} documents of up to {length} word pieces")
-        growth = parts["scaling"].groupby("axis", sort=False)
-        for axes, (axis, part) in zip(panels[1], growth, strict=False):
-            _draw_growth(axes, part, axis)
-        lines, labels = panels[1][0].get_legend_handles_labels()
-        figure.legend(lines, labels, loc="outside lower center", ncols=len(lines), fontsize=9)
+        for axes, method in zip(panels[1], ("kmeans", "hierarchical"), strict=True):
+            _draw_growth(axes, parts["scaling"], method)
         title = f"Token pooling beside other libraries: {threads}, {machine['processor']}; medians"
         marks = "above: full mark PF4, hollow mark all of PF 2–6; below: PF4"
         figure.suptitle(f"{title}\n{marks}", fontsize=12)
     figure.alt = (
         "Documents pooled per second by method and library, and milliseconds per document as "
-        "documents get longer and more. The table of speeds has the numbers."
+        "documents get longer. The tables of speeds have the numbers."
     )
     return figure
 
@@ -460,19 +581,20 @@ def _draw_speeds(axes, part: pd.DataFrame) -> None:
     axes.set(xscale="log", xlim=(None, speeds["4"].max() * 4), xlabel=label)
 
 
-def _draw_growth(axes, growth: pd.DataFrame, axis: str) -> None:
-    for (method, engine), part in growth.groupby(["method", "engine"], sort=False):
-        line, marker = ("-", "s") if engine == "ours" else ("--", "o")
-        look = {"color": COLOURS[method], "linestyle": line, "marker": marker}
-        milliseconds = 1e3 * part["seconds_per_document"]
-        axes.plot(part["size"], milliseconds, **look, label=f"{method} · {engine}")
-    sizes = sorted(growth["size"].unique())
+def _draw_growth(axes, growth: pd.DataFrame, method: str) -> None:
+    engines = growth[growth["method"] == method].groupby("engine", sort=False)
+    for number, (engine, part) in enumerate(engines):
+        look = {"color": MODEL_COLOURS[number - 1], "linestyle": "--", "marker": "oDv^"[number - 1]}
+        if engine == "ours":
+            look = {"color": COLOURS[method], "linewidth": 2.2, "marker": "s"}
+        milliseconds = 1e3 / part["documents_per_second"]
+        axes.plot(part["document_length"], milliseconds, **look, label=engine)
+    sizes = sorted(growth["document_length"].unique())
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, sizes)
     axes.set(yscale="log", ylabel="milliseconds per document (log scale)")
-    by_length = axis == "tokens"
-    axes.set_xlabel("tokens in each of 16 documents" if by_length else "documents of 96 tokens")
-    axes.set_title("Growth with " + ("document length" if by_length else "number of documents"))
+    axes.set(xlabel="tokens in each document", title=f"Growth with document length: {method}")
+    axes.legend(fontsize=9)
 
 
 def save(folder: str | Path = ROOT / "figures" / "bench") -> None:

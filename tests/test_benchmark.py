@@ -1,7 +1,10 @@
 """The bench: contestants pool alike, medians are right, every measurement is taken."""
 
+import functools
 import itertools
 import math
+import sys
+import time
 
 import pandas as pd
 import pytest
@@ -11,6 +14,7 @@ from l2p_utils import benchmark, training
 from l2p_utils.benchmark import FACTORS, METHODS, draw, poolers, read
 from l2p_utils.collection import Collection
 from l2p_utils.evaluation import encode_collection, evaluate_collection
+from l2p_utils.files import UserError
 from l2p_utils.model import load_model
 from l2p_utils.pooling import pooled_count
 from tests.tiny import tiny_colbert
@@ -48,11 +52,24 @@ def test_a_sweep_gives_what_single_factors_give(documents):
 
 
 def test_contestants_take_turns_and_the_median_counts(monkeypatch):
-    seconds, seen = iter([1, 2, 9, 2, 3, 7]), []
-    monkeypatch.setattr(benchmark, "timeit", lambda run, number: run() or next(seconds))
-    runs = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
+    took, seen, now = iter([1, 2, 9, 2, 3, 7]), [], [0]
+    clock = "process_time" if torch.get_num_threads() == 1 else "perf_counter"
+    monkeypatch.setattr(time, clock, lambda: now[0])
+
+    def run(name):
+        seen.append(name)
+        now[0] += next(took)
+
+    runs = {name: functools.partial(run, name) for name in "ab"}
     assert benchmark.in_turns(runs, 3, warm=False) == {"a": 3, "b": 2}  # of 1, 9, 3 and 2, 2, 7
     assert seen == ["a", "b"] * 3
+
+
+def test_groups_are_the_same_in_any_order_and_at_any_length():
+    a, b = unit(4, 8), unit(5, 8)
+    assert benchmark.same_groups([a, b], [3 * a.flip(0), b]) == 1
+    assert benchmark.same_groups([a, b], [a, b[1:]]) == 0.5  # one fewer
+    assert benchmark.same_groups([a, b], [a, torch.cat([b[:4], -b[4:]])]) == 0.5
 
 
 def test_peak_memory_sees_what_a_call_takes_and_gives_back():
@@ -88,6 +105,63 @@ def test_inertia_speed_and_quality_are_compared_by_hand():
     assert table.loc["all"].tolist() == table.loc["c"].tolist()
 
 
+# ---------------------------------------------------------------- peers
+
+STUBS = {
+    "sentence_transformers/__init__.py": "",  # an old one
+    "maxsim_cpu.py": "def maxsim_scores_variable(query, documents):\n"
+    "    return [(query @ document.T).max(1).sum() for document in documents]\n",
+    "maxsim_cpu-9.dist-info/METADATA": "Name: maxsim-cpu\nVersion: 9.1\n",
+    "colpali_engine/compression/token_pooling.py": """
+class HierarchicalTokenPooler:
+    def pool_embeddings(self, documents, pool_factor):
+        print("pooling")  # what a peer prints is no answer
+        return [document[: len(document) // pool_factor] for document in documents]
+""",
+    "colpali_engine-9.dist-info/METADATA": "Name: colpali-engine\nVersion: 9.2\n",
+}
+
+
+def python(folder, *stubs):
+    """This interpreter, with stubs of libraries in place of those that are installed."""
+    for name in stubs:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(STUBS[name])
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory):
+    with benchmark.started([python(tmp_path_factory.mktemp("peers"), *STUBS)], 1) as found:
+        yield found
+    assert all(peer.process.returncode == 0 for peer in found.values())
+
+
+def test_peers_answer_from_a_python_of_their_own_and_time_themselves(peers, documents):
+    numbers = {engine: peer.version for engine, peer in peers.items()}
+    assert numbers == {"colpali-engine": "9.2", "maxsim-cpu": "9.1"}
+    answer = peers["colpali-engine"](documents, 3)
+    assert [len(part) for part in answer] == [10, 5, 8] and 0 < answer.seconds < 1
+    assert all(torch.equal(a, d[: len(a)]) for a, d in zip(answer, documents, strict=True))
+    assert benchmark.in_turns({"peer": lambda: answer}, 3) == {"peer": answer.seconds}
+    memory = peers["colpali-engine"](documents, 3, memory=True)
+    assert math.isnan(memory) or 0 <= memory < 50
+    methods = [(p.method, p.engine) for p in poolers(peers)][-2:]
+    assert methods == [("hierarchical, paper", e) for e in ("ours", "colpali-engine")]
+
+
+def test_a_python_without_a_peer_is_refused(tmp_path):
+    for given in (python(tmp_path, "sentence_transformers/__init__.py"), "/no/python"):
+        with (
+            pytest.raises(UserError, match="starts no peer.*maxsim-cpu"),
+            benchmark.started([given], 1),
+        ):
+            pass
+
+
 # ---------------------------------------------------------------- on a tiny model
 
 TOPICS = ["matrix", "spline", "cluster", "integral", "filter", "random sample"]
@@ -117,15 +191,18 @@ def encoded(model, collection):
     return encode_collection(model, collection, progress=False)
 
 
-def test_searches_of_the_same_vectors_agree_and_one_that_differs_is_reported(encoded, monkeypatch):
-    found = benchmark.bench_search(encoded, queries=6, repetitions=1).set_index("engine")
-    assert list(found.index) == ["ours", "PyLate rank.rerank", "PyLate colbert_scores"]
+def test_searches_of_the_same_vectors_agree_and_one_that_differs_is_reported(
+    encoded, peers, monkeypatch
+):
+    found = benchmark.bench_search(encoded, peers, queries=6, repetitions=1).set_index("engine")
+    engines = ["ours", "PyLate rank.rerank", "PyLate colbert_scores", "maxsim-cpu"]
+    assert list(found.index) == engines
     assert (found["same_top_10"] == 1).all() and (found["seconds"] > 0).all()
     assert (found["queries"] == 6).all() and (found["documents"] == len(TEXTS)).all()
     exact = benchmark.exact_search
     shortened = lambda asked, documents, ids, k: exact(asked, documents[:10], ids[:10], k)  # noqa: E731
     monkeypatch.setattr(benchmark, "exact_search", shortened)
-    found = benchmark.bench_search(encoded, queries=6, repetitions=1).set_index("engine")
+    found = benchmark.bench_search(encoded, {}, queries=6, repetitions=1).set_index("engine")
     assert found["same_top_10"]["ours"] == 1 and found["same_top_10"]["PyLate rank.rerank"] < 1
 
 
@@ -139,13 +216,6 @@ def test_the_quality_is_that_of_evaluations_with_either_kmeans(model, collection
         for factor, part in found.groupby("pool_factor"):
             assert part[column].mean() == pytest.approx(expected[factor], abs=1e-6)
     assert (found["inertia_ours"] != found["inertia_scikit-learn"]).any()
-
-
-def test_ndcg_is_measured_with_every_contestant_and_factor(encoded):
-    found = benchmark.bench_ndcg(encoded).set_index(["method", "engine", "pool_factor"])["ndcg@10"]
-    assert len(found) == len(poolers()) * len(FACTORS) and found.between(0, 1).all()
-    for factor in FACTORS:
-        assert found["hierarchical", "ours", factor] == found["hierarchical", "SciPy", factor]
 
 
 def test_training_steps_pool_are_measured_and_leave_the_model_as_it_was(model, monkeypatch):
@@ -166,14 +236,21 @@ def test_training_steps_pool_are_measured_and_leave_the_model_as_it_was(model, m
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_growth_and_the_stages_of_an_evaluation_are_measured(model, encoded):
-    growth = benchmark.bench_scaling([unit(24_576, 16)], repetitions=1)
-    sizes = growth.groupby("axis")["size"].unique()
-    assert list(sizes["tokens"]) == [64, 128, 256, 512, 1024]
-    assert list(sizes["documents"]) == [16, 64, 256]
-    assert len(growth) == 8 * 6 and (growth["seconds_per_document"] > 0).all()
-    stages = benchmark.bench_sweep(model, encoded)
-    assert list(stages["stage"]) == ["encode", "all settings"] and (stages["seconds"] > 0).all()
+def test_growth_is_measured_with_all_that_pool_alike_and_who_is_slow_stops(peers, monkeypatch):
+    monkeypatch.setattr(benchmark, "LENGTHS", (20, 40))
+    monkeypatch.setattr(
+        benchmark, "in_turns", lambda runs, _: {p: 2.0 * (p.engine == "SciPy") + 1 for p in runs}
+    )
+    growth = benchmark.bench_scaling([unit(200, 16)], peers)
+    keys = ["document_length", "engine"]
+    same = growth[growth["method"] == "hierarchical"].set_index(keys)["same_groups"]
+    assert (same == 1).all() and len(same) == 4 + 3  # SciPy's 40 are missing
+    other = growth[growth["engine"] == "colpali-engine"]
+    assert (other["same_groups"] == 0).all()  # the stub cuts; ours pools
+    assert growth["documents"].unique().tolist() == [10, 5]
+    faster = benchmark.times_faster(growth, "document_length")
+    assert faster.loc[("hierarchical", "PyLate")].tolist() == [1, 1]
+    assert faster.loc[("hierarchical", "SciPy"), 20] == 3
 
 
 # ---------------------------------------------------------------- what is stored
