@@ -353,7 +353,8 @@ def test_make_stops_where_mining_or_the_baseline_failed_and_passes_options_on():
     # `make test` runs this under make, which would say so to a make of its own
     here = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     said = subprocess.run(make, cwd=ROOT, env=here, capture_output=True, text=True).stdout
-    first, rest = re.search(r"(.*--until token_pooling mine baseline) && (.*--keep-going);", said).groups()
+    parts = r"(.*--until token_pooling mine baseline) && (.*--keep-going);"
+    first, rest = re.search(parts, said).groups()
     assert "--keep-going" not in first
     assert first.count("'profile=my own.yaml'") + first.count('"profile=my own.yaml"') == 1
     assert said.rstrip().endswith("--port 9 --allow-root")
