@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import textwrap
 from collections.abc import Iterable
 from functools import lru_cache
@@ -29,7 +30,7 @@ from PIL import Image
 
 from l2p_utils import claims, paper
 from l2p_utils.claims import UNIT
-from l2p_utils.files import UserError, atomic_path
+from l2p_utils.files import UserError, atomic_path, command
 from l2p_utils.paper import ENGINE, FIGURES, ROLES, TABLES, Exhibits
 from l2p_utils.results import BASELINE, curves, has_rows, kept_ndcg, relative_ndcg, searched
 
@@ -823,6 +824,7 @@ def draw_all(source_folder: str | Path, output_folder: str | Path, paper_folder:
     return len(files)
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Redraw ``<out>/<name>/`` for every subfolder ``<data>/<name>/`` (``make figures``)."""
     parser = argparse.ArgumentParser(prog="python -m l2p_utils.figures", description=main.__doc__)
@@ -830,7 +832,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("figures"))
     given = parser.parse_args(arguments)
     if not paper.holds_paper(given.data / "paper"):
-        raise SystemExit(f"{given.data} has no folder paper with the paper's numbers.")
+        raise UserError(f"{given.data} has no folder paper with the paper's numbers.")
     for folder in sorted(path for path in given.data.iterdir() if path.is_dir()):
         if paper.holds_paper(folder) or has_rows(folder):
             count = draw_all(folder, given.out / folder.name, given.data / "paper")
@@ -838,4 +840,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

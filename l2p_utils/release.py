@@ -157,17 +157,15 @@ def release_model(
     ----------
     name
         A trained and evaluated model of the profile (notebooks 02 and 03).
-    repository
-        The hub id that it will have, ``owner/name``.
+    repository, dataset
+        The hub ids, ``owner/name``, that it will have, and its training rows if released too.
     folder
-        Default: ``runs/<profile>/release/<name of the repository>``. An earlier release there is
+        Default: ``runs/<profile>/release/<name of the repository>``, of which an earlier release is
         replaced.
     licence
         A hub licence identifier, or ``other:<name>``. Needed where the terms of the base model or
         of the training collection are not known here (a folder of your own); refused where the
         collection's terms leave no choice (FiQA, SciFact).
-    dataset
-        Hub id of the training rows where they are released too (`release_dataset`).
     """
     repository = repository_id(repository)
     run = profile.find_run(name)

@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 from scipy.stats import t
 
-from l2p_utils.files import UserError, atomic_path, from_root
+from l2p_utils.files import UserError, atomic_path, command, from_root
 
 # Columns of a result row, in order, with their types (integers are nullable). Measures are means
 # over queries, in 0–1; bytes are those of float32 vectors; index_bytes is PLAID's index on disk,
@@ -333,24 +333,21 @@ def _beside(
     return found.assign(inside=inside)[[*cell, "ours", "mean", "low", "high", "inside"]]
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Hold a run's rows against the spread of the reference's seeds; 1 where they are outside."""
     parser = argparse.ArgumentParser(prog="python -m l2p_utils.results", description=main.__doc__)
     parser.add_argument("run", help="a folder of result rows, such as runs/quick/results")
     parser.add_argument("--reference", default=from_root("data/offline"))
     options = parser.parse_args(arguments)
-    try:
-        rows, reference = read_rows(options.run), read_rows(options.reference)
-        cells, headlines = compare_runs(rows, reference), compare_headlines(rows, reference)
-        if cells.empty or headlines.empty:
-            raise UserError(
-                f"{options.run} and {options.reference} have no headline difference in common. "
-                "Expected the baseline, FT PF1 and kmeans PF1-6 in both, of the same lengths, "
-                "queries and documents, as `make run` (quick) measures them."
-            )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
+    rows, reference = read_rows(options.run), read_rows(options.reference)
+    cells, headlines = compare_runs(rows, reference), compare_headlines(rows, reference)
+    if cells.empty or headlines.empty:
+        raise UserError(
+            f"{options.run} and {options.reference} have no headline difference in common. "
+            "Expected the baseline, FT PF1 and kmeans PF1-6 in both, of the same lengths, queries "
+            "and documents, as `make run` (quick) measures them."
+        )
     outside, same = cells[~cells["inside"]], [*CELL, "seed", "ndcg@10"]
     repeated = (rows.merge(reference[same], on=same)["engine"] == "exact").sum()
     percent = 100 * len(outside) / len(cells)
