@@ -132,9 +132,7 @@ def curve(
 # ---------------------------------------------------------------- the seven findings
 
 
-def base(method, *where, **lengths) -> Side:
-    """`curve` of the baseline."""
-    return curve("baseline", method, *where, **lengths)
+base = partial(curve, "baseline")
 
 
 def multi(method, *where, **lengths) -> Side:

@@ -235,18 +235,15 @@ def _band(source: Exhibits, curve: pd.DataFrame) -> pd.Series | None:
     """Half the 95 % intervals of a curve's cells; None where values per query are not known."""
     if source.per_query is None:
         return None
-    bars = curve.assign(half=[_error_bar(source, cell) for cell in curve.itertuples()])
-    half = _by_factor(bars, "half")
-    return half if half.notna().any() else None
-
-
-def _error_bar(source: Exhibits, cell) -> float:
-    datasets = ROLES if cell.dataset == "Average" else [cell.dataset]
-    training = cell.trained_on, cell.train_method, cell.train_factors
-    pooled = "none" if cell.pool_factor == 1 else cell.pool_method, cell.pool_factor
-    unit = source.unit is None and bool(source.rows["renormalized"].any())
-    cells = [claims.Cell(d, *training, *pooled, renormalized=unit) for d in datasets]
-    return _our_cells(source, cell.engine).error_bar(cells)
+    unit, half = source.unit is None and bool(source.rows["renormalized"].any()), {}
+    for cell in curve.itertuples():
+        datasets = ROLES if cell.dataset == "Average" else [cell.dataset]
+        how = [cell.trained_on, cell.train_method, cell.train_factors]
+        how += ["none" if cell.pool_factor == 1 else cell.pool_method, cell.pool_factor]
+        cells = [claims.Cell(dataset, *how, renormalized=unit) for dataset in datasets]
+        half[cell.pool_factor] = _our_cells(source, cell.engine).error_bar(cells)
+    found = pd.Series(half).sort_index()
+    return found if found.notna().any() else None
 
 
 @lru_cache(maxsize=4)
