@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from l2p_utils.files import UserError
 from l2p_utils.paper import METRICS, NOT_RUN, ROLES, TRAINED, Roles, main_variants, roles_of
@@ -30,6 +31,7 @@ JUDGED = [
     "error_queries", "error_seeds", "detectable", "seeds", "collections",
 ]  # fmt: skip
 UNIT = "renormalized_"
+TINY = 1e-9  # of averages that are equal but for rounding: .015 lost is "at most .015"
 CLAIM_COLUMNS = [
     "finding", "part", "statement", "unit", "paper", "paper_verdict",
     *JUDGED, *(UNIT + column for column in JUDGED),
@@ -37,6 +39,7 @@ CLAIM_COLUMNS = [
 HOLDS, FAILS, UNDECIDED, IN_PART = "holds", "does not hold", "undecided", "holds in part"
 POOLED = POOL_FACTORS[1:]
 LARGE = (8, 12, 16, 24)
+PLAIN = {dataset: dataset for dataset in ROLES}  # names in the texts of the paper's side
 FINDINGS = {
     1: "Inference only: hierarchical > kmeans > span on average; kmeans leads at PF3",
     2: "Lightweight fine-tuning makes models pooling-aware, kmeans most of the three",
@@ -129,9 +132,7 @@ def curve(
 # ---------------------------------------------------------------- the seven findings
 
 
-def base(method, *where, **lengths) -> Side:
-    """`curve` of the baseline."""
-    return curve("baseline", method, *where, **lengths)
+base = partial(curve, "baseline")
 
 
 def multi(method, *where, **lengths) -> Side:
@@ -370,8 +371,7 @@ def judge_paper(part: Part, cells: dict[str, dict[Cell, float]]) -> dict[str, st
     sums = [[sum(w * values[c] for w, c in side) for side in sides] for _, *sides in comparisons]
     differences = [first - second for first, second in sums]
     worst = int(np.argmin(differences))
-    # Rounding: .015 lost is still "at most .015".
-    holds = differences[worst] >= -part.margin - 1e-9
+    holds = differences[worst] >= -part.margin - TINY
     text = _sides(comparisons[worst][0], *sums[worst], part.unit)
     return {"paper": text, "paper_verdict": f"{HOLDS if holds else FAILS} (by sign)"}
 
@@ -387,11 +387,8 @@ def judge_ours(part: Part, cells: OurCells, renormalized: bool = False) -> dict[
     level = 1 - 0.05 / len(comparisons)
     sides = [cells.sides(comparison, part.unit) for comparison in comparisons]
     found = [interval([first - second for first, second in groups], level) for groups in sides]
-    low, high = (np.array([getattr(one, end) for one in found]) for end in ("low", "high"))
-    tiny = 1e-9  # equal values differ by rounding errors once they are averaged
-    verdict = FAILS if (high < -tiny - part.margin).any() else UNDECIDED
-    verdict = HOLDS if (low > tiny - part.margin).all() else verdict
-    worst = int(high.argmin() if verdict == FAILS else low.argmin())
+    ends = ([getattr(one, end) for one in found] for end in ("low", "high"))
+    verdict, worst = _verdict(*ends, -part.margin, TINY)
     weakest, label = found[worst], comparisons[worst][0]
     sums = sum(group.mean(axis=(1, 2)) for group in sides[worst])
     above_margin = np.max([above(one, -part.margin) for one in found])
@@ -410,21 +407,28 @@ def judge_ours(part: Part, cells: OurCells, renormalized: bool = False) -> dict[
     return {key: float(number) for key, number in numbers.items()} | texts
 
 
+def _verdict(low: ArrayLike, high: ArrayLike, bound: float, tiny: float) -> tuple[str, int]:
+    """The verdict on intervals that must all lie above `bound`, and the place of the weakest."""
+    low, high = np.array(low), np.array(high)
+    if (high < bound - TINY).any():
+        return FAILS, int(high.argmin())
+    return HOLDS if (low > bound + tiny).all() else UNDECIDED, int(low.argmin())
+
+
 _BLANK = dict.fromkeys(["p", *JUDGED], np.nan) | {"ours": "", "verdict": NOT_RUN, "collections": ""}
 NOT_ASKED = "–"  # of unpooled documents there are no means; finding 8 is about those of unit length
 
 
 def _what_was_run(part: Part, cells: OurCells, renormalized: bool) -> tuple:
     """The data sets that a part rests on, and its comparisons on them; none if it was not run."""
-    enough = any if part.partial else all
 
     def as_asked(cell: Cell) -> Cell:
         return cell._replace(renormalized=renormalized) if cell.renormalized is None else cell
 
     def measured(datasets):
-        build = _with_cells(part.build(datasets), as_asked)
-        found = [comparison for comparison in build if cells.seeds(comparison)]
-        return found if enough(comparison in found for comparison in build) else []
+        built = _with_cells(part.build(datasets), as_asked)
+        found = [comparison for comparison in built if cells.seeds(comparison)]
+        return found if part.partial or len(found) == len(built) else []
 
     run = tuple(d for d in part.datasets if part.together or measured((d,)))
     return run, measured(run) if run else []
@@ -455,17 +459,15 @@ def check_claims(
     unpooled documents are in the columns of raw means alone; so is, in those of unit length,
     finding 8. Models measured on different queries are refused.
     """
-    roles = roles_of(rows)
-    names = {dataset: dataset for dataset in ROLES}
-    ours = {dataset: roles.evaluated(dataset) or dataset for dataset in ROLES}
-    theirs, run = paper_cells(paper), rows is not None and per_query is not None
-    both = {dataset: f"{dataset} ({ours[dataset]})" for dataset in ROLES} if run else names
+    theirs, roles, run = paper_cells(paper), roles_of(rows), per_query is not None
     cells = OurCells(rows, per_query, roles) if run else None
+    ours = {dataset: roles.evaluated(dataset) or dataset for dataset in ROLES}
+    both = {dataset: f"{dataset} ({ours[dataset]})" if run else dataset for dataset in ROLES}
     lines = []
     for part in PARTS:
         line = {"finding": int(part.name[0]), "part": part.name, "unit": part.unit}
         line |= {"statement": part.statement.format_map(both)}
-        line |= {key: text.format_map(names) for key, text in judge_paper(part, theirs).items()}
+        line |= {key: text.format_map(PLAIN) for key, text in judge_paper(part, theirs).items()}
         for head, asked in {"": part.printed, UNIT: part.pooled}.items():
             judged = judge_ours(part, cells, head == UNIT) if run and asked else _BLANK
             named = {key: judged[key].format_map(ours) for key in ("ours", "collections")}
@@ -577,7 +579,7 @@ AUTHOR_NOTE = (
 class AuthorCells:
     """The author's result rows (`paper.read_runs`) as cells, of one metric and engine.
 
-    A model that was trained twice has two values a cell, in the order of its versions.
+    A cell has two values, those of the versions of its model's training, or twice that of the only.
     """
 
     def __init__(self, runs: pd.DataFrame, metric: str = "ndcg@10", engine: str = "exact"):
@@ -588,7 +590,6 @@ class AuthorCells:
         means = pd.concat([rows, alone]).groupby(keys)[metric].mean().unstack("version")
         both = means.reindex(columns=[1, 2])
         self._twice = {Cell(*key) for key in both.dropna().index}
-        # Of a model that was trained once, its only run.
         values = both.ffill(axis=1).bfill(axis=1).to_numpy()
         self._values = {Cell(*key): pair for key, pair in zip(both.index, values, strict=True)}
 
@@ -604,7 +605,7 @@ class AuthorCells:
         return [(100 * w / self._values[unpooled(c.dataset)][0], c) for w, c in terms]
 
     def total(self, terms: Side, version: int) -> float:
-        """The weighted sum; of a model that was trained once, its only run."""
+        """The weighted sum."""
         return sum(w * self._values[cell][version] for w, cell in terms)
 
     def error(self, cases: list[tuple[Side, int]]) -> float:
@@ -669,17 +670,15 @@ def judge_author(
         for version in cells.versions(sum(signed.values(), [])):
             terms = {label: cells.scaled(t, part.unit) for label, t in signed.items()}
             least = min(cells.total(t, version) for t in terms.values())
-            cases.append((stated, bool(least >= -part.margin - 1e-9)))
+            cases.append((stated, bool(least >= -part.margin - TINY)))
             for label, t in terms.items():
                 groups.setdefault(label, []).append((t, version))
     if not cases:
         return dict(zip(AUTHOR_COLUMNS, ["", np.nan, np.nan, NOT_RUN], strict=True))
     means = np.array([np.mean([cells.total(*case) for case in group]) for group in groups.values()])
     errors = np.array([cells.error(group) for group in groups.values()])
-    low, high = means - 2 * errors + part.margin, means + 2 * errors + part.margin
-    verdict = FAILS if (high < -1e-9).any() else UNDECIDED
-    verdict = HOLDS if (low > -1e-9).all() else verdict
-    worst = int(high.argmin() if verdict == FAILS else low.argmin())
+    ends = means - 2 * errors, means + 2 * errors
+    verdict, worst = _verdict(*ends, -part.margin, -TINY)
     mean, error, digits = means[worst], errors[worst], 3 if part.unit == "ndcg" else 1
     text = f"{sum(holds for _, holds in cases)} of {len(cases)} hold"
     own = [holds for stated, holds in cases if stated]
@@ -693,16 +692,13 @@ def judge_author(
 
 
 def author_claims(runs: pd.DataFrame, engine: str = "exact") -> pd.DataFrame:
-    """All parts on the author's rows: a row per part and metric, ``part``, ``statement``,
-    ``metric``, `AUTHOR_COLUMNS`.
-    """
-    names = {dataset: dataset for dataset in ROLES}
+    """A row per part and metric: ``part``, ``statement``, ``metric``, `AUTHOR_COLUMNS`."""
     lines = []
     for part in PARTS:
         for metric in METRICS:
             found = judge_author(part, runs, metric, engine)
-            found["author"] = found["author"].format_map(names)
-            key = {"part": part.name, "statement": part.statement.format_map(names)}
+            found["author"] = found["author"].format_map(PLAIN)
+            key = {"part": part.name, "statement": part.statement.format_map(PLAIN)}
             lines.append(key | {"metric": metric} | found)
     return pd.DataFrame(lines)
 

@@ -63,17 +63,11 @@ class Example:
 
 
 def load_example(source: str, text: str = "", model: str = "") -> Example:
-    """The stored example, or the same notebook on another model or text.
+    """The example stored in `source`, or another text or all texts encoded anew by `model`.
 
-    Parameters
-    ----------
-    source
-        Folder of the stored example; like `model`'s, seen from the project's root.
-    text
-        The reader's own text, which needs a model. With several lines, the first is the query and
-        the rest the document; one line is a document for the stored query.
-    model
-        Folder of a saved model, which encodes all texts anew.
+    Both are folders, seen from the project's root. `text` is the reader's own and needs a model:
+    of several lines the first is the query and the rest the document; a single one is a document
+    for the stored query.
     """
     if text.strip() and not model:
         raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import textwrap
 from collections.abc import Iterable
 from functools import lru_cache
@@ -27,46 +28,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from l2p_utils.claims import (
-    FAILS,
-    HOLDS,
-    PARTS,
-    UNDECIDED,
-    UNIT,
-    Cell,
-    OurCells,
-    check_claims,
-    claims_table,
-)
-from l2p_utils.files import UserError, atomic_path
-from l2p_utils.paper import (
-    ENGINE,
-    FIGURES,
-    INSIDE,
-    PAPER_BASELINES,
-    POINTS,
-    ROLES,
-    TABLES,
-    Exhibits,
-    by_definition,
-    compare_with_paper,
-    comparison_markdown,
-    fill,
-    holds_paper,
-    main_variants,
-    missing,
-    read_paper,
-    read_source,
-    roles_of,
-)
-from l2p_utils.results import (
-    BASELINE,
-    has_rows,
-    kept_ndcg,
-    read_per_query,
-    relative_ndcg,
-    searched,
-)
+from l2p_utils import claims, paper
+from l2p_utils.claims import UNIT
+from l2p_utils.files import UserError, atomic_path, command
+from l2p_utils.paper import ENGINE, FIGURES, ROLES, TABLES, Exhibits
+from l2p_utils.results import BASELINE, curves, has_rows, kept_ndcg, relative_ndcg, searched
 
 DPI = 220  # of files; notebooks show 110
 
@@ -143,13 +109,7 @@ STYLE = {
 
 
 class NotebookFigure(Figure):
-    """A figure outside pyplot's state that shows itself in a notebook.
-
-    Attributes
-    ----------
-    alt : str
-        What it shows in words, for those who cannot see it.
-    """
+    """A figure outside pyplot's state that shows itself in a notebook; `alt` says it in words."""
 
     alt = ""
 
@@ -260,41 +220,35 @@ def _by_factor(curve: pd.DataFrame, value: str = "relative") -> pd.Series:
 # ---------------------------------------------------------------- raw and unit length, bands
 
 THIN_NAME = "the same, raw means"
-THIN = dict(linewidth=0.9, markersize=4.5, markerfacecolor="white", markevery=[-1])
+THIN = dict(linewidth=0.9, markersize=4.5, markerfacecolor="white", markevery=[-1], zorder=2)
 LAYERS_NOTE = "Thick: pooled means scaled to unit length. Thin: raw means, as in the paper."
 BANDS_NOTE = "Bands: 95 % intervals of the percentage, over queries{}."
 
 
-def _layers(source: Exhibits, exhibit: str) -> list[tuple[Exhibits, bool]]:
-    """What an exhibit's figure shows, back to front: raw means thin, where there are others."""
-    if source.unit is None or ENGINE.get(exhibit) == "plaid":  # which has one length
-        return [(source, False)]
-    return [(source, True), (source.unit, False)]
+def _layers(source: Exhibits, exhibit: str) -> list[Exhibits]:
+    """What a figure shows, back to front: raw means too, where there are those of unit length."""
+    plaid = ENGINE[exhibit] == "plaid"  # which has one length
+    return [source] if source.unit is None or plaid else [source, source.unit]
 
 
-def _line(source: Exhibits, name: str, curve: pd.DataFrame, style: dict, thin: bool) -> Line:
-    """A curve of exhibit cells, with its band where values per query are known."""
-    if thin:
-        return Line(THIN_NAME, _by_factor(curve), style | THIN | {"zorder": 2})
+def _band(source: Exhibits, curve: pd.DataFrame) -> pd.Series | None:
+    """Half the 95 % intervals of a curve's cells; None where values per query are not known."""
     if source.per_query is None:
-        return Line(name, _by_factor(curve), style)
-    bars = curve.assign(half=[_error_bar(source, cell) for cell in curve.itertuples()])
-    half = _by_factor(bars, "half")
-    return Line(name, _by_factor(curve), style, half if half.notna().any() else None)
-
-
-def _error_bar(source: Exhibits, cell) -> float:
-    datasets = ROLES if cell.dataset == "Average" else [cell.dataset]
-    training = cell.trained_on, cell.train_method, cell.train_factors
-    method = "none" if cell.pool_factor == 1 else cell.pool_method
-    unit = source.unit is None and bool(source.rows["renormalized"].any())
-    cells = [Cell(d, *training, method, cell.pool_factor, renormalized=unit) for d in datasets]
-    return _our_cells(source, cell.engine).error_bar(cells)
+        return None
+    unit, half = source.unit is None and bool(source.rows["renormalized"].any()), {}
+    for cell in curve.itertuples():
+        datasets = ROLES if cell.dataset == "Average" else [cell.dataset]
+        how = [cell.trained_on, cell.train_method, cell.train_factors]
+        how += ["none" if cell.pool_factor == 1 else cell.pool_method, cell.pool_factor]
+        cells = [claims.Cell(dataset, *how, renormalized=unit) for dataset in datasets]
+        half[cell.pool_factor] = _our_cells(source, cell.engine).error_bar(cells)
+    found = pd.Series(half).sort_index()
+    return found if found.notna().any() else None
 
 
 @lru_cache(maxsize=4)
-def _our_cells(source: Exhibits, engine: str) -> OurCells:
-    return OurCells(source.rows, source.per_query, source.roles, engine)
+def _our_cells(source: Exhibits, engine: str) -> claims.OurCells:
+    return claims.OurCells(source.rows, source.per_query, source.roles, engine)
 
 
 # ---------------------------------------------------------------- the paper's figures
@@ -310,9 +264,8 @@ def _title(source: Exhibits, exhibit: str) -> str:
 
 
 def _notes(source: Exhibits, exhibit: str) -> list[str]:
-    engine = ENGINE.get(exhibit, "exact")
+    engine, gaps = ENGINE[exhibit], paper.missing(source, exhibit)
     on = f" on {SUITES[engine]}" if source.roles.own else ""
-    gaps = missing(source, exhibit)
     notes = [f"{source.note_on(exhibit)}. {SEARCH[engine]}{on}. {CAPTIONS.get(exhibit, '')}"]
     looks = [LAYERS_NOTE] if len(_layers(source, exhibit)) > 1 else []
     if source.per_query is not None:
@@ -348,7 +301,7 @@ def _cells(source: Exhibits, exhibit: str) -> pd.DataFrame:
         if source.rows is not None:
             factors = pd.DataFrame({"pool_factor": sorted(set(source.rows["pool_factor"]))})
             models = frame.drop_duplicates("label").drop(columns="pool_factor")
-            frame = fill(models.merge(factors, how="cross"), source.rows, source.roles)
+            frame = paper.fill(models.merge(factors, how="cross"), source.rows, source.roles)
     return frame.dropna(subset=["relative"])
 
 
@@ -362,17 +315,21 @@ def draw(source: Exhibits, exhibit: str) -> NotebookFigure:
     """
     if exhibit not in PANELS:
         raise UserError(f"no figure {exhibit!r}: expected one of {[*PANELS]}.")
-    layers = [(layer, thin, _cells(layer, exhibit)) for layer, thin in _layers(source, exhibit)]
-    if layers[0][2].empty:
+    layers = _layers(source, exhibit)
+    if _cells(source, exhibit).empty:
         return _draw_own(source, exhibit)
+    big = dict(linewidth=2.6, markersize=8) if exhibit == "overview" else {}
     facets: dict[str, list[Line]] = {}
-    for layer, thin, cells in layers:
-        for (dataset, label, method), curve in cells.groupby(
-            ["dataset", "label", "pool_method"], sort=False
-        ):
-            name, style = _legend_name(source, exhibit, curve), _style(label, method)
-            style = style | (dict(linewidth=2.6, markersize=8) if exhibit == "overview" else {})
-            facets.setdefault(dataset, []).append(_line(layer, name, curve, style, thin))
+    for layer in layers:
+        cells = _cells(layer, exhibit)
+        groups = cells.groupby(["dataset", "label", "pool_method"], sort=False)
+        for (dataset, label, method), curve in groups:
+            values, style = _by_factor(curve), _style(label, method) | big
+            line = Line(THIN_NAME, values, style | THIN)
+            if layer is layers[-1]:
+                name = _legend_name(source, exhibit, curve)
+                line = Line(name, values, style, _band(layer, curve))
+            facets.setdefault(dataset, []).append(line)
     shown = [dataset for dataset in PANELS[exhibit] if dataset in facets]
     facets = {"" if exhibit == "overview" else source.names[d][0]: facets[d] for d in shown}
     ylabel = "Relative NDCG@10\n(% of the unpooled baseline)" if exhibit == "overview" else RELATIVE
@@ -421,34 +378,50 @@ def _label_factors(axis: Axes, cells: pd.DataFrame) -> None:
 
 
 def _draw_own(source: Exhibits, exhibit: str) -> NotebookFigure:
+    """Every model of a run on its collections: a row per collection, a column per pool method.
+
+    In the place of Figure 1 the baseline alone.
+    """
     rows = source.rows_of(exhibit)
     if rows.empty:
-        engine = SEARCH[ENGINE.get(exhibit, "exact")]
-        raise UserError(f"{source.name}: there are no rows of {engine} to draw.")
+        raise UserError(f"{source.name}: there are no rows of {SEARCH[ENGINE[exhibit]]} to draw.")
     baseline = rows[rows["model"] == BASELINE]
     if exhibit == "figure1" and (baseline["pool_method"] != "none").any():
-        return draw_kept(main_variants(baseline))
-    return draw_models(rows, OWN_METHOD.get(exhibit))
+        return draw_kept(paper.main_variants(baseline))
+    cells = _own_cells(rows, exhibit)
+    methods, names = list(dict.fromkeys(cells["pool_method"])), _short(cells["dataset"])
+    models = sorted(set(cells["label"]), key=lambda name: (name != BASELINE, name))
+    facets: dict[str, list[Line]] = {}
+    for (dataset, method, model), curve in cells.groupby(["dataset", "pool_method", "label"]):
+        number = models.index(model)
+        look = {"color": MODEL_COLOURS[number % 7], "marker": MODEL_MARKERS[number % 6]}
+        look["linestyle"] = "--" if model == BASELINE else "-"
+        line = Line(model, _by_factor(curve), look)
+        facets.setdefault(f"{names[dataset]}, {method}", []).append(line)
+    more = ", …" if len(names) > 3 else ""
+    title = f"This run's models on {', '.join([*names.values()][:3])}{more}"
+    title += f": {methods[0]} pooling" if len(methods) == 1 else ""
+    note = f"100 %: the unpooled baseline. {_engine_note(rows)}"
+    columns = len(methods) if len(methods) > 1 else 3
+    figure = _draw_lines(facets, title, [note], columns, (3.6, 3.0))
+    figure.alt = f"{title}: relative NDCG@10 of {', '.join(models)} by pool factor."
+    return figure
 
 
-def _curves(rows: pd.DataFrame, pool_method: str | None = None) -> pd.DataFrame:
-    """Curves of every model as cells, unpooled rows as each method's point at 1.
+def _own_cells(rows: pd.DataFrame, exhibit: str) -> pd.DataFrame:
+    """Every model's curves as cells, of the exhibit's pool method where it was run, else of all.
 
-    Of `pool_method` where it was run, else of all methods. UserError without any baseline.
+    UserError without any baseline.
     """
-    rows = main_variants(rows)
-    cells = relative_ndcg(rows, partial=True)
-    if cells["relative_ndcg@10"].isna().all():
+    rows = relative_ndcg(paper.main_variants(rows), partial=True)
+    if rows["relative_ndcg@10"].isna().all():
         relative_ndcg(rows)  # says what is missing
+    if (rows["pool_method"] == OWN_METHOD.get(exhibit)).any():
+        rows = rows[rows["pool_method"].isin(["none", OWN_METHOD[exhibit]])]
+    found = curves(rows)
     names = {"collection": "dataset", "model": "label", "ndcg@10": "ndcg"}
-    cells = cells.rename(columns=names | {"relative_ndcg@10": "relative"}).assign(delta=np.nan)
-    pooled = cells[cells["pool_method"] != "none"]
-    if (pooled["pool_method"] == pool_method).any():
-        pooled = pooled[pooled["pool_method"] == pool_method]
-    unpooled = cells[cells["pool_method"] == "none"]
-    pairs = pooled[["label", "dataset", "pool_method"]].drop_duplicates()
-    starts = unpooled.drop(columns="pool_method").merge(pairs, on=["label", "dataset"])
-    return pd.concat([starts, pooled], ignore_index=True) if len(pooled) else unpooled
+    names["relative_ndcg@10"] = "relative"
+    return (found if len(found) else rows).rename(columns=names).assign(delta=np.nan)
 
 
 def _cells_or_own(source: Exhibits, exhibit: str) -> tuple[pd.DataFrame, bool]:
@@ -457,7 +430,7 @@ def _cells_or_own(source: Exhibits, exhibit: str) -> tuple[pd.DataFrame, bool]:
     if len(cells) or rows.empty:
         return cells, False
     rows = rows[rows["model"] == BASELINE] if exhibit == "figure1" else rows
-    return _curves(rows, OWN_METHOD.get(exhibit)), True
+    return _own_cells(rows, exhibit), True
 
 
 def _short(collections: Iterable[str]) -> dict[str, str]:
@@ -471,35 +444,6 @@ def _engine_note(rows: pd.DataFrame) -> str:
     return f"{SEARCH[rows['engine'].iloc[0]]}; {queries} test queries per collection."
 
 
-def draw_models(rows: pd.DataFrame, pool_method: str | None = None) -> NotebookFigure:
-    """Every model of a run on its collections: a row per collection, a column per pool method.
-
-    `rows` are of one engine. Of `pool_method` alone, where it was run.
-    """
-    curves = _curves(rows, pool_method)
-    methods = list(dict.fromkeys(curves["pool_method"]))
-    models = sorted(set(curves["label"]), key=lambda name: (name != BASELINE, name))
-    looks = {
-        model: dict(
-            color=MODEL_COLOURS[number % 7], marker=MODEL_MARKERS[number % 6],
-            linestyle="--" if model == BASELINE else "-",
-        )
-        for number, model in enumerate(models)
-    }  # fmt: skip
-    names, facets = _short(curves["dataset"]), {}
-    for (dataset, method, model), curve in curves.groupby(["dataset", "pool_method", "label"]):
-        line = Line(model, _by_factor(curve), looks[model])
-        facets.setdefault(f"{names[dataset]}, {method}", []).append(line)
-    more = ", …" if len(names) > 3 else ""
-    title = f"This run's models on {', '.join([*names.values()][:3])}{more}"
-    title += f": {methods[0]} pooling" if len(methods) == 1 else ""
-    note = f"100 %: the unpooled baseline. {_engine_note(rows)}"
-    columns = len(methods) if len(methods) > 1 else 3
-    figure = _draw_lines(facets, title, [note], columns, (3.6, 3.0))
-    figure.alt = f"{title}: relative NDCG@10 of {', '.join(models)} by pool factor."
-    return figure
-
-
 def draw_kept(rows: pd.DataFrame) -> NotebookFigure:
     """What one model keeps of its own unpooled NDCG@10: a panel per collection, a curve per method.
 
@@ -510,10 +454,10 @@ def draw_kept(rows: pd.DataFrame) -> NotebookFigure:
     if pooled.empty:
         raise UserError("There is no pooled measurement to draw: evaluate at pool factors above 1.")
     lengths = sorted(pooled["renormalized"].unique())
-    curves = pd.concat([kept_ndcg(searched(rows, unit)).assign(unit=unit) for unit in lengths])
-    curves = curves.dropna(subset=["kept"])
-    names, facets = _short(curves["collection"]), {}
-    for (collection, method, unit), curve in curves.groupby(["collection", "pool_method", "unit"]):
+    kept = pd.concat([kept_ndcg(searched(rows, unit)).assign(unit=unit) for unit in lengths])
+    kept, facets = kept.dropna(subset=["kept"]), {}
+    names = _short(kept["collection"])
+    for (collection, method, unit), curve in kept.groupby(["collection", "pool_method", "unit"]):
         name = method if len(lengths) == 1 else f"{method}, {'unit length' if unit else 'raw'}"
         look = {"color": COLOURS[method], "marker": MARKERS[method], "linestyle": "-"}
         look |= {} if unit or len(lengths) == 1 else RAW
@@ -522,7 +466,7 @@ def draw_kept(rows: pd.DataFrame) -> NotebookFigure:
     note = f"100 %: the same model unpooled. {_engine_note(rows)}"
     columns = 2 if len(facets) in (2, 4) else 3
     figure = _draw_lines(facets, title, [note], columns, (3.7, 2.9), "NDCG@10 (%)")
-    ends = curves[curves["pool_factor"] == curves["pool_factor"].max()]
+    ends = kept[kept["pool_factor"] == kept["pool_factor"].max()]
     means = ends.groupby(["pool_method", "unit"])["kept"].mean().round()
     at = {False: "", True: " at unit length"}
     spoken = [f"{method} {kept:.0f} %{at[unit]}" for (method, unit), kept in means.items()]
@@ -532,37 +476,37 @@ def draw_kept(rows: pd.DataFrame) -> NotebookFigure:
 
 # ---------------------------------------------------------------- the claims
 
-
 # Of a verdict the marker and whether it is filled; of raw and unit-length means the looks.
-VERDICTS = {HOLDS: ("o", True), UNDECIDED: ("o", False), FAILS: ("X", True)}
+VERDICTS = {
+    claims.HOLDS: ("o", True), claims.UNDECIDED: ("o", False), claims.FAILS: ("X", True),
+}  # fmt: skip
 MEANS = {"": ("raw means", "#222222", 1.6, -0.17), UNIT: ("unit-length means", SKY, 3.2, 0.17)}
 
 
-def draw_claims(claims: pd.DataFrame) -> NotebookFigure:
+def draw_claims(judged: pd.DataFrame) -> NotebookFigure:
     """A forest plot: the difference and interval of each part, raw means above unit-length ones.
 
-    `claims` are from `claims.check_claims`. NDCG@10 (finding 7) is drawn × 100, beside percentages.
+    `judged` is from `claims.check_claims`. NDCG@10 (finding 7) is drawn × 100, beside percentages.
     """
-    claims, title = claims.reset_index(drop=True), "The findings, part by part"
+    judged, title = judged.reset_index(drop=True), "The findings, part by part"
     notes = ["Lines: 95 % intervals of a part's weakest comparison. Ticks: the margin, if not 0."]
-    scale = np.where(claims["unit"] == "ndcg", 100, 1)
-    names = claims["part"].tolist()
-    margins = scale * claims["part"].map({part.name: part.margin for part in PARTS}).to_numpy()
+    names, scale = judged["part"].tolist(), np.where(judged["unit"] == "ndcg", 100, 1)
+    margins = scale * judged["part"].map({p.name: p.margin for p in claims.PARTS}).to_numpy()
     with matplotlib.rc_context(STYLE):
         figure, (axis,), strip = _panels(1, 1, (8.6, 0.3 * len(names) + 1), title, notes)
         axis.axvline(0, color="#333333", linestyle="--", linewidth=1, zorder=1)
-        for place in np.flatnonzero(claims["finding"].diff() > 0):
+        for place in np.flatnonzero(judged["finding"].diff() > 0):
             axis.axhline(place - 0.5, color="#999999", linewidth=0.8, zorder=0)
         for place in np.flatnonzero(margins):
             ends = [place - 0.4, place + 0.4]
             axis.plot([-margins[place]] * 2, ends, color="#777777", linewidth=1.5, zorder=1)
         handles, said = {}, []
         for head, (name, colour, width, offset) in MEANS.items():
-            for place, verdict in enumerate(claims[head + "verdict"]):
+            columns = [head + column for column in ("verdict", "difference", "low", "high")]
+            for place, (verdict, *numbers) in enumerate(judged[columns].to_numpy()):
                 if verdict not in VERDICTS:
                     continue
-                ends = scale[place] * claims.loc[place, [head + "low", head + "high"]]
-                middle = scale[place] * claims.loc[place, head + "difference"]
+                middle, *ends = scale[place] * np.array(numbers)
                 where = [place + offset] * 2
                 (handles[name],) = axis.plot(ends, where, color=colour, linewidth=width, zorder=2)
                 marker, filled = VERDICTS[verdict]
@@ -591,12 +535,12 @@ def draw_comparison(comparison: pd.DataFrame) -> NotebookFigure:
     `comparison` is from `paper.compare_with_paper`.
     """
     drawn = comparison["quantity"].isin(["ndcg", "relative"]) & comparison["points"].notna()
-    drawn &= (comparison["dataset"] != "Average") & ~by_definition(comparison)
+    drawn &= (comparison["dataset"] != "Average") & ~paper.by_definition(comparison)
     dots = comparison[drawn]
     engines = [engine for engine in SUITES if (dots["engine"] == engine).any()]
     title = "The paper's values and ours"
     band = "Shaded: the tolerance, ± {exact:g} point (exact search), ± {plaid:g} points (PLAID)."
-    notes = [f"{band.format(**POINTS)} Filled: inside; open: outside."]
+    notes = [f"{band.format(**paper.POINTS)} Filled: inside; open: outside."]
     for engine, part in comparison.groupby("engine"):
         counts = [f"{n} {verdict}" for verdict, n in part["verdict"].value_counts().items()]
         notes.append(f"{SEARCH[engine]}: of {len(part)} printed values {', '.join(counts)}.")
@@ -605,14 +549,15 @@ def draw_comparison(comparison: pd.DataFrame) -> NotebookFigure:
         handles: dict[str, object] = {}
         for axis, engine in zip(axes, engines, strict=False):
             here = dots[dots["engine"] == engine]
-            axis.axhspan(-POINTS[engine], POINTS[engine], color="#DDDDDD", linewidth=0, zorder=0)
+            points = paper.POINTS[engine]
+            axis.axhspan(-points, points, color="#DDDDDD", linewidth=0, zorder=0)
             axis.axhline(0, color="#333333", linestyle="--", linewidth=1, zorder=1)
-            percent = here["dataset"].map(PAPER_BASELINES[engine])
+            percent = here["dataset"].map(paper.PAPER_BASELINES[engine])
             here = here.assign(x=here["paper"] * percent.where(here["quantity"] != "ndcg", 100.0))
             for (method, verdict), part in here.groupby(["pool_method", "verdict"]):
                 look = dict(linestyle="none", marker=MARKERS.get(method, "s"), zorder=3)
                 look["color"] = COLOURS.get(method, GREY)
-                look["markerfacecolor"] = look["color"] if verdict == INSIDE else "white"
+                look["markerfacecolor"] = look["color"] if verdict == paper.INSIDE else "white"
                 (drawn,) = axis.plot(part["x"], part["points"], markersize=5.5, **look)
                 handles.setdefault("unpooled" if method == "none" else method, drawn)
             axis.set_title(f"{SEARCH[engine]}, {SUITES[engine]}", fontsize=11.5)
@@ -729,14 +674,14 @@ def _by_factors(rows: pd.DataFrame, value: str, index: str | list[str]) -> pd.Da
     return rows.pivot_table(value, index, "pool_factor").rename(columns="PF{}".format)
 
 
-def roles_table(paper: Exhibits, rows: pd.DataFrame) -> pd.DataFrame:
+def roles_table(theirs: Exhibits, rows: pd.DataFrame) -> pd.DataFrame:
     """The collections of a run: whose part each plays, its size, the unpooled baseline's NDCG@10.
 
-    Beside it the paper's; the columns on it are left out for a run on its own collections.
+    Beside it that of `theirs`, the paper; without such columns for a run on its own collections.
     """
-    unpooled = paper.frame[(paper.frame["exhibit"] == "table2") & (paper.frame["pool_factor"] == 1)]
-    theirs = unpooled[unpooled["label"] == "Baseline"].set_index("dataset")["ndcg"]
-    roles = roles_of(rows)
+    frame = theirs.frame.query("exhibit == 'table2' and pool_factor == 1 and label == 'Baseline'")
+    printed = frame.set_index("dataset")["ndcg"]
+    roles = paper.roles_of(rows)
     parts = {roles.evaluated(dataset): dataset for dataset in ROLES}
     ours = _baseline(rows, "exact")
     ours = ours[ours["pool_method"] == "none"].set_index("collection")
@@ -749,15 +694,16 @@ def roles_table(paper: Exhibits, rows: pd.DataFrame) -> pd.DataFrame:
         "vectors per document": ours["vectors_per_document"].round(1),
         "NDCG@10, unpooled": ours["ndcg@10"].round(3),
     }
+    found = pd.DataFrame(columns, index=ours.index)
     if set(names) & set(ROLES):
-        head = "the paper's data set" if roles.own else "in the role of"
-        columns = {head: names, **columns, "the paper's": [theirs.get(name, "–") for name in names]}
-    return pd.DataFrame(columns, index=ours.index)
+        found.insert(0, "the paper's data set" if roles.own else "in the role of", names)
+        found["the paper's"] = [printed.get(name, "–") for name in names]
+    return found
 
 
 def storage_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Vectors per document by collection (line) and pool factor: the baseline's, kmeans pooling."""
-    chosen = main_variants(_baseline(rows, "exact"))
+    chosen = paper.main_variants(_baseline(rows, "exact"))
     chosen = chosen[chosen["pool_method"].isin(["none", "kmeans"])]
     return _by_factors(chosen, "vectors_per_document", "collection").round(1)
 
@@ -791,9 +737,8 @@ def engines_table(per_query: pd.DataFrame) -> pd.DataFrame:
     many both answered. Exact search of unit-length means, where it was run, has columns of its own.
     """
     keys = ["model", "collection", "pool_method", "pool_variant", "pool_factor", "query_id"]
-    values = per_query.assign(
-        collection=per_query["collection"].map(_short(per_query["collection"]))
-    )
+    short = _short(per_query["collection"])
+    values = per_query.assign(collection=per_query["collection"].map(short))
     exact, plaid = (values[values["engine"] == engine] for engine in SEARCH)
     lengths = {"": False}
     if exact["renormalized"].any():
@@ -821,37 +766,33 @@ def save(source: Exhibits, exhibit: str, folder: str | Path) -> list[Path]:
     """Write one figure (PNG and SVG) or table (CSV and Markdown) of `source` into `folder`."""
     if exhibit not in TABLES:
         return save_figure(draw(source, exhibit), folder, exhibit)
-    values, text = table_values(source, exhibit), table_markdown(source, exhibit)
-    return _write(folder, exhibit, None, values, text)
+    numbers, text = table_values(source, exhibit), table_markdown(source, exhibit)
+    return save_figure(None, folder, exhibit, numbers, text)
 
 
-def save_figure(figure: NotebookFigure, folder: str | Path, name: str) -> list[Path]:
-    """Write a figure into `folder` as PNG and SVG."""
-    return _write(folder, name, figure)
-
-
-def save_claims(claims: pd.DataFrame, folder: str | Path) -> list[Path]:
+def save_claims(judged: pd.DataFrame, folder: str | Path) -> list[Path]:
     """Write the judged findings into `folder` as ``claims`` (CSV, Markdown, PNG, SVG)."""
-    return _write(folder, "claims", draw_claims(claims), claims.round(4), claims_table(claims))
+    text = claims.claims_table(judged)
+    return save_figure(draw_claims(judged), folder, "claims", judged.round(4), text)
 
 
-def save_comparison(rows: pd.DataFrame, paper: pd.DataFrame, folder: str | Path) -> list[Path]:
+def save_comparison(rows: pd.DataFrame, numbers: pd.DataFrame, folder: str | Path) -> list[Path]:
     """Write the paper's values beside ours as ``paper_vs_ours`` (CSV, Markdown, PNG, SVG).
 
     Nothing is written for rows of other collections than the paper's own.
     """
-    if not roles_of(rows).own:
+    if not paper.roles_of(rows).own:
         return []
-    comparison = compare_with_paper(paper, rows)
-    text = comparison_markdown(comparison, rows, paper)
-    return _write(folder, "paper_vs_ours", draw_comparison(comparison), comparison.round(6), text)
+    found = paper.compare_with_paper(numbers, rows)
+    text = paper.comparison_markdown(found, rows, numbers)
+    return save_figure(draw_comparison(found), folder, "paper_vs_ours", found.round(6), text)
 
 
-def _write(
-    folder: str | Path, name: str, figure: NotebookFigure | None,
+def save_figure(
+    figure: NotebookFigure | None, folder: str | Path, name: str,
     numbers: pd.DataFrame | None = None, text: str = "",
 ) -> list[Path]:  # fmt: skip
-    """Write ``name.<suffix>`` of each kind that is given."""
+    """Write a figure into `folder` as PNG and SVG, and numbers as CSV beside their Markdown."""
     files = {kind: render(figure, kind) for kind in ("png", "svg") if figure}
     if numbers is not None:
         csv = numbers.to_csv(index=False, lineterminator="\n")
@@ -868,32 +809,32 @@ def draw_all(source_folder: str | Path, output_folder: str | Path, paper_folder:
     Of result rows also the claims, and of the paper's own data sets ``paper_vs_ours``.
     `paper_folder` holds the paper's numbers, as ``data/paper``.
     """
-    source, output = read_source(source_folder), Path(output_folder)
-    engines = set(ENGINE.values()) if source.rows is None else set(source.rows["engine"])
-    files = []
+    source, files = paper.read_source(source_folder), []
     for exhibit in [*FIGURES, "overview", *TABLES]:
-        if source.is_paper or ENGINE.get(exhibit, "exact") in engines:
-            files += save(source, exhibit, output)
-    if source.rows is not None:
-        numbers = read_paper(paper_folder)
-        claims = check_claims(source.rows, read_per_query(source_folder), numbers)
-        files += save_claims(claims, output) + save_comparison(source.rows, numbers, output)
+        if source.is_paper or len(source.rows_of(exhibit)):
+            files += save(source, exhibit, output_folder)
+    if not source.is_paper:
+        numbers = paper.read_paper(paper_folder)
+        judged = claims.check_claims(source.rows, source.per_query, numbers)
+        files += save_claims(judged, output_folder)
+        files += save_comparison(source.rows, numbers, output_folder)
     return len(files)
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Redraw ``<out>/<name>/`` for every subfolder ``<data>/<name>/`` (``make figures``)."""
     parser = argparse.ArgumentParser(prog="python -m l2p_utils.figures", description=main.__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("figures"))
     given = parser.parse_args(arguments)
-    if not holds_paper(given.data / "paper"):
-        raise SystemExit(f"{given.data} has no folder paper with the paper's numbers.")
+    if not paper.holds_paper(given.data / "paper"):
+        raise UserError(f"{given.data} has no folder paper with the paper's numbers.")
     for folder in sorted(path for path in given.data.iterdir() if path.is_dir()):
-        if holds_paper(folder) or has_rows(folder):
+        if paper.holds_paper(folder) or has_rows(folder):
             count = draw_all(folder, given.out / folder.name, given.data / "paper")
             print(f"{given.out / folder.name}: {count} files from {folder}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

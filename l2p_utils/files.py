@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -10,8 +11,9 @@ import os
 import re
 import shutil
 import socket
+import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,20 @@ HOST = re.sub(r"\W+", "_", socket.gethostname())[:40]  # a shared folder has wri
 
 class UserError(ValueError):
     """A mistake that the user can mend: says what was given, what was expected, what to do."""
+
+
+def command(main: Callable) -> Callable[..., int]:
+    """`main` of a command: prints a UserError without a traceback, and gives an exit status."""
+
+    @functools.wraps(main)
+    def run(arguments: list[str] | None = None) -> int:
+        try:
+            return main(arguments) or 0
+        except UserError as error:
+            print(error, file=sys.stderr, flush=True)
+            return 1
+
+    return run
 
 
 def from_root(path: str | Path) -> Path:

@@ -18,25 +18,17 @@ import httpx
 import tenacity
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-from l2p_utils.files import UserError, remove, sha256, write_json
+from l2p_utils.files import UserError, command, remove, sha256, write_json
 from l2p_utils.profile import HUB, Profile, load_profile, pinned
 
 Kind = Literal["model", "dataset"]
 NANO = {
-    "arguana": "NanoArguAna",
-    "climatefever": "NanoClimateFEVER",
-    "dbpedia": "NanoDBPedia",
-    "fever": "NanoFEVER",
-    "fiqa": "NanoFiQA2018",
-    "hotpotqa": "NanoHotpotQA",
-    "msmarco": "NanoMSMARCO",
-    "nfcorpus": "NanoNFCorpus",
-    "nq": "NanoNQ",
-    "quora": "NanoQuoraRetrieval",
-    "scidocs": "NanoSCIDOCS",
-    "scifact": "NanoSciFact",
+    "arguana": "NanoArguAna", "climatefever": "NanoClimateFEVER", "dbpedia": "NanoDBPedia",
+    "fever": "NanoFEVER", "fiqa": "NanoFiQA2018", "hotpotqa": "NanoHotpotQA",
+    "msmarco": "NanoMSMARCO", "nfcorpus": "NanoNFCorpus", "nq": "NanoNQ",
+    "quora": "NanoQuoraRetrieval", "scidocs": "NanoSCIDOCS", "scifact": "NanoSciFact",
     "touche": "NanoTouche2020",
-}
+}  # fmt: skip
 BEIR = {"climatefever": "climate-fever", "touche": "touche2020", "webis-touche2020": "touche2020"}
 BUSY = (408, 429, 500, 502, 503, 504)
 NETWORK = (httpx.HTTPError, OSError)  # the hub's own errors are among these
@@ -52,9 +44,6 @@ class Snapshot:
     commit: str
     folder: Path
 
-    def __str__(self) -> str:
-        return f"{self.name} at {self.commit[:19]}"
-
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` reads ``owner/name`` and is no folder here."""
@@ -64,21 +53,16 @@ def is_hub_id(name: str) -> bool:
 def snapshot(repository: str, kind: Kind = "model", revision: str | None = None) -> Snapshot:
     """A repository of the hub, whole: fetched, or from the cache when offline; or a local folder.
 
-    Parameters
-    ----------
-    repository
-        ``owner/name``, or a folder, which is taken as it is.
-    revision
-        A commit, branch or tag; None is the newest, or offline the newest that was fetched.
-
-    Raises
-    ------
-    UserError
-        When there is no such repository or revision, it may not be read, or the network fails.
+    `repository` is ``owner/name``, or a folder, which is taken as it is; `revision` a commit,
+    branch or tag, or None for the newest, offline the newest that was fetched. UserError when there
+    is no such repository or revision, it may not be read, or the network fails.
     """
     folder = Path(repository).expanduser()
     if folder.is_dir():
-        return Snapshot(repository, f"sha256:{_hash_files(folder)}", folder)
+        digest = hashlib.sha256()
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(folder)} {sha256(path)}\n".encode())
+        return Snapshot(repository, f"sha256:{digest.hexdigest()}", folder)
     if not is_hub_id(repository):
         raise UserError(f"{repository!r} is neither a folder nor a hub id (owner/name).")
     asked = {"repo_type": kind, "revision": revision}
@@ -132,23 +116,11 @@ def _explain(repository: str, kind: Kind, revision: str | None, error: Exception
     return f"Could not fetch {what}: {reason}. Try again; what is here already is kept."
 
 
-def _hash_files(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)} {sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
 def collection_repository(name: str) -> tuple[str, str | None]:
     """The repository and revision of a hub collection.
 
     ``nano:scifact`` is ``zeta-alpha-ai/NanoSciFact``, ``beir:scifact@main`` ``mteb/scifact`` at
-    main.
-
-    Raises
-    ------
-    UserError
-        For an unknown NanoBEIR set, a name that no data set can have, or an empty revision.
+    main. UserError for an unknown NanoBEIR set, an impossible name, or an empty revision.
     """
     family, _, rest = name.partition(":")
     dataset, at, revision = rest.partition("@")
@@ -218,19 +190,15 @@ def _verify(found: Snapshot, kind: Kind) -> None:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None = None) -> None:
     """Fetch everything that a profile needs from the hub."""
     parser = argparse.ArgumentParser(prog="python -m l2p_utils.hub", description=main.__doc__)
     parser.add_argument("profile", help="a profile's name or a YAML file")
     options = parser.parse_args(arguments)
-    try:
-        if constants.HF_HUB_OFFLINE:
-            raise UserError("HF_HUB_OFFLINE is set: unset it to fetch.")
-        fetch(load_profile(options.profile))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set: unset it to fetch.")
+    fetch(load_profile(options.profile))
 
 
 if __name__ == "__main__":

@@ -331,13 +331,9 @@ def mine(
     """Mine a collection for a profile, or reuse what was mined with the same settings.
 
     With `training_data: released` the authors' rows are taken instead. A reranker's scores are
-    kept beside the rows, some queries at a time: an interrupted run resumes.
-
-    Returns
-    -------
-    datasets.Dataset
-        Columns `query_id, document_ids, scores, labels`; saved in `folder` (None: `mined_folder`)
-        with their provenance: models, sizes, seed, and the dropped queries counted by reason.
+    kept beside the rows, some queries at a time: an interrupted run resumes. The rows, with columns
+    `query_id, document_ids, scores, labels`, are saved in `folder` (None: `mined_folder`) with
+    their provenance: models, sizes, seed, and the dropped queries counted by reason.
     """
     use_threads(profile.threads)
     collection = profile_split(profile, name)

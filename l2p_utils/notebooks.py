@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from l2p_utils.files import ROOT, UserError, atomic_path, remove
+from l2p_utils.files import ROOT, UserError, atomic_path, command, remove
 from l2p_utils.profile import HUB, Profile, load_profile
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -43,10 +44,9 @@ ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 SECONDS = {
     "mine": 220, "baseline": 720, "train": 550, "evaluate": 640, "read": 15, "token_pooling": 25,
 }  # fmt: skip
-STAGES = ["fetch", *SECONDS]
 
 
-class NotebookError(Exception):
+class NotebookError(UserError):
     """A cell failed; the message names notebook and cell and shows source and traceback."""
 
 
@@ -56,14 +56,10 @@ class NotebookError(Exception):
 def check_parameters(namespace: Mapping[str, Any], **known: type | tuple | Callable) -> None:
     """Refuse parameters that a notebook does not have, and values of the wrong kind.
 
-    Parameters
-    ----------
-    namespace
-        The notebook's ``globals()``. Its ``In``, the cells run so far, holds the one that papermill
-        injected: papermill only warns about an unknown name and runs the default.
-    **known
-        Each parameter with what it must be: a type, a tuple of the values allowed, or a function
-        that raises ValueError for a bad value.
+    `namespace` is the notebook's ``globals()``; its ``In``, the cells run so far, holds the one
+    that papermill injected: papermill only warns about an unknown name and runs the default.
+    `known` has what each parameter must be: a type, a tuple of the values allowed, or a function
+    that raises ValueError for a bad value.
     """
     injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
     names = re.findall(r"^(\w+) = ", "\n".join(injected[-1:]), re.M)
@@ -252,7 +248,7 @@ def _run(options: argparse.Namespace) -> None:
     print(f"{name}: started", flush=True)
     try:
         execute(options.notebook, options.output, parse_parameters(options.parameters))
-    except (UserError, NotebookError) as error:
+    except UserError as error:
         failed = f"{name}: FAILED after {duration(time.time() - start)}"
         raise UserError(f"{failed}\n{error}\n") from error
     finally:
@@ -281,9 +277,9 @@ def check_data(profile: Profile) -> None:
 
     splits: list[tuple] = []
     for name in profile.fitted_collections:
-        other, carve = profile.dev_collections.get(name), carves_dev(profile, name)
-        splits.append((name, "train", profile.mining.text_only, carve))
-        splits.append((other,) if other else (name, "dev", profile.mining.text_only, carve))
+        how = profile.mining.text_only, carves_dev(profile, name)
+        other = profile.dev_collections.get(name)
+        splits += [(name, "train", *how), (other,) if other else (name, "dev", *how)]
     splits += [(name,) for name in profile.measured_collections]
     fetched = (profile.folder / "fetched.json").exists()
     problems: dict[str, None] = {}  # each once, in their order
@@ -318,10 +314,10 @@ def plan(profile: Profile, name: str, have: str = "") -> str:
     if shown.returncode:
         raise UserError(shown.stdout + shown.stderr)
     left = {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", shown.stdout, re.M)}
-    row, total = "{:<14} {:>5} {:>6} {:>6}   {}".format, 0.0
+    row, total, timings = "{:<14} {:>5} {:>6} {:>6}   {}".format, 0.0, _timings(profile)
     lines = [row("stage", "jobs", "done", "to do", "about")]
     for stage, count in jobs.items():
-        todo, before = left.get(stage, 0), [job["seconds"] for job in _timings(profile, stage)]
+        todo, before = left.get(stage, 0), [seconds for seconds, *_ in timings.get(stage, [])]
         guess = 0 if profile.needs_hub else SECONDS.get(stage, 0)
         seconds = todo * (sum(before) / len(before) if before else guess)
         total += seconds
@@ -337,37 +333,35 @@ def plan(profile: Profile, name: str, have: str = "") -> str:
     return "\n".join(lines)
 
 
-def _timings(profile: Profile, stage: str = "*") -> list[dict[str, Any]]:
-    """Stage, seconds, MB and end of each job's last run, as Snakemake's `benchmark:` noted them."""
-    found = []
-    for path in sorted(profile.folder.glob(f"logs/{stage}/*.tsv")):
+def _timings(profile: Profile) -> dict[str, list[tuple[float, float, float]]]:
+    """By stage each job's last run, as Snakemake's `benchmark:` noted it: seconds, MB, its end."""
+    found = defaultdict(list)
+    for path in sorted(profile.folder.glob("logs/*/*.tsv")):
         with path.open() as file:
             entry = next(csv.DictReader(file, delimiter="\t"), None)
         if entry is None:  # a job was killed while it was written
             continue
         memory = 0.0 if entry["max_rss"] in ("NA", "-") else float(entry["max_rss"])
-        times = {"seconds": float(entry["s"]), "end": path.stat().st_mtime}
-        found.append({"stage": path.parent.name, "memory": memory, **times})
+        found[path.parent.name].append((float(entry["s"]), memory, path.stat().st_mtime))
     return found
 
 
 def report(profile: Profile) -> str:
     """A run as text: how long each stage took, where things are, which jobs failed."""
-    folder, jobs = profile.folder, _timings(profile)
+    folder, timings = profile.folder, _timings(profile)
     failed = sorted(folder.glob("notebooks/*.failed.ipynb"))
-    if not jobs and not failed:
+    if not timings and not failed:
         raise UserError(f"Nothing was run in {os.path.relpath(folder)}. Try `make run`.")
     row = "{:<20} {:>5} {:>13} {:>13} {:>9}".format
     lines = [row("stage", "jobs", "total", "longest", "memory")]
-    for stage in [name for name in STAGES if any(job["stage"] == name for job in jobs)]:
-        seconds = [job["seconds"] for job in jobs if job["stage"] == stage]
-        memory = max(job["memory"] for job in jobs if job["stage"] == stage) / 1000
+    for stage in filter(timings.get, ["fetch", *SECONDS]):
+        seconds, memory, _ = zip(*timings[stage], strict=True)
         times = (duration(sum(seconds)), duration(max(seconds)))
-        lines.append(row(stage, len(seconds), *times, f"{memory:.1f} GB"))
+        lines.append(row(stage, len(seconds), *times, f"{max(memory) / 1000:.1f} GB"))
     busy = until = 0.0
-    for job in sorted(jobs, key=lambda job: job["end"] - job["seconds"]):
-        busy += max(0.0, job["end"] - max(job["end"] - job["seconds"], until))
-        until = max(until, job["end"])
+    for start, end in sorted((end - s, end) for jobs in timings.values() for s, _, end in jobs):
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
     lines += ["", f"Busy for {duration(busy)}; jobs side by side count once.", ""]
     for what, pattern in {
         "executed notebooks": "notebooks/*.html",
@@ -479,7 +473,8 @@ def refresh(names: list[str]) -> None:
         print(f"{name}: stored", flush=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None = None) -> None:
     """Run one notebook; check, plan or report a profile's run; refresh the stored notebooks."""
     parser = argparse.ArgumentParser(prog="python -m l2p_utils.notebooks", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -495,27 +490,22 @@ def main(arguments: list[str] | None = None) -> int:
         "plan": "check it and show its jobs",
         "report": "show what its run made",
     }.items():
-        command = commands.add_parser(name, help=text)
-        command.add_argument("profile")
-        command.add_argument("--have", default="", help="rows that need not be made again")
+        about = commands.add_parser(name, help=text)
+        about.add_argument("profile")
+        about.add_argument("--have", default="", help="rows that need not be made again")
     commands.add_parser("refresh", help="store outputs again").add_argument("names", nargs="*")
     options = parser.parse_args(arguments)
-    try:
-        if options.command == "run":
-            _run(options)
-        elif options.command == "refresh":
-            refresh(options.names)
-        elif options.command == "report":
-            print("\n" + report(load_profile(options.profile)))
-        else:
-            profile = load_profile(options.profile)
-            check_data(profile)
-            if options.command == "plan":
-                print(plan(profile, options.profile, options.have))
-    except (UserError, NotebookError) as error:
-        print(error, file=sys.stderr, flush=True)
-        return 1
-    return 0
+    if options.command == "run":
+        _run(options)
+    elif options.command == "refresh":
+        refresh(options.names)
+    elif options.command == "report":
+        print("\n" + report(load_profile(options.profile)))
+    else:
+        profile = load_profile(options.profile)
+        check_data(profile)
+        if options.command == "plan":
+            print(plan(profile, options.profile, options.have))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ CELL = ["exhibit", "dataset", "label", "pool_method", "pool_factor"]
 TRAINING = ["trained_on", "train_method", "train_factors"]
 QUANTITIES = ["ndcg", "relative", "delta"]  # relative in percent, the others on 0–1
 PAPER_COLUMNS = [*CELL[:3], "engine", *TRAINING, *CELL[3:], *QUANTITIES]
-ENGINE = {"figure4": "plaid"}  # all others: exact search
+ENGINE = dict.fromkeys([*PAPER_EXHIBITS, "overview"], "exact") | {"figure4": "plaid"}
 # The paper's unpooled baseline, NDCG@10: exact as Table 2 prints it; PLAID from the result files
 # that the authors published, since Figure 4 has percentages only.
 PAPER_BASELINES = {
@@ -156,8 +156,7 @@ def read_paper(folder: str | Path) -> pd.DataFrame:
     baseline); `QUANTITIES` that are not printed are NaN.
     """
     files = {
-        exhibit: {"exhibit": exhibit, "engine": ENGINE.get(exhibit, "exact")}
-        | _CAPTIONS.get(exhibit, {})
+        exhibit: {"exhibit": exhibit, "engine": ENGINE[exhibit]} | _CAPTIONS.get(exhibit, {})
         for exhibit in PAPER_EXHIBITS
     }
     paper = _read_csvs(folder, files, "the paper's numbers")
@@ -228,7 +227,7 @@ class Exhibits:
         """A run's rows of the engine of one figure or table; none of the paper's numbers."""
         if self.rows is None:
             return pd.DataFrame()
-        return self.rows[self.rows["engine"] == ENGINE.get(exhibit, "exact")]
+        return self.rows[self.rows["engine"] == ENGINE[exhibit]]
 
     def note_on(self, exhibit: str) -> str:
         """The note on the engine of one figure or table."""

@@ -6,7 +6,6 @@ stored provenance. Nothing is uploaded.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -26,7 +25,7 @@ from l2p_utils.files import PROVENANCE, UserError, atomic_path, read_json
 from l2p_utils.mining import load_mined, mined_fingerprint, mined_folder, mined_provenance
 from l2p_utils.model import PooledColBERT, fingerprint, load_model, quiet_loading
 from l2p_utils.profile import BUNDLED, HUB, Profile, Run, factors_name, pinned, slug
-from l2p_utils.results import default_variant, read_rows, searched, series
+from l2p_utils.results import default_variant, read_rows, searched
 
 TEMPLATES = Path(__file__).with_name("templates")
 CARD, LICENCE_FILE = "README.md", "LICENSE"
@@ -158,17 +157,15 @@ def release_model(
     ----------
     name
         A trained and evaluated model of the profile (notebooks 02 and 03).
-    repository
-        The hub id that it will have, ``owner/name``.
+    repository, dataset
+        The hub ids, ``owner/name``, that it will have, and its training rows if released too.
     folder
-        Default: ``runs/<profile>/release/<name of the repository>``. An earlier release there is
+        Default: ``runs/<profile>/release/<name of the repository>``, of which an earlier release is
         replaced.
     licence
         A hub licence identifier, or ``other:<name>``. Needed where the terms of the base model or
         of the training collection are not known here (a folder of your own); refused where the
         collection's terms leave no choice (FiQA, SciFact).
-    dataset
-        Hub id of the training rows where they are released too (`release_dataset`).
     """
     repository = repository_id(repository)
     run = profile.find_run(name)
@@ -401,10 +398,12 @@ def _evaluation(profile: Profile, name: str, run: Run) -> dict[str, str]:
             methods = sorted(set(part["pool_method"]) - {"none"}) or methods
         for method in methods:
             variant = default_variant(own, method)
+            pooled = (part["pool_method"] == method) & (part["pool_variant"] == variant)
+            shown = part[pooled | (part["pool_method"] == "none")]
+            curves = shown.pivot_table("ndcg@10", ["collection", "model"], "pool_factor")
+            places = pd.MultiIndex.from_product([collections, (baseline, name)])
             lines = []
-            for collection, model in itertools.product(collections, (baseline, name)):
-                where = (part, model, collection, method, engine, variant)
-                curve = series(*where, factors=factors, renormalized=renormalized)
+            for (collection, model), curve in curves.reindex(places, columns=factors).iterrows():
                 label = "**this model**" if model == name else model
                 size = [f"{n:,.0f}" for n in sizes.loc[collection]]
                 lines.append([_shown(collection), label, *size, *(f"{v:.3f}" for v in curve)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 from scipy.stats import t
 
-from l2p_utils.files import UserError, atomic_path, from_root
+from l2p_utils.files import UserError, atomic_path, command, from_root
 
 # Columns of a result row, in order, with their types (integers are nullable). Measures are means
 # over queries, in 0–1; bytes are those of float32 vectors; index_bytes is PLAID's index on disk,
@@ -231,69 +231,26 @@ def relative_ndcg(rows: pd.DataFrame, partial: bool = False) -> pd.DataFrame:
     return rows.assign(**{"relative_ndcg@10": 100 * rows["ndcg@10"].to_numpy() / denominator})
 
 
+def curves(rows: pd.DataFrame) -> pd.DataFrame:
+    """Pooled rows, with the unpooled ones as the points at factor 1 of each method beside them."""
+    keys = ["model", "collection", "engine"]
+    pooled = rows[rows["pool_method"] != "none"]
+    unpooled = _select(rows, pool_method="none").drop(columns="pool_method")
+    starts = unpooled.merge(pooled[[*keys, "pool_method"]].drop_duplicates(), on=keys)
+    return pd.concat([starts[rows.columns], pooled], ignore_index=True)
+
+
 def kept_ndcg(rows: pd.DataFrame) -> pd.DataFrame:
     """What a model keeps when it is pooled: ``kept``, percent of its own unpooled NDCG@10.
 
     `rows` are of one model and one engine, searched with raw or with unit-length means (see
-    `searched`). Returned are the pooled ones and, for each method that pools a collection, the
-    unpooled one as its point at factor 1. NaN where unpooled NDCG@10 is 0.
+    `searched`); returned are their `curves`. NaN where unpooled NDCG@10 is 0.
     """
-    unpooled = _select(rows, pool_method="none")
-    pooled = rows[rows["pool_method"] != "none"]
-    pairs = pooled[["collection", "pool_method"]].drop_duplicates()
-    starts = unpooled.drop(columns="pool_method").merge(pairs, on="collection")
-    curves = pd.concat([starts[rows.columns], pooled], ignore_index=True)
-    own = curves["collection"].map(unpooled.set_index("collection")["ndcg@10"])
-    curves = curves.assign(kept=100 * curves["ndcg@10"] / own.where(own > 0))
-    return curves.sort_values(["collection", "pool_method", "pool_factor"], ignore_index=True)
-
-
-def series(
-    rows: pd.DataFrame,
-    model: str,
-    collection: str,
-    pool_method: str,
-    engine: str = "exact",
-    variant: str | None = None,
-    value: str = "ndcg@10",
-    factors: Iterable[int] = POOL_FACTORS,
-    renormalized: bool = False,
-) -> pd.Series:
-    """One curve: the column `value` indexed by `factors`, with the unpooled row at factor 1.
-
-    NaN where a factor was not measured. `variant` None takes `default_variant`.
-    """
-    variant = default_variant(rows, pool_method) if variant is None else variant
-    measured = searched(rows, renormalized)
-    measured = _select(measured, model=model, collection=collection, engine=engine)
-    unpooled = _select(measured, pool_method="none")
-    pooled = _select(measured, pool_method=pool_method, pool_variant=variant)
-    chosen = pd.concat([unpooled, pooled]) if pool_method != "none" else unpooled
-    curve = chosen.astype({"pool_factor": int, value: float}).set_index("pool_factor")[value]
-    return curve.reindex(pd.Index(list(factors), name="pool_factor"))
-
-
-def query_values(
-    per_query: pd.DataFrame,
-    model: str,
-    collection: str,
-    pool_method: str,
-    pool_factor: int,
-    engine: str = "exact",
-    variant: str | None = None,
-    renormalized: bool = False,
-) -> pd.Series:
-    """NDCG@10 per query in one setting, indexed by query id (sorted); empty if not measured.
-
-    Factor 1 is the unpooled measurement, whatever the method.
-    """
-    if pool_factor == 1:
-        pool_method, variant = "none", ""
-    variant = default_variant(per_query, pool_method) if variant is None else variant
-    pooling = {"pool_method": pool_method, "pool_variant": variant, "pool_factor": pool_factor}
-    measured = _select(per_query, model=model, collection=collection, engine=engine, **pooling)
-    chosen = searched(measured, renormalized)
-    return chosen.set_index("query_id")["ndcg@10"].sort_index()
+    unpooled = _select(rows, pool_method="none").set_index("collection")["ndcg@10"]
+    found = curves(rows)
+    kept = 100 * found["ndcg@10"] / found["collection"].map(unpooled.where(unpooled > 0))
+    order = ["collection", "pool_method", "pool_factor"]
+    return found.assign(kept=kept).sort_values(order, ignore_index=True)
 
 
 # ---------------------------------------------------------------- a run against the reference
@@ -376,24 +333,21 @@ def _beside(
     return found.assign(inside=inside)[[*cell, "ours", "mean", "low", "high", "inside"]]
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Hold a run's rows against the spread of the reference's seeds; 1 where they are outside."""
     parser = argparse.ArgumentParser(prog="python -m l2p_utils.results", description=main.__doc__)
     parser.add_argument("run", help="a folder of result rows, such as runs/quick/results")
     parser.add_argument("--reference", default=from_root("data/offline"))
     options = parser.parse_args(arguments)
-    try:
-        rows, reference = read_rows(options.run), read_rows(options.reference)
-        cells, headlines = compare_runs(rows, reference), compare_headlines(rows, reference)
-        if cells.empty or headlines.empty:
-            raise UserError(
-                f"{options.run} and {options.reference} have no headline difference in common. "
-                "Expected the baseline, FT PF1 and kmeans PF1-6 in both, of the same lengths, "
-                "queries and documents, as `make run` (quick) measures them."
-            )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
+    rows, reference = read_rows(options.run), read_rows(options.reference)
+    cells, headlines = compare_runs(rows, reference), compare_headlines(rows, reference)
+    if cells.empty or headlines.empty:
+        raise UserError(
+            f"{options.run} and {options.reference} have no headline difference in common. "
+            "Expected the baseline, FT PF1 and kmeans PF1-6 in both, of the same lengths, queries "
+            "and documents, as `make run` (quick) measures them."
+        )
     outside, same = cells[~cells["inside"]], [*CELL, "seed", "ndcg@10"]
     repeated = (rows.merge(reference[same], on=same)["engine"] == "exact").sum()
     percent = 100 * len(outside) / len(cells)

@@ -43,6 +43,16 @@ def per_query():
     return results.read_per_query(OFFLINE)
 
 
+def ndcg(frame, model, collection, method, engine="exact", factor=None):
+    """NDCG@10 of a model's rows by pool factor, or of its queries at one of them."""
+    own = (frame["model"] == model) & (frame["collection"] == collection)
+    curves = results.curves(results.searched(frame[own & (frame["engine"] == engine)]))
+    curve = curves[curves["pool_method"] == method]
+    if factor is None:
+        return curve.set_index("pool_factor")["ndcg@10"]
+    return curve[curve["pool_factor"] == factor].set_index("query_id")["ndcg@10"].sort_index()
+
+
 def test_the_readme_is_short_enough_to_be_read():
     assert len(README.encode()) <= 10_000
 
@@ -50,7 +60,7 @@ def test_the_readme_is_short_enough_to_be_read():
 def test_the_numbers_of_the_outcome_are_the_rows():
     rows = results.read_rows(OFFLINE)
     for label, model in MODELS.items():
-        stored = results.series(rows, model, "docs:scipy", "kmeans").tolist()
+        stored = ndcg(rows, model, "docs:scipy", "kmeans").tolist()
         assert [float(cell) for cell in cells(README, label)] == pytest.approx(stored, abs=0.00051)
 
 
@@ -61,7 +71,7 @@ def test_the_gains_at_pool_factor_6_are_the_rows():
     for label, model in {"the baseline": "baseline", "FT PF1": "docs-scipy-pf1-s42"}.items():
         for collection, cell in zip(collections, cells(README, label), strict=True):
             first, second = (
-                results.query_values(values, name, collection, "kmeans", 6).to_numpy()
+                ndcg(values, name, collection, "kmeans", factor=6).to_numpy()
                 for name in ("docs-scipy-kmeans-pf1-6-s42", model)
             )
             points = list(interval([100 * (first - second)])[:3])
@@ -87,7 +97,7 @@ def test_what_is_said_of_the_run_with_k_means_plus_plus_is_its_rows():
 
     folder = OFFLINE / "sklearn_kmeans"
     rows, values = results.read_rows(folder), results.read_per_query(folder)
-    found = [results.series(rows, m, "docs:scipy", "kmeans").iloc[-1] for m in MODELS.values()]
+    found = [ndcg(rows, m, "docs:scipy", "kmeans").iloc[-1] for m in MODELS.values()]
     said = re.search(r"at PF6 at (\.\d+), (\.\d+) and (\.\d+)", README)
     assert [float(value) for value in said.groups()] == pytest.approx(found, abs=0.00051)
     theirs = check_claims(rows, values, read_paper(ROOT / "data" / "paper"))
@@ -114,7 +124,7 @@ def test_what_plaid_keeps_at_unit_length_is_the_rows():
                 collections, cells(text, f"{method}, {label}"), strict=True
             ):
                 unpooled, pooled = (
-                    results.query_values(values, "baseline", collection, method, factor, engine)
+                    ndcg(values, "baseline", collection, method, engine, factor)
                     for factor in (1, 6)
                 )
                 share = 100 * pooled[pooled.index.isin(asked)].mean()
@@ -277,9 +287,7 @@ def test_the_snippets_for_reviewers_run(monkeypatch, bundled_model, reports):
     found = known["gain"].groupby("collection").mean()
     assert len(found) == 5 and known["scipy"].mean() == pytest.approx(known["found"].mean)
     for collection, gain in found.items():
-        curves = (
-            results.series(rows, m, collection, "kmeans") for m in (name, "docs-scipy-pf1-s42")
-        )
+        curves = (ndcg(rows, m, collection, "kmeans") for m in (name, "docs-scipy-pf1-s42"))
         assert gain == pytest.approx(np.subtract(*curves)[6], abs=1e-5)
     monkeypatch.chdir(reports.parent)
     monkeypatch.setattr("l2p_utils.evaluation.load_evaluated", lambda *_: bundled_model)

@@ -12,7 +12,7 @@ from synthetic import PAPER, QUICK_MODELS, make_rows, write_synthetic
 
 from l2p_utils import results
 from l2p_utils.files import UserError
-from l2p_utils.results import ROW_COLUMNS, SETTING, read_per_query, read_rows, series, write_rows
+from l2p_utils.results import ROW_COLUMNS, SETTING, read_per_query, read_rows, write_rows
 
 OFFLINE = PAPER.with_name("offline")
 KMEANS = "docs-scipy-kmeans-pf1-6-s42"
@@ -178,22 +178,13 @@ def test_kept_ndcg_is_percent_of_the_models_own_unpooled_ndcg(stored):
     assert np.allclose(curves.loc[curves["pool_factor"] == 1, "kept"], 100)
     one = curves[(curves["collection"] == "docs:numpy") & (curves["pool_method"] == "span")]
     assert list(one["pool_factor"]) == [1, 2, 3, 4, 5, 6]
-    assert np.allclose(one["kept"], 100 * one["ndcg@10"] / one["ndcg@10"].iloc[0])
+    own = rows[rows["collection"] == "docs:numpy"].set_index(["pool_method", "pool_factor"])
+    own = own.loc[[("none", 1), *(("span", factor) for factor in range(2, 7))], "ndcg@10"]
+    assert list(one["ndcg@10"]) == list(own)
+    assert np.allclose(one["kept"], 100 * own / own.iloc[0])
     unpooled = (rows["collection"] == "docs:numpy") & (rows["pool_method"] == "none")
     curves = results.kept_ndcg(rows.assign(**{"ndcg@10": rows["ndcg@10"].mask(unpooled, 0)}))
     assert curves["kept"].isna().equals(curves["collection"] == "docs:numpy")
-
-
-def test_a_series_starts_with_the_unpooled_row_and_leaves_gaps_empty(stored):
-    rows = stored[0]
-    rows = rows[~((rows["pool_method"] == "kmeans") & (rows["pool_factor"] == 4))]
-    curve = series(rows, KMEANS, "docs:numpy", "kmeans")
-    own = rows[(rows["model"] == KMEANS) & (rows["collection"] == "docs:numpy")]
-    exact = own[own["engine"] == "exact"].set_index(["pool_method", "pool_factor"])["ndcg@10"]
-    assert list(curve.index) == [1, 2, 3, 4, 5, 6]
-    assert curve[1] == exact["none", 1] and curve[6] == exact["kmeans", 6]
-    assert np.isnan(curve[4])
-    assert series(rows, "no-such-model", "docs:numpy", "span").isna().all()
 
 
 def test_the_variant_that_most_models_have_is_the_default(stored):
@@ -203,15 +194,10 @@ def test_the_variant_that_most_models_have_is_the_default(stored):
     assert results.default_variant(fast, "kmeans") == "fast"
     tied = pd.concat([rows, fast[fast["pool_variant"] == "fast"]])
     assert results.default_variant(tied, "kmeans") == "fast"
-    extra = rows[(rows["pool_method"] == "hierarchical") & (rows["model"] == "baseline")]
-    both = pd.concat([rows, extra.assign(pool_variant="paper", **{"ndcg@10": 0.123})])
-    curve = ("baseline", "docs:scipy", "hierarchical")
-    assert series(both, *curve).equals(series(rows, *curve))
-    assert series(both, *curve, variant="paper")[3] == 0.123
 
 
 def test_raw_and_unit_length_rows_are_told_apart_and_share_what_is_not_pooled(stored):
-    rows, per_query = one_model(stored, KMEANS)
+    rows, _ = one_model(stored, KMEANS)
     pooled = (rows["pool_method"] != "none") & (rows["engine"] == "exact")
     unit = rows[pooled].assign(renormalized=True, **{"ndcg@10": 0.25})
     both = results.validate_rows(pd.concat([rows, unit]))
@@ -219,15 +205,8 @@ def test_raw_and_unit_length_rows_are_told_apart_and_share_what_is_not_pooled(st
     pd.testing.assert_frame_equal(results.searched(both).reset_index(drop=True), expected)
     other = results.searched(both, True)
     assert len(other) == len(rows) and set(other["engine"]) == {"exact", "plaid"}
-    curve = (both, KMEANS, "docs:numpy", "kmeans")
-    assert series(*curve).tolist() == series(rows, *curve[1:]).tolist()
-    assert series(*curve, renormalized=True).tolist() == [series(*curve)[1], *[0.25] * 5]
-    values = per_query[(per_query["pool_method"] != "none") & (per_query["engine"] == "exact")]
-    values = pd.concat([per_query, values.assign(renormalized=True, **{"ndcg@10": 0.5})])
-    setting = (values, KMEANS, "docs:numpy", "kmeans")
-    assert set(results.query_values(*setting, 3, renormalized=True)) == {0.5}
-    raw, unit = (results.query_values(*setting, 1, renormalized=r) for r in (False, True))
-    assert len(raw) == 8 and raw.equals(unit)
+    exact = other[other["engine"] == "exact"].set_index("pool_method")["ndcg@10"]
+    assert set(exact.drop("none")) == {0.25}
 
 
 def test_relative_ndcg_takes_the_mean_of_the_baselines_of_all_seeds(stored):
@@ -258,15 +237,6 @@ def test_models_are_found_by_their_training(stored):
     assert results.find_models(rows, "", "", "") == ["baseline"]
     assert results.find_models(rows, "", "none", "") == []
     assert results.find_models(rows, "docs:torch", "kmeans", "1-6") == []
-
-
-def test_query_values_average_to_the_row(stored):
-    rows, per_query = stored
-    values = results.query_values(per_query, KMEANS, "docs:pandas", "kmeans", 5)
-    assert len(values) == 8
-    assert values.mean() == pytest.approx(series(rows, KMEANS, "docs:pandas", "kmeans")[5])
-    unpooled = results.query_values(per_query, KMEANS, "docs:pandas", "kmeans", 1)
-    assert unpooled.equals(results.query_values(per_query, KMEANS, "docs:pandas", "span", 1))
 
 
 # --- a run against the reference ------------------------------------------------------------------
