@@ -256,7 +256,8 @@ def _run(options: argparse.Namespace) -> None:
             lock.release()
     done = [p for p in options.output.parent.glob("[!.]*.ipynb") if ".failed" not in p.name]
     count = f" ({len(done)} of {options.of} notebooks)" if options.of else ""
-    print(f"{name}: done in {duration(time.time() - start)}{count}", flush=True)
+    page = os.path.relpath(options.output.with_suffix(".html"))
+    print(f"{name}: done in {duration(time.time() - start)}{count}: {page}", flush=True)
 
 
 # --- a profile: data, plan, report ----------------------------------------------------------------
