@@ -1,6 +1,7 @@
 """Ways of storing less: each by hand, the measurements by evaluation, the front by brute force."""
 
 import shutil
+from operator import attrgetter
 
 import numpy as np
 import pandas as pd
@@ -128,12 +129,12 @@ def test_pruning_by_hand():
 
 
 def test_all_dimensions_change_no_score_and_fewer_lose_least(tokens):
-    way = fewer_dimensions(128, lambda t: t.documents)
-    scores = maxsim_scores(way["ask"](tokens), way["store"](tokens))
+    scores = maxsim_scores(
+        *(fewer_dimensions(attrgetter(side), 128)(tokens) for side in ("queries", "documents"))
+    )
     expected = maxsim_scores(tokens.queries, tokens.documents)
     assert torch.allclose(scores, expected, atol=1e-4)
-    few = fewer_dimensions(8, lambda t: t.documents)
-    projected = torch.cat(few["store"](tokens))
+    projected = torch.cat(fewer_dimensions(attrgetter("documents"), 8)(tokens))
     whole = torch.cat(tokens.documents)
     values = torch.linalg.svdvals(whole[::7])
     assert projected.shape[1] == 8
@@ -255,9 +256,9 @@ def test_models_are_measured_once(tmp_path, monkeypatch, model_folder, texts, ca
     sources = content["evaluation"]["collections"]
     out, count = tmp_path / "out", []
     read_ = frontier.read_tokens
-    monkeypatch.setattr(frontier, "read_tokens", lambda *a: count.append(1) or read_(*a))
+    monkeypatch.setattr(frontier, "read_tokens", lambda *a, **k: count.append(1) or read_(*a, **k))
     for _ in range(2):
-        measure_model(str(tmp_path / "mine.yaml"), "baseline", sources, out, 24, ways, False)
+        measure_model(str(tmp_path / "mine.yaml"), "baseline", sources, out, 24, ways)
     assert len(count) == len(sources)
     rows = frontier.read(out)
     assert set(rows["document_length"]) == {24} and set(rows["collection"]) == set(sources)
