@@ -69,7 +69,7 @@ class Exact(Engine):
         self.code, self._mapped = CODES[settings["code"]], {}
 
     def write(self, segment: Path, start: int, ids: Sequence[str], vectors: Vectors) -> None:
-        np.save(segment / "vectors.npy", self.code.pack(torch.cat(vectors).numpy()))
+        np.save(segment / "vectors.npy", self.code.pack(np.concatenate(vectors)))
 
     def _packed(self, name: str) -> np.ndarray:
         if name not in self._mapped:

@@ -60,27 +60,15 @@ UNPOOLED = "unpooled"
 
 @dataclass(frozen=True)
 class Tokens:
-    """A collection's token vectors, unpooled, and what else a way of storing less may look at.
-
-    Parameters
-    ----------
-    documents, queries
-        (tokens, dim) float32 of unit length, one per text, in the collection's order.
-    norms
-        (tokens,) the documents' lengths before they were normalised.
-    pieces
-        (tokens,) word pieces of the documents, as numbers.
-    words, sentences
-        (tokens,) which word and which sentence of its document a token belongs to, ascending.
-    """
+    """A collection's token vectors, unpooled, and what else a way of storing less may look at."""
 
     collection: Collection
-    documents: Vectors
+    documents: Vectors  # (tokens, dim) float32 of unit length, in the collection's order
     queries: Vectors
-    norms: list[np.ndarray]
-    pieces: list[np.ndarray]
-    words: list[np.ndarray]
-    sentences: list[np.ndarray]
+    norms: list[np.ndarray]  # (tokens,) of the documents' vectors before they were normalised
+    pieces: list[np.ndarray]  # (tokens,) word pieces of the documents, as numbers
+    words: list[np.ndarray]  # (tokens,) which word of its document a token belongs to, ascending
+    sentences: list[np.ndarray]  # (tokens,) which sentence, ascending
 
 
 def read_tokens(
@@ -131,65 +119,53 @@ def _word_starts(names: Sequence[str]) -> list[bool]:
 class Code(NamedTuple):
     """How a vector is stored: its scale, if any, and then its values, in whole bytes."""
 
-    bits: int  # per value
-    extra: int  # bytes per vector: its scale
-    pack: Callable[[np.ndarray], np.ndarray]  # (vectors, dim) float32 → (vectors, bytes) uint8
-    unpack: Callable[[np.ndarray, int], np.ndarray]  # … and dim → (vectors, dim) float32
+    bits: int  # per value: of a float, of a whole number, or 1 of its sign
+    extra: int = 0  # bytes per vector: its scale, in float16
+
+    def pack(self, vectors: np.ndarray) -> np.ndarray:
+        """Bytes, (vectors, bytes) uint8, of (vectors, dim) float32."""
+        if self.bits == 1:
+            return np.packbits(vectors >= 0, axis=1)
+        if not self.extra:
+            return np.ascontiguousarray(vectors.astype(f"f{self.bits // 8}")).view(np.uint8)
+        most = 2 ** (self.bits - 1) - 1
+        scale = (np.abs(vectors).max(axis=1, initial=0, keepdims=True) / most).astype(np.float16)
+        levels = (vectors / np.maximum(scale.astype(np.float32), 1e-8)).round().clip(-most, most)
+        values = levels.astype(np.int8).view(np.uint8)
+        if self.bits == 4:  # two to a byte
+            values = np.pad(values + 8, ((0, 0), (0, values.shape[1] % 2)))
+            values = values[:, ::2] << 4 | values[:, 1::2]
+        return np.hstack([scale.view(np.uint8), values])
+
+    def unpack(self, rows: np.ndarray, dim: int) -> np.ndarray:
+        """What comes back, (vectors, dim) float32, of such bytes."""
+        if self.bits == 1:  # of each byte its eight signs, looked up
+            signs = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+            signs = (2 * signs.astype(np.float32) - 1) / np.float32(math.sqrt(dim))
+            return np.take(signs, rows, axis=0).reshape(len(rows), 8 * rows.shape[1])[:, :dim]
+        # torch converts small numbers several times as fast as NumPy
+        packed = torch.from_numpy(np.ascontiguousarray(rows))
+        if not self.extra:
+            return packed.view(getattr(torch, f"float{self.bits}")).float().numpy()
+        scale, values = packed[:, :2].contiguous().view(torch.float16), packed[:, 2:]
+        if self.bits == 4:
+            halves = torch.stack([values >> 4, values & 15], dim=2)
+            values = halves.flatten(1)[:, :dim].float().sub_(8)
+        else:
+            values = values.view(torch.int8).float()
+        return values.mul_(scale.float()).numpy()
 
     def decode(self, vectors: torch.Tensor) -> torch.Tensor:
         """What comes back of vectors (n, dim) that were stored."""
         return torch.from_numpy(self.unpack(self.pack(vectors.numpy()), vectors.shape[1]))
 
 
-def _pack_floats(vectors: np.ndarray, kind: type) -> np.ndarray:
-    return np.ascontiguousarray(vectors.astype(kind)).view(np.uint8)
-
-
-def _unpack_floats(rows: np.ndarray, dim: int, kind: type) -> np.ndarray:
-    # torch converts small numbers several times as fast as NumPy
-    return torch.from_numpy(np.ascontiguousarray(rows).view(kind)).float().numpy()
-
-
-def _pack_levels(vectors: np.ndarray, most: int) -> np.ndarray:
-    """Whole numbers up to ± `most`, times a float16 scale per vector."""
-    scale = (np.abs(vectors).max(axis=1, initial=0, keepdims=True) / most).astype(np.float16)
-    levels = (vectors / np.maximum(scale.astype(np.float32), 1e-8)).round().clip(-most, most)
-    values = levels.astype(np.int8).view(np.uint8)
-    if most < 8:  # two to a byte
-        values = np.pad(values + 8, ((0, 0), (0, values.shape[1] % 2)))
-        values = values[:, ::2] << 4 | values[:, 1::2]
-    return np.hstack([scale.view(np.uint8), values])
-
-
-def _unpack_levels(rows: np.ndarray, dim: int, most: int) -> np.ndarray:
-    scale = _unpack_floats(rows[:, :2], 1, np.float16)
-    values = torch.from_numpy(np.ascontiguousarray(rows))[:, 2:]
-    if most < 8:
-        values = torch.stack([values >> 4, values & 15], dim=2).flatten(1)[:, :dim].float().sub_(8)
-    else:
-        values = values.view(torch.int8).float()
-    return values.mul_(torch.from_numpy(scale)).numpy()
-
-
-def _unpack_signs(rows: np.ndarray, dim: int) -> np.ndarray:
-    # of each byte its eight signs, looked up
-    signs = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1) * np.float32(2) - 1
-    found = np.take(signs / np.float32(math.sqrt(dim)), rows, axis=0)
-    return found.reshape(len(rows), 8 * rows.shape[1])[:, :dim]
-
-
-def _code(bits: int, pack: Callable, unpack: Callable, **kind: Any) -> Code:
-    extra = 2 if "most" in kind else 0
-    return Code(bits, extra, functools.partial(pack, **kind), functools.partial(unpack, **kind))
-
-
 CODES = {
-    "float32": _code(32, _pack_floats, _unpack_floats, kind=np.float32),
-    "float16": _code(16, _pack_floats, _unpack_floats, kind=np.float16),
-    "int8": _code(8, _pack_levels, _unpack_levels, most=127),
-    "4 bits": _code(4, _pack_levels, _unpack_levels, most=7),
-    # signs alone: for vectors of unit length, which all have the same scale
-    "1 bit": _code(1, lambda vectors: np.packbits(vectors >= 0, axis=1), _unpack_signs),
+    "float32": Code(32),
+    "float16": Code(16),
+    "int8": Code(8, 2),
+    "4 bits": Code(4, 2),
+    "1 bit": Code(1),  # signs alone: for vectors of unit length, which all have the same scale
 }
 
 
@@ -204,28 +180,14 @@ def stored_bytes(vectors: float, dim: int, code: str = "float32") -> float:
 
 @dataclass(frozen=True)
 class Way:
-    """A way of storing less.
-
-    Parameters
-    ----------
-    name, family
-        What tables and the legend call it.
-    store
-        From `Tokens` to the documents' vectors that are stored, before they are coded.
-    code
-        A key of `CODES`.
-    ask
-        What is done to the queries' vectors.
-    budget
-        Of the ways that an index of one's own documents can take (`sized_ways`).
-    """
+    """A way of storing less."""
 
     name: str
-    family: str
-    store: Callable[[Tokens], Vectors]
-    code: str = "float32"
+    family: str  # what the legend calls it
+    store: Callable[[Tokens], Vectors]  # the documents' vectors, before they are coded
+    code: str = "float32"  # a key of `CODES`
     ask: Callable[[Tokens], Vectors] = attrgetter("queries")
-    budget: Budget | None = None
+    budget: Budget | None = None  # where an index of one's own documents can take it
 
 
 def of_tokens(way: Callable) -> Callable:
@@ -268,21 +230,18 @@ def span_within(tokens: Tokens, unit: str, factor: int) -> Vectors:
     """
 
     def labels(places: np.ndarray) -> np.ndarray:
-        found, size, start = np.zeros(len(places), dtype=np.int64), 0, 1
-        ends = np.append(np.flatnonzero(np.diff(places)) + 1, len(places))
-        for end in ends[ends > 1]:
-            length = end - start
-            if unit == "words":  # a word joins the group if it fits
-                new = size == 0 or size + length > factor
-                found[start:end] = found[start - 1] + new
-                size = length if new else size + length
-            else:
-                found[start:end] = found[start - 1] + 1 + np.arange(length) // factor
-            start = end
-        return found
+        found, size = [0][: len(places)], factor
+        for _, run in itertools.groupby(places[1:]):
+            words = [len(list(run))]
+            if unit == "sentences":  # of which each begins a group
+                words, size = [1] * words[0], factor
+            for word in words:  # it joins the group if it fits
+                new = size + word > factor
+                found += [found[-1] + new] * word
+                size = word if new else size + word
+        return np.array(found, dtype=np.int64)
 
-    places = getattr(tokens, unit)
-    groups = zip(tokens.documents, map(labels, places), strict=True)
+    groups = zip(tokens.documents, map(labels, getattr(tokens, unit)), strict=True)
     return [unit_length(pool_groups(*group)) for group in groups]
 
 
@@ -300,11 +259,6 @@ def kept(tokens: Tokens, score: Callable[[Tokens], Iterable[np.ndarray]], factor
 def first_tokens(tokens: Tokens) -> Iterable[np.ndarray]:
     """Scores of pruning: the earlier, the higher."""
     return (-np.arange(len(document)) for document in tokens.documents)
-
-
-def by_norm(tokens: Tokens) -> Iterable[np.ndarray]:
-    """Scores of pruning: a vector's length before it was normalised."""
-    return tokens.norms
 
 
 def by_idf(tokens: Tokens) -> Iterable[np.ndarray]:
@@ -344,7 +298,7 @@ def all_ways() -> list[Way]:
             ways.append(Way(name, family, to_mean("kmeans", f, rule)))
     for unit in ("words", "sentences"):
         ways += [Way(f"span within {unit} PF{f}", "span", span_within(unit, f)) for f in few]
-    for name, score in {"first": first_tokens, "norm": by_norm, "IDF": by_idf}.items():
+    for name, score in {"first": first_tokens, "norm": attrgetter("norms"), "IDF": by_idf}.items():
         ways += [Way(f"pruned by {name} PF{f}", "pruning", kept(score, f)) for f in few]
     for method, options in {"kmeans": {}, "hierarchical": {"variant": "euclidean"}}.items():
         for first, then in ((2, 3), (4, 3)):

@@ -25,7 +25,6 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 import uuid
 from bisect import bisect_right
 from collections import Counter
@@ -124,7 +123,8 @@ def read_documents(source: str | Path, column: str | None = None) -> Iterator[tu
                 f"{path}, record {number + 1} has no {field} among its fields {list(record)}. Name "
                 "the field with the text (--column)."
             )
-        known = {name: str(record[name]) for name in record if not pd.isna(record[name])}
+        wanted = ("_id", "id", "title", field)
+        known = {name: str(record[name]) for name in wanted if not pd.isna(record.get(name))}
         text = " ".join(known[name].strip() for name in ("title", field) if name in known)
         yield known.get("_id", known.get("id", str(number))), text
 
@@ -493,6 +493,28 @@ def draw_predictions(rows: pd.DataFrame) -> NotebookFigure:
 # ---------------------------------------------------------------- the index
 
 
+def _pool(vectors: list, sizes: list | None, pool_method: str, budget: Budget) -> tuple[list, list]:
+    options = {"renormalize": True, "weights": sizes, "return_sizes": True, **vars(budget)}
+    return pool(vectors, pool_method=pool_method, **options)
+
+
+class _Encoder:
+    """From documents, (id, text), to a table of them, their pooled vectors, and clusters' sizes."""
+
+    def __init__(self, model: PooledColBERT, settings: dict[str, Any]):
+        self.model, self.settings = model, settings
+
+    def __getitem__(self, documents: list[tuple[str, str]]) -> tuple[pd.DataFrame, list, list]:
+        frame = pd.DataFrame(documents, columns=["id", "text"])
+        frame["pieces"] = [len(_pieces(self.model, text)["input_ids"]) for text in frame["text"]]
+        frame["lost"] = (frame["pieces"] - readable(self.model)).clip(lower=0)
+        vectors, sizes = encode(self.model, frame["text"].tolist(), is_query=False), None
+        frame["tokens"] = [*map(len, vectors)]
+        for budget in self.settings["budgets"]:
+            vectors, sizes = _pool(vectors, sizes, self.settings["pool_method"], Budget(**budget))
+        return frame, [some.numpy() for some in vectors], sizes
+
+
 class Index:
     """An index in a folder; `build` makes one, `open` opens it.
 
@@ -504,7 +526,6 @@ class Index:
 
     def __init__(self, folder: Path, settings: dict[str, Any], model: PooledColBERT | None = None):
         self.folder, self.settings, self._model = folder, settings, model
-        self.timing: dict[str, float] = {}  # of what was encoded last
 
     @classmethod
     def open(cls, folder: str | Path, model: PooledColBERT | None = None) -> Index:
@@ -558,7 +579,7 @@ class Index:
         if not settings_match(work, settings):
             if (work / PROVENANCE).is_file():
                 begun = read_json(work / PROVENANCE)
-                cls(work, begun["settings"] | begun.get("new", {})).engine.drop()
+                cls(work, begun["settings"] | begun["new"]).engine.drop()
             remove(work)
             write_json(work / PROVENANCE, {"settings": settings, "new": _empty(folder)})
         index = cls(work, settings | read_json(work / PROVENANCE)["new"], model)
@@ -579,7 +600,6 @@ class Index:
             former.engine.drop()
         index = Index.open(folder, self._model)
         index.engine.publish()
-        index.timing = self.timing
         return index
 
     @cached_property
@@ -624,8 +644,8 @@ class Index:
     def _save(self) -> None:
         write_json(self.folder / INDEX, self.settings)
 
-    def _extend(self, documents: Iterable[tuple[str, str]], progress: bool) -> None:
-        """Write documents as further segments; of one that is there already nothing is encoded."""
+    def _extend(self, documents: Iterable[tuple[str, str]], progress: bool) -> set[str]:
+        """Write documents as further segments, if they are not there already; gives their ids."""
         seen, left_out = set(), Counter(self.settings["left_out"])
 
         def fresh() -> Iterator[tuple[str, str]]:
@@ -638,60 +658,45 @@ class Index:
                     seen.add(identifier)
                     yield identifier, text
 
-        self.engine.begin()
-        rest, names = fresh(), list(self.settings["segments"])
-        start, encoded, began = len(self.rows) if names else 0, 0, time.perf_counter()
-        with tqdm(desc="Indexing", unit=" documents", disable=not progress) as bar:
+        names = list(self.settings["segments"])
+
+        def missing() -> Iterator[tuple]:
+            rest, start = fresh(), len(self.rows) if names else 0
             while part := list(itertools.islice(rest, SEGMENT)):
                 names.append(f"{len(names):05d}")
-                content = hashlib.sha256(json.dumps([start, part]).encode()).hexdigest()
                 segment = self.folder / names[-1]
-                if not settings_match(segment, {"content": content}):
-                    self._write(segment, start, *zip(*part, strict=True), content)
-                    encoded += len(part)
+                content = hashlib.sha256(json.dumps([start, part]).encode()).hexdigest()
+                if settings_match(segment, {"content": content}):
+                    bar.update(len(part))
+                else:
+                    yield segment, start, content, part
                 start += len(part)
+
+        self.engine.begin()
+        with tqdm(desc="Indexing", unit=" documents", disable=not progress) as bar:
+            encoder = _Encoder(self.model, self.settings)
+            for segment, start, content, part in missing():
+                self._store(segment, start, content, *encoder[part])
                 bar.update(len(part))
-        seconds = time.perf_counter() - began
-        self.timing = {"documents encoded": encoded, "seconds": round(seconds, 1)}
-        self.timing["documents per second"] = round(encoded / seconds, 1)
         self.settings |= {"left_out": dict(left_out), "segments": names}
         self.__dict__.pop("rows", None)
-
-    def _write(
-        self, segment: Path, start: int, ids: Sequence[str], texts: Sequence[str], content: str
-    ) -> None:
-        lengths = [len(_pieces(self.model, text)["input_ids"]) for text in texts]
-        lost = np.maximum(np.array(lengths) - readable(self.model), 0)
-        tokens = encode(self.model, texts, is_query=False)
-        vectors, sizes = tokens, None
-        for budget in self.settings["budgets"]:
-            vectors, sizes = self._pool(vectors, sizes, Budget(**budget))
-        frame = pd.DataFrame({"id": ids, "text": texts, "pieces": lengths, "lost": lost})
-        frame["tokens"] = [*map(len, tokens)]
-        self._store(segment, start, frame, vectors, sizes, content)
-
-    def _pool(self, vectors: list[torch.Tensor], sizes: list | None, budget: Budget) -> tuple:
-        options = {"renormalize": True, "weights": sizes, "return_sizes": True, **vars(budget)}
-        return pool(vectors, pool_method=self.settings["pool_method"], **options)
+        return seen
 
     def _store(
-        self,
-        segment: Path,
-        start: int,
-        frame: pd.DataFrame,
-        vectors: list[torch.Tensor],
-        sizes: list[np.ndarray],
-        content: str = "",
+        self, segment: Path, start: int, content: str, frame: pd.DataFrame, vectors: Any, sizes: Any
     ) -> None:
+        """Write a segment: its table, and each document's vectors and sizes of clusters."""
         with atomic_path(segment) as temporary:
             temporary.mkdir(parents=True)
+            frame = frame.assign(vectors=[*map(len, vectors)])
             # Qdrant Edge maps its files: on a full disk the process would be killed.
-            needed = 4 * sum(v.numel() for v in vectors) + frame["text"].str.len().sum()
+            needed = (
+                4 * self.settings["dim"] * frame["vectors"].sum() + frame["text"].str.len().sum()
+            )
             if (free := shutil.disk_usage(temporary).free) < needed + SPARE_BYTES:
                 raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB are free", str(self.folder))
             self.engine.write(temporary, start, frame["id"].tolist(), vectors)
             np.save(temporary / "sizes.npy", np.concatenate(sizes).astype(np.uint16))
-            frame = frame.assign(vectors=[*map(len, vectors)])
             options = {"index": False, "compression": "zstd", "row_group_size": TEXTS}
             frame.to_parquet(temporary / "documents.parquet", **options)
             write_json(temporary / PROVENANCE, {"settings": {"content": content}})
@@ -729,9 +734,8 @@ class Index:
     def add(self, documents: Iterable[tuple[str, str]], progress: bool = False) -> None:
         """Add documents; one whose id is there already takes its place."""
         self.engine.editable("grow")
-        documents, before = list(documents), len(self.rows)
-        self._extend(documents, progress)
-        replaced = self._forget([name for name, _ in documents], before)
+        before = len(self.rows)
+        replaced = self._forget(self._extend(documents, progress), before)
         self.engine.finish(self.rows)
         self._save()
         if replaced:
@@ -739,16 +743,16 @@ class Index:
 
     def remove(self, ids: Iterable[str]) -> int:
         """Remove documents; gives how many there were."""
-        removed = self._forget(list(ids), len(self.rows))
+        removed = self._forget(ids, len(self.rows))
         self._save()
         if removed:
             self.engine.delete(removed)
         return len(removed)
 
-    def _forget(self, ids: Sequence[str], before: int) -> list[int]:
+    def _forget(self, ids: Iterable[str], before: int) -> list[int]:
         """Note as removed the documents with these ids and a number below `before`."""
         rows = self.rows[:before]
-        rows = rows[rows["live"] & rows["id"].isin(ids)]
+        rows = rows[rows["live"] & rows["id"].isin([*ids])]
         for name, part in rows.groupby("segment", observed=True):
             gone = self.settings["removed"].get(name, [])
             self.settings["removed"][name] = sorted([*gone, *part["id"]])
@@ -811,9 +815,9 @@ class Index:
                         continue
                     stored = [list(itertools.compress(part, fresh)) for part in stored]
                     if budget:
-                        stored = made._pool(*stored, budget)
+                        stored = _pool(*stored, own["pool_method"], budget)
                     names.append(f"{len(names):05d}")
-                    made._store(work / names[-1], start, frame[fresh], *stored)
+                    made._store(work / names[-1], start, "", frame[fresh], *stored)
                     start += int(fresh.sum())
             if not start:
                 raise UserError(f"{first.folder} has no documents left.")
@@ -850,26 +854,23 @@ class Index:
         disk = sum(file.stat().st_blocks * 512 for file in self.folder.rglob("*"))
         memory = self.rows.memory_usage(deep=True).sum() + (size if self.engine.here else 0)
         settings = self.settings
-        where = {"url": "server", "graph_recall": "recall@10 of the graph, against a scan"}
-        return pd.Series(
-            {
-                "engine": f"{settings['engine']}, {settings['code']}",
-                **{label: settings[key] for key, label in where.items() if settings.get(key)},
-                "documents": count,
-                "vectors per document": round(documents["vectors"].mean(), 1),
-                "bytes per document": round(size / max(count, 1), 1),
-                "times smaller than unpooled float32": round(whole / max(size, 1), 1),
-                "bytes of vectors": round(size),
-                "bytes on this disk, texts included": disk,
-                "bytes of memory that search needs here": round(memory),
-                "documents cut": int((documents["lost"] > 0).sum()),
-                "word pieces lost, %": round(
-                    100 * documents["lost"].sum() / max(documents["pieces"].sum(), 1), 1
-                ),
-                **{f"left out: {kind}": n for kind, n in self.settings["left_out"].items()},
-            },
-            dtype=object,
-        )
+        lost = documents["lost"].sum() / max(documents["pieces"].sum(), 1)
+        found = {
+            "engine": f"{settings['engine']}, {settings['code']}",
+            "server": settings["url"],
+            "recall@10 of the graph, against a scan": settings["graph_recall"],
+            "documents": count,
+            "vectors per document": round(documents["vectors"].mean(), 1),
+            "bytes per document": round(size / max(count, 1), 1),
+            "times smaller than unpooled float32": round(whole / max(size, 1), 1),
+            "bytes of vectors": round(size),
+            "bytes on this disk, texts included": disk,
+            "bytes of memory that search needs here": round(memory),
+            "documents cut": int((documents["lost"] > 0).sum()),
+            "word pieces lost, %": round(100 * lost, 1),
+        }
+        found |= {f"left out: {kind}": n for kind, n in settings["left_out"].items()}
+        return pd.Series(found, dtype=object).dropna()
 
 
 # ---------------------------------------------------------------- the notebook
@@ -1050,7 +1051,7 @@ def _run(options: argparse.Namespace) -> None:
             print(f"{index.remove(options.ids)} of {len(options.ids)} were in the index.")
         case "shrink":
             index = index.shrink(options.out, _budget(options, 1), code, **where)
-    print(pd.concat([index.stats(), pd.Series(index.timing, dtype=object)]).to_string())
+    print(index.stats().to_string())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,6 @@ from l2p_utils.frontier import (
     Way,
     all_ways,
     by_idf,
-    by_norm,
     draw,
     fewer_dimensions,
     first_tokens,
@@ -124,7 +123,7 @@ def test_pruning_by_hand():
         return [[int((d == v).all(1).nonzero()) for v in stored] for stored, d in rows]
 
     assert chosen(first_tokens, 2) == [[0, 1, 2], [0, 1], [0, 1]]
-    assert chosen(by_norm, 2) == [[0, 1, 3], [0, 2], [0, 1]]
+    assert chosen(attrgetter("norms"), 2) == [[0, 1, 3], [0, 2], [0, 1]]
     assert chosen(by_idf, 4) == [[0, 3], [0, 1], [0, 1]]  # 3 is in one document, 1 and 2 in two
 
 
