@@ -299,6 +299,26 @@ def known_items(
     return Collection("known items", corpus, queries, {q: {q: 1} for q in queries})
 
 
+def write_known_items(found: Collection, folder: str | Path) -> int:
+    """Write `known_items` in BEIR's layout, to train on; how many queries are kept for testing.
+
+    It is a fifth of them, by the hash of their ids. UserError if the folder exists.
+    """
+    tested = {q: int(hashlib.sha256(q.encode()).hexdigest(), 16) % 5 == 0 for q in found.queries}
+    if Path(folder).exists():
+        raise UserError(f"{folder} exists. Give another folder, or remove it.")
+    with atomic_path(folder) as temporary:
+        (temporary / "qrels").mkdir(parents=True)
+        for name, texts in (("corpus", found.corpus), ("queries", found.queries)):
+            table = pd.DataFrame(texts.items(), columns=["_id", "text"])
+            table.to_json(temporary / f"{name}.jsonl", orient="records", lines=True)
+        for split, asked in (("train", False), ("test", True)):
+            ids = [query for query in found.queries if tested[query] == asked]
+            table = pd.DataFrame({"query-id": ids, "corpus-id": ids, "score": 1})
+            table.to_csv(temporary / "qrels" / f"{split}.tsv", sep="\t", index=False)
+    return sum(tested.values())
+
+
 def choose(
     model: PooledColBERT,
     documents: Iterable[tuple[str, str]] | Collection,
@@ -925,13 +945,13 @@ def _parser() -> argparse.ArgumentParser:
         "ids": {"nargs": "+"},
         "indexes": {"nargs": "+"},
         "collections": {"nargs": "*"},
-        "--out": {"required": True, "help": "the index's folder"},
+        "--out": {"required": True, "help": "the folder that is made"},
         "--model": {"default": "bundled", "help": "bundled, a folder or a hub id"},
         "--document-length": {"type": int, "help": "word pieces that are read"},
         "--column": {"help": "the field with the text"},
         "--passages": {"action": "store_true", "help": "split what is too long to read"},
         "--part": {"help": "such as 2/3: every third document, from the second on"},
-        "--queries": {"help": "with --max-loss: a file of yours, or titles"},
+        "--queries": {"help": "titles (first lines); with --max-loss also a file of yours"},
         "--max-loss": {"type": _share, "help": loss},
         "--pool-factor": {"type": float, "help": "about how many vectors become one"},
         "--max-vectors": {"type": int, "help": "at most so many per document"},
@@ -960,6 +980,8 @@ def _parser() -> argparse.ArgumentParser:
     command("shrink", "Another index with fewer vectors, without the model.", "index out" + sized)
     command("merge", "One index of several, such as those of --part.", "indexes --out" + where)
     command("export", "Write ids, texts and vectors as Parquet.", "index file")
+    made = "documents --out --model --document-length --queries"
+    command("queries", "Make queries of documents, and a collection to train on.", made + read)
     what = "How well `choose` predicts collections' judgments; of none: redraw the figure."
     command("predict", what, "collections --model")
     return parser
@@ -1021,6 +1043,19 @@ def _build(options: argparse.Namespace, **stored: str | None) -> Index:
     return Index.build(options.out, documents, model, name, budget, graph=options.graph, **stored)
 
 
+def _make_queries(options: argparse.Namespace) -> None:
+    if options.queries not in (None, "titles"):
+        raise UserError(f"--queries is {options.queries}; expected titles, or nothing.")
+    model = named_model(options.model)[1]
+    model.document_length = options.document_length or model.document_length
+    found = known_items(model, dict(_documents(options, model)), options.queries == "titles")
+    tested = write_known_items(found, options.out)
+    print(
+        f"{len(found.corpus)} documents and {len(found.queries)} queries are in {options.out}; "
+        f"{tested} queries are kept for testing."
+    )
+
+
 def _run(options: argparse.Namespace) -> None:
     where = {key: getattr(options, key, None) for key in ("engine", "url")}
     code = BITS.get(getattr(options, "bits", None))
@@ -1030,6 +1065,8 @@ def _run(options: argparse.Namespace) -> None:
                 predict(named_model(options.model)[1], collection)
             save_figure(draw_predictions(predictions()), from_root("figures/frontier"), "predicted")
             return
+        case "queries":
+            return _make_queries(options)
         case "build":
             index = _build(options, code=code, **where)
         case "merge":

@@ -17,7 +17,7 @@ from qdrant_client import QdrantClient
 
 from l2p_utils import engines
 from l2p_utils import index as module
-from l2p_utils.collection import Collection
+from l2p_utils.collection import Collection, load_collection
 from l2p_utils.files import UserError
 from l2p_utils.frontier import CODES
 from l2p_utils.index import (
@@ -242,6 +242,28 @@ def test_known_items_take_the_query_out_of_the_document(bundled_model):
     assert found.qrels == {"sentence": {"sentence": 1}}
     titles = known_items(bundled_model, documents, titles=True)
     assert titles.queries == {"title": "A title"} and titles.corpus["title"].split() == rest.split()
+
+
+def test_made_queries_are_a_collection_to_train_on(tmp_path, model_folder, capsys):
+    rest = " ".join(f"word{i}" for i in range(12))
+    lines = [{"id": f"d{i}", "text": f"Sentence {i} has five words. {rest}"} for i in range(60)]
+    (tmp_path / "in.jsonl").write_text(
+        "\n".join(map(json.dumps, [*lines, {"id": "x", "text": "-"}]))
+    )
+    out = tmp_path / "made"
+    given = ["queries", str(tmp_path / "in.jsonl"), "--out", str(out), "--model", str(model_folder)]
+    assert main(given) == 0
+    splits = [load_collection(out, split) for split in ("train", "dev", "test")]
+    asked = [query for split in splits for query in split.queries]
+    assert sorted(asked) == sorted(line["id"] for line in lines)  # no query twice
+    assert 5 < len(splits[2].queries) < 20 and splits[0].corpus.keys() == splits[2].corpus.keys()
+    assert splits[2].qrels == {query: {query: 1} for query in splits[2].queries}
+    assert all(split.corpus[q].strip() == rest for split in splits for q in split.queries)
+    said = capsys.readouterr().out
+    assert said.startswith("61 documents and 60 queries are in")
+    assert main(given) == 1 and "exists" in capsys.readouterr().err
+    assert main([*given[:-4], "--out", str(tmp_path / "b"), "--queries", "mine.txt"]) == 1
+    assert "expected titles" in capsys.readouterr().err
 
 
 def test_every_document_is_as_likely_in_the_sample():
