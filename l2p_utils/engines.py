@@ -69,7 +69,7 @@ class Exact(Engine):
         self.code, self._mapped = CODES[settings["code"]], {}
 
     def write(self, segment: Path, start: int, ids: Sequence[str], vectors: Vectors) -> None:
-        np.save(segment / "vectors.npy", self.code.pack(torch.cat(vectors).numpy()))
+        np.save(segment / "vectors.npy", self.code.pack(np.concatenate(vectors)))
 
     def _packed(self, name: str) -> np.ndarray:
         if name not in self._mapped:
@@ -383,8 +383,29 @@ class Plaid(Exact):
 ENGINES: dict[str, type[Engine]] = {"qdrant": Qdrant, "exact": Exact, "plaid": Plaid}
 
 
-def storage(engine: str | None, code: str | None, url: str | None) -> dict[str, Any]:
-    """Engine, code and address as settings; what does not go together is refused."""
+def storage(
+    engine: str | None = None,
+    code: str | None = None,
+    url: str | None = None,
+    own: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Settings of where and how vectors are stored; what does not go together is refused.
+
+    Parameters
+    ----------
+    engine
+        ``"qdrant"``, ``"exact"`` or ``"plaid"``; by default Qdrant, if it can store `code`.
+    code
+        A key of `frontier.CODES`; float16 by default, 4 bits for PLAID.
+    url
+        A Qdrant server's; without one, Qdrant Edge keeps the vectors in the index's folder.
+    own
+        Settings of an index whose documents are stored anew: what is not given stays, if it can.
+    """
+    if own and not (engine or url) and (code or own["code"]) in ENGINES[own["engine"]].codes:
+        engine, url = own["engine"], own["url"]
+    if own and not code and own["code"] in getattr(ENGINES.get(engine), "codes", CODES):
+        code = own["code"]
     engine = engine or ("qdrant" if url or code in (None, *Qdrant.codes) else "exact")
     if engine not in ENGINES or (url and engine != "qdrant"):
         raise UserError(

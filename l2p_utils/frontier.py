@@ -8,13 +8,14 @@ collection by collection; it goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.axes import Axes
+from matplotlib.ticker import StrMethodFormatter
 from tqdm.auto import tqdm
 
 from l2p_utils.collection import Collection, load_collection, subset
@@ -50,7 +52,7 @@ STORED = ROOT / "data" / "frontier"
 FACTORS = (2, 3, 4, 6, 8, 12, 16, 24)
 METHODS = ("span", "kmeans", "hierarchical")
 OFFSET_BYTES = 8  # where a document's vectors begin; its id is the user's own
-KEYS = ["model", "collection", "document_length"]
+PANEL = ["model", "document_length"]  # of the figure
 UNPOOLED = "unpooled"
 
 # ---------------------------------------------------------------- what ways look at
@@ -58,61 +60,51 @@ UNPOOLED = "unpooled"
 
 @dataclass(frozen=True)
 class Tokens:
-    """A collection's token vectors, unpooled, and what else a way of storing less may look at.
-
-    Parameters
-    ----------
-    documents, queries
-        (tokens, dim) float32 of unit length, one per text, in the collection's order.
-    norms
-        (tokens,) the documents' lengths before they were normalised.
-    pieces
-        (tokens,) word pieces of the documents, as numbers.
-    words, sentences
-        (tokens,) which word and which sentence of its document a token belongs to, ascending.
-    """
+    """A collection's token vectors, unpooled, and what else a way of storing less may look at."""
 
     collection: Collection
-    documents: Vectors
+    documents: Vectors  # (tokens, dim) float32 of unit length, in the collection's order
     queries: Vectors
-    norms: list[np.ndarray]
-    pieces: list[np.ndarray]
-    words: list[np.ndarray]
-    sentences: list[np.ndarray]
+    norms: list[np.ndarray]  # (tokens,) of the documents' vectors before they were normalised
+    pieces: list[np.ndarray]  # (tokens,) word pieces of the documents, as numbers
+    words: list[np.ndarray]  # (tokens,) which word of its document a token belongs to, ascending
+    sentences: list[np.ndarray]  # (tokens,) which sentence, ascending
 
 
 def read_tokens(
     model: PooledColBERT, collection: Collection, precision: str = "auto", progress: bool = False
 ) -> Tokens:
     """Encode a collection; tokens that take no part in search (punctuation) are left out."""
-    queries = encode(model, list(collection.queries.values()), True, precision)
-    # output_value=None: PyLate gives every token's vector, with the mask of those that count
-    with autocast(precision, model.device):
-        found = model.encode(
-            list(collection.corpus.values()),
-            is_query=False,
-            pool_factor=1,
-            output_value=None,
-            normalize_embeddings=False,
-            show_progress_bar=progress,
-        )
-    parts: dict[str, list] = {
-        name: [] for name in ("documents", "norms", "pieces", "words", "sentences")
-    }
-    for ids, vectors, mask in zip(
-        found["input_ids"], found["token_embeddings"], found["masks"], strict=True
-    ):
-        ids, vectors, mask = (torch.as_tensor(part).cpu() for part in (ids, vectors, mask))
-        vectors, mask = vectors.float(), mask.bool()
+    queries, found = encode(model, list(collection.queries.values()), True, precision), []
+    texts = list(collection.corpus.values())
+    for ids, vectors, counted in every_token(model, texts, False, precision, progress):
         names = model.tokenizer.convert_ids_to_tokens(ids.tolist())
-        counted = mask.numpy()
-        parts["documents"].append(unit_length(vectors[mask]))
-        parts["norms"].append(vectors[mask].norm(dim=1).numpy())
-        parts["pieces"].append(ids[mask].numpy())
-        parts["words"].append(np.cumsum(_word_starts(names))[counted])
-        ended = np.isin(names, [".", "!", "?", "Ġ.", "▁."])
-        parts["sentences"].append((np.cumsum(ended) - ended)[counted])
-    return Tokens(collection, queries=queries, **parts)
+        words, ended = np.cumsum(_word_starts(names)), np.isin(names, [".", "!", "?", "Ġ.", "▁."])
+        parts = (vectors.norm(dim=1), ids, words, np.cumsum(ended) - ended)
+        parts = [np.asarray(part)[counted.numpy()] for part in parts]
+        found.append((unit_length(vectors[counted]), *parts))
+    documents, *others = map(list, zip(*found, strict=True))
+    return Tokens(collection, documents, queries, *others)
+
+
+def every_token(
+    model: PooledColBERT,
+    texts: list[str],
+    is_query: bool,
+    precision: str = "auto",
+    progress: bool = False,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of each text all word pieces, their vectors (tokens, dim), and whether search counts them.
+
+    Vectors are float32, as long as the model makes them.
+    """
+    options = {"pool_factor": 1, "normalize_embeddings": False, "show_progress_bar": progress}
+    with autocast(precision, model.device):  # without an output_value, PyLate gives every token's
+        found = model.encode(texts, is_query=is_query, output_value=None, **options)
+    names = ("input_ids", "token_embeddings", "masks")
+    for parts in zip(*(found[name] for name in names), strict=True):
+        ids, vectors, counted = (torch.as_tensor(part).cpu() for part in parts)
+        yield ids, vectors.float(), counted.bool()
 
 
 def _word_starts(names: Sequence[str]) -> list[bool]:
@@ -127,67 +119,53 @@ def _word_starts(names: Sequence[str]) -> list[bool]:
 class Code(NamedTuple):
     """How a vector is stored: its scale, if any, and then its values, in whole bytes."""
 
-    bits: int  # per value
-    extra: int  # bytes per vector: its scale
-    pack: Callable[[np.ndarray], np.ndarray]  # (vectors, dim) float32 → (vectors, bytes) uint8
-    unpack: Callable[[np.ndarray, int], np.ndarray]  # … and dim → (vectors, dim) float32
+    bits: int  # per value: of a float, of a whole number, or 1 of its sign
+    extra: int = 0  # bytes per vector: its scale, in float16
+
+    def pack(self, vectors: np.ndarray) -> np.ndarray:
+        """Bytes, (vectors, bytes) uint8, of (vectors, dim) float32."""
+        if self.bits == 1:
+            return np.packbits(vectors >= 0, axis=1)
+        if not self.extra:
+            return np.ascontiguousarray(vectors.astype(f"f{self.bits // 8}")).view(np.uint8)
+        most = 2 ** (self.bits - 1) - 1
+        scale = (np.abs(vectors).max(axis=1, initial=0, keepdims=True) / most).astype(np.float16)
+        levels = (vectors / np.maximum(scale.astype(np.float32), 1e-8)).round().clip(-most, most)
+        values = levels.astype(np.int8).view(np.uint8)
+        if self.bits == 4:  # two to a byte
+            values = np.pad(values + 8, ((0, 0), (0, values.shape[1] % 2)))
+            values = values[:, ::2] << 4 | values[:, 1::2]
+        return np.hstack([scale.view(np.uint8), values])
+
+    def unpack(self, rows: np.ndarray, dim: int) -> np.ndarray:
+        """What comes back, (vectors, dim) float32, of such bytes."""
+        if self.bits == 1:  # of each byte its eight signs, looked up
+            signs = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+            signs = (2 * signs.astype(np.float32) - 1) / np.float32(math.sqrt(dim))
+            return np.take(signs, rows, axis=0).reshape(len(rows), 8 * rows.shape[1])[:, :dim]
+        # torch converts small numbers several times as fast as NumPy
+        packed = torch.from_numpy(np.ascontiguousarray(rows))
+        if not self.extra:
+            return packed.view(getattr(torch, f"float{self.bits}")).float().numpy()
+        scale, values = packed[:, :2].contiguous().view(torch.float16), packed[:, 2:]
+        if self.bits == 4:
+            halves = torch.stack([values >> 4, values & 15], dim=2)
+            values = halves.flatten(1)[:, :dim].float().sub_(8)
+        else:
+            values = values.view(torch.int8).float()
+        return values.mul_(scale.float()).numpy()
 
     def decode(self, vectors: torch.Tensor) -> torch.Tensor:
         """What comes back of vectors (n, dim) that were stored."""
         return torch.from_numpy(self.unpack(self.pack(vectors.numpy()), vectors.shape[1]))
 
 
-def _pack_levels(vectors: np.ndarray, most: int) -> np.ndarray:
-    """Whole numbers up to ± `most`, times a float16 scale per vector."""
-    scale = (np.abs(vectors).max(axis=1, initial=0, keepdims=True) / most).astype(np.float16)
-    levels = (vectors / np.maximum(scale.astype(np.float32), 1e-8)).round().clip(-most, most)
-    values = levels.astype(np.int8).view(np.uint8)
-    if most < 8:  # two to a byte
-        values = np.pad(values + 8, ((0, 0), (0, values.shape[1] % 2)))
-        values = values[:, ::2] << 4 | values[:, 1::2]
-    return np.hstack([scale.view(np.uint8).reshape(-1, 2), values])
-
-
-def _unpack_levels(rows: np.ndarray, dim: int, most: int) -> np.ndarray:
-    # torch converts small numbers several times as fast as NumPy
-    scale = torch.from_numpy(np.ascontiguousarray(rows[:, :2]).view(np.float16)).float()
-    values = torch.from_numpy(np.ascontiguousarray(rows))[:, 2:]
-    if most < 8:
-        values = torch.stack([values >> 4, values & 15], dim=2).flatten(1)[:, :dim].float().sub_(8)
-    else:
-        values = values.view(torch.int8).float()
-    return values.mul_(scale).numpy()
-
-
-def _unpack_signs(rows: np.ndarray, dim: int) -> np.ndarray:
-    # of each byte its eight signs, looked up
-    signs = (
-        2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32) - 1
-    )
-    found = np.take(signs / np.float32(math.sqrt(dim)), rows, axis=0)
-    return found.reshape(len(rows), 8 * rows.shape[1])[:, :dim]
-
-
-def _floats(bits: int, kind: type) -> Code:
-    return Code(
-        bits,
-        0,
-        lambda vectors: np.ascontiguousarray(vectors.astype(kind)).view(np.uint8),
-        lambda rows, dim: torch.from_numpy(np.ascontiguousarray(rows).view(kind)).float().numpy(),
-    )
-
-
-def _whole(bits: int, most: int) -> Code:
-    return Code(bits, 2, partial(_pack_levels, most=most), partial(_unpack_levels, most=most))
-
-
 CODES = {
-    "float32": _floats(32, np.float32),
-    "float16": _floats(16, np.float16),
-    "int8": _whole(8, 127),
-    "4 bits": _whole(4, 7),
-    # signs alone: for vectors of unit length, which all have the same scale
-    "1 bit": Code(1, 0, lambda vectors: np.packbits(vectors >= 0, axis=1), _unpack_signs),
+    "float32": Code(32),
+    "float16": Code(16),
+    "int8": Code(8, 2),
+    "4 bits": Code(4, 2),
+    "1 bit": Code(1),  # signs alone: for vectors of unit length, which all have the same scale
 }
 
 
@@ -202,107 +180,85 @@ def stored_bytes(vectors: float, dim: int, code: str = "float32") -> float:
 
 @dataclass(frozen=True)
 class Way:
-    """A way of storing less.
-
-    Parameters
-    ----------
-    name, family
-        What tables and the legend call it.
-    store
-        From `Tokens` to the documents' vectors that are stored, before they are coded.
-    code
-        A key of `CODES`.
-    ask
-        What is done to the queries' vectors.
-    budget
-        Of the ways that an index of one's own documents can take (`sized_ways`).
-    """
+    """A way of storing less."""
 
     name: str
-    family: str
-    store: Callable[[Tokens], Vectors]
-    code: str = "float32"
-    ask: Callable[[Tokens], Vectors] = lambda tokens: tokens.queries
-    budget: Budget | None = None
+    family: str  # what the legend calls it
+    store: Callable[[Tokens], Vectors]  # the documents' vectors, before they are coded
+    code: str = "float32"  # a key of `CODES`
+    ask: Callable[[Tokens], Vectors] = attrgetter("queries")
+    budget: Budget | None = None  # where an index of one's own documents can take it
 
 
+def of_tokens(way: Callable) -> Callable:
+    """Take a way's settings first, and `Tokens` then: ``pooled("span", 4)(tokens)``."""
+
+    @functools.wraps(way)
+    def with_settings(*settings: Any, **options: Any) -> Callable[[Tokens], Vectors]:
+        return lambda tokens: way(tokens, *settings, **options)
+
+    return with_settings
+
+
+@of_tokens
 def pooled(
-    method: str, budget: float | Budget, renormalize: bool = True, **options: Any
-) -> Callable[[Tokens], Vectors]:
+    tokens: Tokens, method: str, budget: float | Budget, renormalize: bool = True
+) -> Vectors:
     """`pool` under a budget, unit-length means by default."""
     budget = vars(Budget.of(budget))
-    return lambda tokens: pool(
-        tokens.documents, pool_method=method, renormalize=renormalize, **budget, **options
-    )
+    return pool(tokens.documents, pool_method=method, renormalize=renormalize, **budget)
 
 
-def to_mean(method: str, factor: float, rule: str) -> Callable[[Tokens], Vectors]:
+@of_tokens
+def to_mean(tokens: Tokens, method: str, factor: float, rule: str) -> Vectors:
     """As many vectors in all as a pool factor gives, shared out by a rule of `pool_to_mean`."""
-
-    def store(tokens: Tokens) -> Vectors:
-        mean = np.mean([len(document) for document in pool(tokens.documents, factor, method)])
-        return pool_to_mean(tokens.documents, mean, method, rule, renormalize=True)
-
-    return store
+    mean = np.mean([len(document) for document in pool(tokens.documents, factor, method)])
+    return pool_to_mean(tokens.documents, mean, method, rule, renormalize=True)
 
 
-def pooled_again(method: str, first: float, then: float, **options: Any) -> Callable:
+@of_tokens
+def pooled_again(tokens: Tokens, method: str, first: float, then: float, **options: Any) -> Vectors:
     """Pooled by one factor, and what was stored by another, with the clusters' sizes."""
-
-    def store(tokens: Tokens) -> Vectors:
-        means, sizes = pool(tokens.documents, first, method, return_sizes=True, **options)
-        return pool(means, then, method, weights=sizes, renormalize=True, **options)
-
-    return store
+    means, sizes = pool(tokens.documents, first, method, return_sizes=True, **options)
+    return pool(means, then, method, weights=sizes, renormalize=True, **options)
 
 
-def span_within(unit: str, factor: int) -> Callable[[Tokens], Vectors]:
+@of_tokens
+def span_within(tokens: Tokens, unit: str, factor: int) -> Vectors:
     """Groups of up to `factor` neighbours that end where a word ends (``words``) or do not cross
     the end of a sentence (``sentences``); the first token alone.
     """
 
     def labels(places: np.ndarray) -> np.ndarray:
-        found, size, start = np.zeros(len(places), dtype=np.int64), 0, 1
-        ends = np.append(np.flatnonzero(np.diff(places)) + 1, len(places))
-        for end in ends[ends > 1]:
-            length = end - start
-            if unit == "words":  # a word joins the group if it fits
-                new = size == 0 or size + length > factor
-                found[start:end] = found[start - 1] + new
-                size = length if new else size + length
-            else:
-                found[start:end] = found[start - 1] + 1 + np.arange(length) // factor
-            start = end
-        return found
+        found, size = [0][: len(places)], factor
+        for _, run in itertools.groupby(places[1:]):
+            words = [len(list(run))]
+            if unit == "sentences":  # of which each begins a group
+                words, size = [1] * words[0], factor
+            for word in words:  # it joins the group if it fits
+                new = size + word > factor
+                found += [found[-1] + new] * word
+                size = word if new else size + word
+        return np.array(found, dtype=np.int64)
 
-    return lambda tokens: [
-        unit_length(pool_groups(document, labels(places)))
-        for document, places in zip(tokens.documents, getattr(tokens, unit), strict=True)
-    ]
+    groups = zip(tokens.documents, map(labels, getattr(tokens, unit)), strict=True)
+    return [unit_length(pool_groups(*group)) for group in groups]
 
 
-def kept(score: Callable[[Tokens], Iterable[np.ndarray]], factor: float) -> Callable:
+@of_tokens
+def kept(tokens: Tokens, score: Callable[[Tokens], Iterable[np.ndarray]], factor: float) -> Vectors:
     """Pruning: the first token and, of the others, the 1 / factor with the highest scores."""
-
-    def store(tokens: Tokens) -> Vectors:
-        chosen = []
-        for document, scores in zip(tokens.documents, score(tokens), strict=True):
-            count = 1 + max(int((len(document) - 1) // factor), 1)
-            best = 1 + np.argsort(-np.asarray(scores)[1:], kind="stable")[: count - 1]
-            chosen.append(document[np.sort(np.append(0, best))] if len(document) else document)
-        return chosen
-
-    return store
+    chosen = []
+    for document, scores in zip(tokens.documents, score(tokens), strict=True):
+        count = max(int((len(document) - 1) // factor), 1)
+        best = 1 + np.argsort(-np.asarray(scores)[1:], kind="stable")[:count]
+        chosen.append(document[np.sort(np.append(0, best))[: len(document)]])
+    return chosen
 
 
 def first_tokens(tokens: Tokens) -> Iterable[np.ndarray]:
     """Scores of pruning: the earlier, the higher."""
     return (-np.arange(len(document)) for document in tokens.documents)
-
-
-def by_norm(tokens: Tokens) -> Iterable[np.ndarray]:
-    """Scores of pruning: a vector's length before it was normalised."""
-    return tokens.norms
 
 
 def by_idf(tokens: Tokens) -> Iterable[np.ndarray]:
@@ -311,37 +267,28 @@ def by_idf(tokens: Tokens) -> Iterable[np.ndarray]:
     return [-counts.reindex(pieces).to_numpy() for pieces in tokens.pieces]
 
 
-def fewer_dimensions(dim: int, store: Callable[[Tokens], Vectors]) -> dict[str, Callable]:
-    """Projection of documents and queries to the `dim` principal directions of the documents'."""
-
-    def directions(tokens: Tokens) -> torch.Tensor:
-        some = torch.cat(tokens.documents)[::7]  # dot products are kept: not centred
-        return torch.linalg.eigh(some.T @ some).eigenvectors[:, -dim:]
-
-    def project(tokens: Tokens) -> Vectors:
-        basis = directions(tokens)
-        return [document @ basis for document in store(tokens)]
-
-    return {
-        "store": project,
-        "ask": lambda tokens: [q @ directions(tokens) for q in tokens.queries],
-    }
+@of_tokens
+def fewer_dimensions(tokens: Tokens, vectors: Callable[[Tokens], Vectors], dim: int) -> Vectors:
+    """Some `vectors` of tokens in the `dim` principal directions of the documents'."""
+    some = torch.cat(tokens.documents)[::7]  # dot products are kept: not centred
+    basis = torch.linalg.eigh(some.T @ some).eigenvectors[:, -dim:]
+    return [found @ basis for found in vectors(tokens)]
 
 
-def fewer_query_vectors(factor: float) -> Callable[[Tokens], Vectors]:
+@of_tokens
+def fewer_query_vectors(tokens: Tokens, factor: float) -> Vectors:
     """Queries pooled too, by k-means."""
-    return lambda tokens: pool(tokens.queries, factor, "kmeans", renormalize=True)
+    return pool(tokens.queries, factor, "kmeans", renormalize=True)
 
 
-def all_ways(max_factor: int = 24) -> list[Way]:
+def all_ways() -> list[Way]:
     """What `measure` compares: the unpooled index first, then family by family."""
-    factors = [factor for factor in FACTORS if factor <= max_factor]
-    few = [factor for factor in (2, 4, 6, 12) if factor <= max_factor]
-    ways = [Way(UNPOOLED, UNPOOLED, lambda tokens: tokens.documents)]
+    few = (2, 4, 6, 12)
+    ways = [Way(UNPOOLED, UNPOOLED, attrgetter("documents"))]
     for method in METHODS:
-        ways += [Way(f"{method} PF{f}", method, pooled(method, f)) for f in factors]
+        ways += [Way(f"{method} PF{f}", method, pooled(method, f)) for f in FACTORS]
         raw = f"{method}, raw means"
-        ways += [Way(f"{raw} PF{f}", "raw means", pooled(method, f, False)) for f in factors]
+        ways += [Way(f"{raw} PF{f}", "raw means", pooled(method, f, False)) for f in FACTORS]
     for k in (32, 24, 16, 12, 8, 6, 4, 3):
         budget = Budget(max_vectors=k)
         ways.append(Way(f"kmeans, {k} vectors", "same number for all", pooled("kmeans", budget)))
@@ -351,7 +298,7 @@ def all_ways(max_factor: int = 24) -> list[Way]:
             ways.append(Way(name, family, to_mean("kmeans", f, rule)))
     for unit in ("words", "sentences"):
         ways += [Way(f"span within {unit} PF{f}", "span", span_within(unit, f)) for f in few]
-    for name, score in {"first": first_tokens, "norm": by_norm, "IDF": by_idf}.items():
+    for name, score in {"first": first_tokens, "norm": attrgetter("norms"), "IDF": by_idf}.items():
         ways += [Way(f"pruned by {name} PF{f}", "pruning", kept(score, f)) for f in few]
     for method, options in {"kmeans": {}, "hierarchical": {"variant": "euclidean"}}.items():
         for first, then in ((2, 3), (4, 3)):
@@ -363,29 +310,28 @@ def all_ways(max_factor: int = 24) -> list[Way]:
             name = f"kmeans PF{f}, queries PF{q}"
             ways.append(Way(name, "fewer query vectors", store, ask=fewer_query_vectors(q)))
         for dim in (64, 32):
-            name = f"kmeans PF{f}, {dim} dimensions"
-            ways.append(Way(name, "fewer dimensions", **fewer_dimensions(dim, store)))
+            ask = fewer_dimensions(attrgetter("queries"), dim)
+            less, name = fewer_dimensions(store, dim), f"kmeans PF{f}, {dim} dimensions"
+            ways.append(Way(name, "fewer dimensions", less, ask=ask))
     for code in list(CODES)[1:]:
-        for f in (1, *factors):
-            ways.append(Way(f"kmeans PF{f}, {code}", code, pooled("kmeans", f), code))
-        ways += [Way(f"span PF{f}, {code}", code, pooled("span", f), code) for f in factors]
+        for method, some in {"kmeans": (1, *FACTORS), "span": FACTORS}.items():
+            ways += [Way(f"{method} PF{f}, {code}", code, pooled(method, f), code) for f in some]
     for k in (24, 16, 12, 8, 6, 4):
         store = pooled("kmeans", Budget(max_vectors=k))
         ways.append(Way(f"kmeans, {k} vectors, 1 bit", "1 bit", store, "1 bit"))
     return ways
 
 
-def sized_ways(pool_method: str = "kmeans", codes: Iterable[str] = CODES) -> list[Way]:
-    """What `index.choose` tries: the unpooled index, and budgets with these codes."""
-    budgets = [Budget(f) for f in (1, *FACTORS)]
-    budgets += [Budget(max_vectors=k) for k in (32, 16, 12, 8, 6, 4)]
-    ways = [Way(UNPOOLED, UNPOOLED, pooled(pool_method, 1), budget=Budget(1))]
-    for budget, code in [(Budget(1), "float16"), *itertools.product(budgets, list(CODES)[2:])]:
-        if code not in codes:
-            continue
-        name = f"PF{budget.pool_factor}" if budget.pool_factor else f"{budget.max_vectors} vectors"
-        way = Way(f"{name}, {code}", code, pooled(pool_method, budget), code, budget=budget)
-        ways.append(way)
+def sized_ways(codes: Iterable[str] = CODES) -> list[Way]:
+    """What `index.choose` tries: the unpooled index, and k-means budgets with these codes."""
+    budgets = {f"PF{f}": Budget(f) for f in (1, *FACTORS)}
+    budgets |= {f"{k} vectors": Budget(max_vectors=k) for k in (32, 16, 12, 8, 6, 4)}
+    ways = [Way(UNPOOLED, UNPOOLED, pooled("kmeans", 1), budget=Budget(1))]
+    for name, code in [("PF1", "float16"), *itertools.product(budgets, list(CODES)[2:])]:
+        if code in codes:
+            budget = budgets[name]
+            store = pooled("kmeans", budget)
+            ways.append(Way(f"{name}, {code}", code, store, code, budget=budget))
     return ways
 
 
@@ -440,7 +386,6 @@ def measure_model(
     output: str | Path,
     document_length: int | None = None,
     ways: Sequence[Way] | None = None,
-    progress: bool = True,
 ) -> None:
     """Measure a model of a profile on collections; finished ones of `output` are kept.
 
@@ -451,7 +396,7 @@ def measure_model(
     use_threads(profile.threads)
     model = load_evaluated(profile, name).eval()
     model.document_length = document_length or model.document_length
-    ways = all_ways() if ways is None else list(ways)
+    ways = ways or all_ways()
     for source in collections:
         collection = subset(load_collection(source), None, profile.evaluation.max_documents)
         stem = f"{name}--{slug(source)}-{model.document_length}"
@@ -466,26 +411,26 @@ def measure_model(
         }
         if settings_match(done, settings):
             continue
-        tokens = read_tokens(model, collection, profile.precision, progress)
-        keys = dict(zip(KEYS, [name, source, model.document_length], strict=True))
-        for part, frame in zip(
-            ("per_query", "ways"), reversed(measure(tokens, ways, progress)), strict=True
-        ):
-            with atomic_path(Path(output) / part / f"{stem}.parquet") as temporary:
-                frame = frame.drop(columns=["best@10", "same@10"], errors="ignore").assign(**keys)
-                frame.to_parquet(temporary, index=False, compression="zstd")
+        tokens = read_tokens(model, collection, profile.precision, progress=True)
+        keys = {"model": name, "collection": source, "document_length": model.document_length}
+        rows, values = measure(tokens, ways)
+        values = values[["query_id", "ndcg@10", "way"]]
+        for part, frame in {"per_query": values, "ways": rows}.items():
+            with atomic_path(Path(output, part, f"{stem}.parquet")) as temporary:
+                frame.assign(**keys).to_parquet(temporary, index=False, compression="zstd")
         write_json(done / PROVENANCE, {"settings": settings})
 
 
 def read(folder: str | Path = STORED, part: str = "ways") -> pd.DataFrame:
-    """All stored rows, or with ``per_query`` the values of each query."""
-    files = sorted(Path(folder, part).glob("*.parquet"))
-    if not files:
+    """All stored rows; of ``per_query`` each query's values, of ``predicted`` what `index` adds."""
+    if not (files := sorted(Path(folder, part).glob("*.[cp]*"))):
         raise UserError(
-            f"{folder} holds no measured ways ({part}/*.parquet). `python -m l2p_utils.frontier` "
-            "measures them; `git restore data/frontier` brings the stored ones back."
+            f"{folder} holds no measured ways ({part}). `python -m l2p_utils.frontier` and, for "
+            "predicted, `python -m l2p_utils.index predict` measure them; `git restore "
+            "data/frontier` brings the stored ones back."
         )
-    return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
+    return pd.concat([readers[file.suffix](file) for file in files], ignore_index=True)
 
 
 # ---------------------------------------------------------------- what came out
@@ -494,17 +439,15 @@ def read(folder: str | Path = STORED, part: str = "ways") -> pd.DataFrame:
 def summary(rows: pd.DataFrame, per_query: pd.DataFrame) -> pd.DataFrame:
     """Each way beside the unpooled index of the same model: mean over the model's collections.
 
-    Columns ``model``, ``document_length``, ``way``, ``family``, ``code``, ``vectors_per_document``,
-    ``bytes_per_document``; ``kept``, percent of the unpooled NDCG@10, with the 95 % interval over
-    queries ``low`` and ``high``; ``smaller``, how many times; ``front``, whether no other way of
-    that model keeps as much in fewer bytes; ``collections``, how many.
+    Columns ``model``, ``document_length``, ``way``, ``family``, ``code``; ``kept``, percent of the
+    unpooled NDCG@10; ``vectors_per_document``, ``bytes_per_document``; ``low`` and ``high``, the
+    95 % interval of `kept` over queries; ``smaller``, how many times; ``front``, whether no other
+    way of that model keeps as much in fewer bytes; ``collections``, how many.
     """
-    parts, keys = [], ["model", "document_length"]
-    for (model, length), here in rows.groupby(keys, sort=False):
-        values = per_query[(per_query["model"] == model) & (per_query["document_length"] == length)]
-        order = here["way"].drop_duplicates().tolist()
-        groups, count = [], here["collection"].nunique()
-        for _, part in values.groupby("collection"):
+    tables, values = {}, per_query.groupby(PANEL)
+    for panel, here in rows.groupby(PANEL, sort=False):
+        order, groups, count = here["way"].unique(), [], here["collection"].nunique()
+        for _, part in values.get_group(panel).groupby("collection"):
             wide = part.pivot(index="way", columns="query_id", values="ndcg@10").loc[order]
             base = wide.loc[UNPOOLED].to_numpy()
             # the percentage is a ratio: its error is that of value − ratio × unpooled
@@ -512,18 +455,14 @@ def summary(rows: pd.DataFrame, per_query: pd.DataFrame) -> pd.DataFrame:
             groups.append(100 / count / base.mean() * (wide.to_numpy() - ratio * base)[:, None])
         found = interval(groups)
         kept = here["ndcg@10"] / here.groupby("collection")["ndcg@10"].transform("first")
-        means = here.assign(kept=100 * kept).groupby("way", sort=False)
-        table = means[["kept", "vectors_per_document", "bytes_per_document"]].mean()
-        table["low"] = table["kept"] - (found.high - found.low) / 2
-        table["high"] = table["kept"] + (found.high - found.low) / 2
-        table["smaller"] = table.loc[UNPOOLED, "bytes_per_document"] / table["bytes_per_document"]
-        table["front"] = pareto(table["bytes_per_document"], table["kept"])
-        table[["family", "code"]] = means[["family", "code"]].first()
-        named = dict(zip(keys, (model, length), strict=True))
-        parts.append(table.reset_index().assign(**named, collections=count))
-    first = [*keys, "way", "family", "code"]
-    found = pd.concat(parts, ignore_index=True)
-    return found[first + [column for column in found if column not in first]]
+        ways = here.assign(kept=100 * kept).groupby("way", sort=False)
+        table = ways[["family", "code"]].first()
+        table = table.join(ways[["kept", "vectors_per_document", "bytes_per_document"]].mean())
+        half, size = (found.high - found.low) / 2, table["bytes_per_document"]
+        table["low"], table["high"] = table["kept"] - half, table["kept"] + half
+        table["smaller"], table["front"] = size[UNPOOLED] / size, pareto(size, table["kept"])
+        tables[panel] = table.assign(collections=count)
+    return pd.concat(tables, names=PANEL).reset_index()
 
 
 def compare(
@@ -534,18 +473,17 @@ def compare(
     With 95 % intervals over queries. Collections and document lengths are those that both have, of
     which `per_query` should hold one length.
     """
-    lines = []
-    wide = per_query.pivot(
-        index=["model", "way"], columns=["collection", "query_id"], values="ndcg@10"
-    )
+    queries = ["collection", "query_id"]
+    wide = per_query.pivot(index=["model", "way"], columns=queries, values="ndcg@10")
+    lines = {}
     for left, right in pairs:
-        both = (wide.loc[left] - wide.loc[right]).dropna()
-        groups = [part.to_numpy() for _, part in both.groupby(level="collection")]
-        found = interval([100 * group / len(groups) for group in groups])
-        points = {"points": found.mean, "low": found.low, "high": found.high}
-        lines.append({"": " · ".join(left), "against": " · ".join(right)} | points)
-        lines[-1]["collections"] = len(groups)
-    return pd.DataFrame(lines).set_index(["", "against"]).round(1)
+        both = (wide.loc[left] - wide.loc[right]).dropna().groupby(level="collection")
+        found = interval([100 * part.to_numpy() / both.ngroups for _, part in both])
+        key = " · ".join(left), " · ".join(right)
+        lines[key] = found.mean, found.low, found.high, both.ngroups
+    index = pd.MultiIndex.from_tuples(lines, names=["", "against"])
+    columns = ["points", "low", "high", "collections"]
+    return pd.DataFrame(lines.values(), index, columns).round(1)
 
 
 def pareto(costs: Sequence[float], values: Sequence[float]) -> np.ndarray:
@@ -583,61 +521,62 @@ def draw(found: pd.DataFrame, titles: Mapping[str, str] | None = None) -> Notebo
     `found` is from `summary`; `titles` are those of models. The black line is the Pareto front;
     bars on it are 95 % intervals over queries.
     """
-    titles, groups = titles or {}, list(found.groupby(["model", "document_length"], sort=False))
+    titles, panels, told = titles or {}, list(found.groupby(PANEL, sort=False)), []
+    columns = min(len(panels), 2)
+    lines = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(STYLE):
-        columns = min(len(groups), 2)
-        lines = math.ceil(len(groups) / columns)
         size = (1 + 6.2 * columns, 1 + 4.6 * lines)
         figure = NotebookFigure(figsize=size, layout="constrained")
         axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
-        for axis in axes[len(groups) :]:
+        for axis in axes[len(panels) :]:
             axis.axis("off")
-        for axis, ((model, length), part) in zip(axes, groups, strict=False):
+        for axis, ((model, length), part) in zip(axes, panels, strict=False):
             axis.axhline(100, color="#333333", linestyle="--", linewidth=1, zorder=1)
             for family, (colour, marker) in LOOKS.items():
                 some = part[part["family"] == family]
-                look = dict(color=colour, marker=marker, linestyle="none", label=family)
-                look["markerfacecolor"] = "none" if family == "raw means" else colour
-                axis.plot(some["bytes_per_document"], some["kept"], **look, markersize=6, zorder=2)
+                look = {"markerfacecolor": "none" if family == "raw means" else colour}
+                look |= {"color": colour, "linestyle": "none", "markersize": 6, "zorder": 2}
+                x, y = some["bytes_per_document"], some["kept"]
+                axis.plot(x, y, marker=marker, label=family, **look)
             front = part[part["front"]].sort_values("bytes_per_document")
             x, y = front["bytes_per_document"], front["kept"]
             axis.plot(x, y, color="black", linewidth=1.2, label="Pareto front", zorder=3)
             bars = [y - front["low"], front["high"] - y]
             axis.errorbar(x, y, bars, fmt="none", color="black", elinewidth=0.7, zorder=1.5)
-            axis.set(xscale="log", ylim=(60, None), xlabel="Bytes per document (log scale)")
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-            count = part["collections"].iloc[0]
+            log_bytes(axis)
+            axis.set(ylim=(60, None), ylabel="NDCG@10 (% of the unpooled index)")
+            name, count = titles.get(model, model), part["collections"].iloc[0]
             on = f"{count} collection{'s' if count > 1 else ''}"
-            axis.set_title(f"{titles.get(model, model)}, {length} word pieces, {on}")
-            axis.set_ylabel("NDCG@10 (% of the unpooled index)")
-        lines, labels = axes[0].get_legend_handles_labels()
-        look = dict(ncols=4 * columns, fontsize=9, frameon=False)
-        figure.legend(lines, labels, loc="outside lower center", **look)
+            axis.set_title(f"{name}, {length} word pieces, {on}")
+            ends = zip(front["way"], y, x, strict=True)
+            told += [
+                f"{name}, {way}: {kept:.0f} % in {size:,.0f} bytes" for way, kept, size in ends
+            ]
+        look = {"ncols": 4 * columns, "fontsize": 9, "frameon": False}
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", **look)
         figure.suptitle("What an index keeps, and what it takes", fontweight="bold")
-    figure.alt = "NDCG@10 kept against bytes per document. The Pareto front: " + "; ".join(
-        f"{titles.get(model, model)}, {row.way}: {row.kept:.0f} % in "
-        f"{row.bytes_per_document:,.0f} bytes"
-        for (model, _), part in groups
-        for row in part[part["front"]].sort_values("bytes_per_document").itertuples()
-    )
+    figure.alt = f"NDCG@10 kept against bytes per document. The Pareto front: {'; '.join(told)}"
     return figure
+
+
+def log_bytes(axis: Axes) -> None:
+    """Bytes per document along a logarithmic x-axis."""
+    axis.set(xscale="log", xlabel="Bytes per document (log scale)")
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def recommended(found: pd.DataFrame, losses: Sequence[float] = (1, 2, 5, 10)) -> pd.DataFrame:
     """Per model, the fewest bytes with which at most so many percent are lost, two ways: by the
     mean, and at the lower end of the interval, which is not corrected for choosing among ways.
     """
-    lines = []
-    for (model, length), part in found.groupby(["model", "document_length"], sort=False):
-        for loss in losses:
-            for which, column in {"on average": "kept", "at the lower end": "low"}.items():
-                fits = part[part[column] >= 100 - loss].sort_values("bytes_per_document")
-                best = fits.iloc[0]
-                key = {"model": model, "document_length": length, "loss": f"{loss} %", "": which}
-                numbers = best[["way", "bytes_per_document", "smaller", "kept", "low"]].to_dict()
-                lines.append(key | numbers)
-    table = pd.DataFrame(lines).set_index(["model", "document_length", "loss", ""])
-    return table.round({"bytes_per_document": 0, "smaller": 1, "kept": 1, "low": 1})
+    lines, which = {}, {"on average": "kept", "at the lower end": "low"}
+    shown = {"way": 0, "bytes_per_document": 0, "smaller": 1, "kept": 1, "low": 1}  # decimals
+    for panel, part in found.groupby(PANEL, sort=False):
+        part = part.sort_values("bytes_per_document")
+        for loss, (name, column) in itertools.product(losses, which.items()):
+            lines[*panel, f"{loss} %", name] = part[part[column] >= 100 - loss].iloc[0][[*shown]]
+    table = pd.DataFrame.from_dict(lines, orient="index").infer_objects()
+    return table.rename_axis([*PANEL, "loss", ""]).round(shown)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,10 +25,10 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 import uuid
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +41,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from IPython.display import HTML
-from matplotlib.ticker import FuncFormatter
 from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
+from transformers import BatchEncoding
 
+from l2p_utils import frontier
 from l2p_utils.collection import Collection, load_collection, subset
 from l2p_utils.engines import ENGINES, Engine, QdrantServer, storage
 from l2p_utils.explain import is_live
@@ -59,30 +60,21 @@ from l2p_utils.files import (
     settings_match,
     write_json,
 )
-from l2p_utils.frontier import (
-    CODES,
-    STORED,
-    UNPOOLED,
-    Way,
-    measure,
-    read_tokens,
-    sized_ways,
-    stored_bytes,
-    summary,
-)
+from l2p_utils.frontier import CODES, STORED, UNPOOLED, Way, measure, sized_ways
 from l2p_utils.model import PooledColBERT, encode, load_model, readable
 from l2p_utils.pooling import Budget, check_whole, pool, unit_length
 from l2p_utils.profile import slug
 
 SEGMENT = 2000  # documents
-PREDICTED = STORED / "predicted"
 TEXTS = 100  # documents whose texts are read together
 SPARE_BYTES = 2**24  # that must stay free on a disk
-Vectors = list[torch.Tensor]
 INDEX = "index.json"
-ENCODED = ("input_ids", "token_embeddings", "masks")  # what PyLate gives of each text
 TEXT_COLUMNS = ("text", "content", "body", "abstract", "passage")
-SUFFIXES = (".txt", ".md")
+READERS = {  # of files in chunks of records
+    ".jsonl": functools.partial(pd.read_json, lines=True, dtype=False),
+    ".csv": functools.partial(pd.read_csv, dtype=str),
+    ".tsv": functools.partial(pd.read_csv, dtype=str, sep="\t"),
+}
 
 
 class Hit(NamedTuple):
@@ -115,56 +107,50 @@ def read_documents(source: str | Path, column: str | None = None) -> Iterator[tu
         For a source that does not exist or has no text.
     """
     path = Path(source)
+    if beir := [*path.glob("corpus.jsonl"), *path.glob("corpus.jsonl.gz")]:
+        path = beir[0]
     if path.is_dir():
-        if beir := [*path.glob("corpus.jsonl"), *path.glob("corpus.jsonl.gz")]:
-            yield from read_documents(beir[0], column)
-            return
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".txt", ".md"))
         if not files:
-            raise UserError(f"{path} holds no {' or '.join(SUFFIXES)} files, and no corpus.jsonl.")
+            raise UserError(f"{path} holds no .txt or .md files, and no corpus.jsonl.")
         for file in files:
             yield file.relative_to(path).as_posix(), file.read_text("utf-8", errors="replace")
         return
-    if not path.is_file():
-        raise UserError(
-            f"{path} does not exist. Expected a folder of .txt or .md files, or a JSONL, CSV or "
-            "Parquet file."
-        )
     for number, record in enumerate(_records(path)):
-        fields = [column] if column else [name for name in TEXT_COLUMNS if name in record]
-        if not fields or fields[0] not in record:
+        field = column or next((name for name in TEXT_COLUMNS if name in record), "text")
+        if field not in record:
             raise UserError(
-                f"{path}, record {number + 1} has no {column or 'text'} among its fields "
-                f"{list(record)}. Name the field with the text (--column)."
+                f"{path}, record {number + 1} has no {field} among its fields {list(record)}. Name "
+                "the field with the text (--column)."
             )
-        identifier = record.get("_id", record.get("id"))
-        parts = (record.get("title"), record[fields[0]])
-        text = " ".join(str(part).strip() for part in parts if part is not None and part == part)
-        yield str(number if identifier is None else identifier), text
+        wanted = ("_id", "id", "title", field)
+        known = {name: str(record[name]) for name in wanted if not pd.isna(record.get(name))}
+        text = " ".join(known[name].strip() for name in ("title", field) if name in known)
+        yield known.get("_id", known.get("id", str(number))), text
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    suffix = "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:]).lower()
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if not path.is_file() or (kind := kind.lower()) not in (*READERS, ".parquet"):
+        raise UserError(
+            f"{path} {'is of another kind' if path.is_file() else 'does not exist'}; expected a "
+            "folder of .txt or .md files, or a .jsonl, .csv, .tsv or .parquet file."
+        )
     try:
-        if suffix.startswith((".jsonl", ".ndjson")):
-            chunks = pd.read_json(path, lines=True, chunksize=SEGMENT, dtype=False)
-        elif suffix.startswith((".csv", ".tsv")):
-            separator = "\t" if suffix.startswith(".tsv") else ","
-            chunks = pd.read_csv(path, chunksize=SEGMENT, dtype=str, sep=separator)
-        elif suffix == ".parquet":
-            batches = pq.ParquetFile(path).iter_batches(SEGMENT)
-            chunks = (batch.to_pandas() for batch in batches)
+        if kind == ".parquet":
+            chunks = (batch.to_pandas() for batch in pq.ParquetFile(path).iter_batches(SEGMENT))
         else:
-            raise UserError(
-                f"{path} is {suffix or 'without a suffix'}; expected a folder, or a .jsonl, .csv, "
-                ".tsv or .parquet file."
-            )
+            chunks = READERS[kind](path, chunksize=SEGMENT)
         for chunk in chunks:
             yield from chunk.to_dict("records")
     except (ValueError, pa.ArrowInvalid) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} cannot be read: {error}.") from error
+
+
+def _pieces(model: PooledColBERT, text: str) -> BatchEncoding:
+    """A text's word pieces, without special ones, and where in it they stand."""
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    return model.tokenizer(text, **options)
 
 
 def passages(
@@ -173,20 +159,16 @@ def passages(
     """Documents that are longer than the model reads, in parts: ``id#1``, ``id#2``, …"""
     most = readable(model)
     for identifier, text in documents:
-        found = model.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        found = _pieces(model, text)
         spans, words = found["offset_mapping"], found.word_ids()
         if len(spans) <= most:
             yield identifier, text
             continue
+        ends = [i for i, word in enumerate(words) if not i or word != words[i - 1]] + [len(words)]
         start = number = 0
         while start < len(spans):
-            end = min(start + most, len(spans))
-            whole = end  # back to where a word ends
-            while start < whole < len(spans) and words[whole] == words[whole - 1]:
-                whole -= 1
-            end, number = whole if whole > start else end, number + 1
+            whole = ends[bisect_right(ends, start + most) - 1]  # where a word ends
+            end, number = whole if whole > start else start + most, number + 1
             yield f"{identifier}#{number}", text[spans[start][0] : spans[end - 1][1]]
             start = end
 
@@ -198,24 +180,21 @@ def matched_words(
 
     By MaxSim over the texts' own tokens: a pooled vector stands for several words.
     """
+    prefixes = {model.query_prefix_id, model.document_prefix_id} - {None}
+    special = torch.tensor([*model.tokenizer.all_special_ids, *model.skiplist, *prefixes])
 
-    def tokens(given: list[str], is_query: bool) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        options = {"output_value": None, "pool_factor": 1, "show_progress_bar": False}
-        found = model.encode(given, is_query=is_query, **options)
-        prefixes = {model.query_prefix_id, model.document_prefix_id} - {None}
-        special = [*model.tokenizer.all_special_ids, *model.skiplist, *prefixes]
-        for ids, vectors, mask in zip(*map(found.get, ENCODED), strict=True):
-            ids, vectors, mask = (torch.as_tensor(part).cpu() for part in (ids, vectors, mask))
-            counted = mask.bool() & ~torch.isin(ids, torch.tensor(special))
-            yield torch.nonzero(counted)[:, 0].numpy(), unit_length(vectors[counted].float())
+    def tokens(given: Sequence[str], is_query: bool) -> Iterator[tuple[torch.Tensor, ...]]:
+        for ids, vectors, counted in frontier.every_token(model, list(given), is_query):
+            counted = counted & ~torch.isin(ids, special)
+            yield torch.nonzero(counted)[:, 0], unit_length(vectors[counted])
 
     ((_, asked),) = tokens([query], True)
     before = 2 if model.document_prefix_id is not None else 1  # [CLS], and the prefix
     spans = []
-    for text, (places, vectors) in zip(texts, tokens(list(texts), False), strict=True):
-        pieces = model.tokenizer(text, add_special_tokens=False, verbose=False)
-        best = places[(asked @ vectors.T).argmax(dim=1).numpy()] - before if len(places) else []
-        words = sorted({pieces.token_to_word(int(place)) for place in best})
+    for text, (places, vectors) in zip(texts, tokens(texts, False), strict=True):
+        best = places[(asked @ vectors.T).argmax(dim=1)] - before if len(places) else places
+        pieces = _pieces(model, text)
+        words = sorted({pieces.token_to_word(place) for place in best.tolist()})
         spans.append([tuple(pieces.word_to_chars(word)) for word in words])
     return spans
 
@@ -243,11 +222,8 @@ def excerpt(
 def _free_place(folder: str | Path) -> Path:
     """`folder`, if an index may take its place: it is missing, empty, or an index itself."""
     folder = Path(folder)
-    if (
-        folder.exists()
-        and not (folder / INDEX).is_file()
-        and (not folder.is_dir() or any(folder.iterdir()))
-    ):
+    index = (folder / INDEX).is_file()
+    if folder.exists() and not index and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
             f"{folder} holds something else than an index, which would be lost; expected a new "
             "folder, an empty one, or an index. Name another."
@@ -262,7 +238,8 @@ def named_model(name: str) -> tuple[str, PooledColBERT]:
         from l2p_utils.training import make_baseline  # takes seconds to import
 
         name = str(make_baseline(load_profile("quick")))
-    return name, load_any(name).eval()
+    model = load_model(name) if Path(name).is_dir() else PooledColBERT(name)
+    return name, model.eval()
 
 
 def _weights(model: PooledColBERT) -> str:
@@ -280,11 +257,6 @@ def _empty(folder: Path) -> dict[str, Any]:
     return {"collection": name, "segments": [], "removed": {}, "left_out": {}, "graph_recall": None}
 
 
-def load_any(name: str) -> PooledColBERT:
-    """A model from its folder, or from the hub by its id."""
-    return load_model(name) if Path(name).is_dir() else PooledColBERT(name)
-
-
 # ---------------------------------------------------------------- choosing
 
 
@@ -294,11 +266,12 @@ class Choice(NamedTuple):
     `table` has a row per budget and code, the smallest first, in percent: ``loss`` of NDCG@10
     against the unpooled float32 index, measured or predicted; ``upper``, the upper end of its 95 %
     interval; ``qualifies``; and what the loss is predicted from (see `choose`): ``best``, ``known``
-    and ``same``, the share of the ten best documents that stays.
+    and ``same``, the share of the ten best documents that stays. `row` is the chosen one's.
     """
 
     budget: Budget
     code: str
+    row: pd.Series
     table: pd.DataFrame
 
 
@@ -313,23 +286,37 @@ def known_items(
     rng, most = random.Random(seed), readable(model)
     corpus, queries = dict(documents), {}
     for identifier, text in documents.items():
-        pieces = model.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        end = pieces["offset_mapping"][:most][-1][1] if pieces["offset_mapping"] else 0
+        read = _pieces(model, text)["offset_mapping"][:most]
+        end = read[-1][1] if read else 0
         parts = re.split(r"\n+" if titles else r"(?<=[.!?])\s+|\n+", text[:end])
         if end < len(text):
             parts.pop()  # it may be broken off
-        least, words = 2 if titles else 5, len(text.split())
-        fit = [
-            part
-            for part in (parts[:1] if titles else parts)
-            if least <= len(part.split()) <= min(30, words - 10)
-        ]
+        words = range(2 if titles else 5, min(30, len(text.split()) - 10) + 1)
+        fit = [part for part in parts[: 1 if titles else None] if len(part.split()) in words]
         if fit:
             queries[identifier] = rng.choice(fit)
             corpus[identifier] = text.replace(queries[identifier], " ", 1)
     return Collection("known items", corpus, queries, {q: {q: 1} for q in queries})
+
+
+def write_known_items(found: Collection, folder: str | Path) -> int:
+    """Write `known_items` in BEIR's layout, to train on; how many queries are kept for testing.
+
+    It is a fifth of them, by the hash of their ids. UserError if the folder exists.
+    """
+    tested = {q: int(hashlib.sha256(q.encode()).hexdigest(), 16) % 5 == 0 for q in found.queries}
+    if Path(folder).exists():
+        raise UserError(f"{folder} exists. Give another folder, or remove it.")
+    with atomic_path(folder) as temporary:
+        (temporary / "qrels").mkdir(parents=True)
+        for name, texts in (("corpus", found.corpus), ("queries", found.queries)):
+            table = pd.DataFrame(texts.items(), columns=["_id", "text"])
+            table.to_json(temporary / f"{name}.jsonl", orient="records", lines=True)
+        for split, asked in (("train", False), ("test", True)):
+            ids = [query for query in found.queries if tested[query] == asked]
+            table = pd.DataFrame({"query-id": ids, "corpus-id": ids, "score": 1})
+            table.to_csv(temporary / "qrels" / f"{split}.tsv", sep="\t", index=False)
+    return sum(tested.values())
 
 
 def choose(
@@ -368,60 +355,59 @@ def choose(
     """
     if not 0 < max_loss < 1:
         raise UserError(f"max_loss is {max_loss!r}; expected a share such as 0.01, for 1 %.")
-    if isinstance(documents, Collection):
+    judged, made = isinstance(documents, Collection), isinstance(queries, str)
+    chosen = {} if judged else _sampled(documents, sample, seed)
+    if judged:
         collection = subset(documents, None, sample)
-    else:
-        chosen = _sampled(documents, sample, seed)
-        if isinstance(queries, str):
-            collection = known_items(model, chosen, queries == "titles", seed)
-        else:  # what is right is not known: the judgments are not used
-            asked = {str(i): text for i, text in enumerate(queries) if text.strip()}
-            collection = Collection("own", chosen, asked, dict.fromkeys(asked, {min(chosen): 1}))
+    elif made:
+        collection = known_items(model, chosen, queries == "titles", seed)
+    else:  # what is right is not known: the judgments, all equal, are not used
+        asked = {str(i): text for i, text in enumerate(queries) if text.strip()}
+        collection = Collection(
+            "own", chosen, asked, dict.fromkeys(asked, dict.fromkeys(chosen, 1))
+        )
     if len(collection.queries) < 30:
         raise UserError(
             f"{len(collection.queries)} queries are too few to choose by; expected 30 or more. "
             "Give more documents or queries of your own, or name a budget."
         )
-    table = _losses(model, collection, sized_ways(codes=codes), progress)
-    if isinstance(documents, Collection):
+    table = _losses(model, collection, sized_ways(codes), progress)
+    if judged:
         table = table.rename(columns={"known": "loss", "known_error": "error"})
     else:
         table["loss"], table["error"] = predicted_loss(table["best"], table["best_error"])
-        table = table.drop(columns="known" if isinstance(queries, list) else [])
+        table = table if made else table.drop(columns="known")
     table["upper"] = table["loss"] + 1.96 * table["error"]
     table["qualifies"] = (table["upper"] <= 100 * max_loss) | (table["way"] == UNPOOLED)
     table = table.sort_values("bytes_per_document", ignore_index=True)
     best = table[table["qualifies"]].iloc[0]
-    return Choice(best["budget"], best["code"], table)
+    return Choice(best["budget"], best["code"], best, table)
 
 
 def draw_choice(choice: Choice, max_loss: float) -> NotebookFigure:
     """Loss against bytes per document, with 95 % intervals; what qualifies is filled."""
-    table = choice.table[choice.table["way"] != UNPOOLED]
+    table, best = choice.table[choice.table["way"] != UNPOOLED], choice.row
     with matplotlib.rc_context(STYLE):
         figure = NotebookFigure(figsize=(8, 5), layout="constrained")
         axis = figure.subplots()
         for (code, part), marker in zip(table.groupby("code", sort=False), "^oDsv", strict=False):
-            x, y = part["bytes_per_document"], part["loss"]
+            x, y, good = part["bytes_per_document"], part["loss"], part["qualifies"]
             axis.errorbar(x, y, part["upper"] - y, fmt="none", color="#AAAAAA", zorder=1)
             axis.plot(x, y, marker, markerfacecolor="white", color="#0072B2", label=code)
-            good = part["qualifies"]
             axis.plot(x[good], y[good], marker, color="#0072B2")
         axis.axhline(100 * max_loss, color="black", linestyle="--", linewidth=1)
-        chosen = choice.table[choice.table["qualifies"]].iloc[0]
         axis.annotate(
-            chosen["way"], (chosen["bytes_per_document"], chosen["loss"]), (-30, -28),
+            best["way"], (best["bytes_per_document"], best["loss"]), (-30, -28),
             textcoords="offset points", ha="center", arrowprops={"arrowstyle": "->"},
         )  # fmt: skip
-        axis.set(xscale="log", xlabel="Bytes per document (log scale)")
+        frontier.log_bytes(axis)
         axis.set(ylabel="Loss of NDCG@10 (%)", ylim=(min(-6, table["loss"].min()), 40))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axis.legend(title="values as", fontsize=9)
         figure.suptitle(f"Filled: sure to lose at most {100 * max_loss:g} %", fontweight="bold")
     figure.alt = (
         "Loss against bytes per document. The smallest that is sure to lose at most "
-        f"{100 * max_loss:g} % is {chosen['way']}: {chosen['bytes_per_document']:,.0f} bytes, "
-        f"{chosen['loss']:.1f} %, at most {chosen['upper']:.1f} %."
+        f"{100 * max_loss:g} % is {best['way']}: {best['bytes_per_document']:,.0f} bytes, "
+        f"{best['loss']:.1f} %, at most {best['upper']:.1f} %."
     )
     return figure
 
@@ -443,9 +429,11 @@ def _losses(
     """What each of the ways loses, percent: ``known`` and ``best`` with their standard errors, and
     ``same``, which stays.
     """
-    rows, values = measure(read_tokens(model, collection, progress=progress), ways, progress)
+    rows, values = measure(
+        frontier.read_tokens(model, collection, progress=progress), ways, progress
+    )
     keys = dict.fromkeys(["model", "collection", "document_length"], "")
-    found = summary(rows.assign(**keys), values.assign(**keys))
+    found = frontier.summary(rows.assign(**keys), values.assign(**keys))
     table = found[["way", "code", "vectors_per_document", "bytes_per_document", "smaller"]]
     by_way = values.groupby("way", sort=False)
     return table.assign(
@@ -458,26 +446,20 @@ def _losses(
     )
 
 
-def predict(model: PooledColBERT, name: str, folder: str | Path = PREDICTED) -> None:
+def predict(model: PooledColBERT, name: str, folder: str | Path = STORED) -> None:
     """Store what `choose` would see of a collection's documents beside what its judgments say."""
-    collection = load_collection(name)
+    collection, name = load_collection(name), Path(name).name
     items = known_items(model, _sampled(collection.corpus.items(), 1000, 42))
     seen, true = (_losses(model, part, sized_ways()) for part in (items, collection))
-    table = seen.drop(columns="budget").assign(
-        true=true["known"], true_error=true["known_error"], collection=Path(name).name
-    )
-    with atomic_path(Path(folder) / f"{slug(Path(name).name)}.csv") as temporary:
+    true = true[["known", "known_error"]].set_axis(["true", "true_error"], axis=1)
+    table = seen.drop(columns="budget").join(true).assign(collection=name)
+    with atomic_path(Path(folder, "predicted", f"{slug(name)}.csv")) as temporary:
         table.round(3).to_csv(temporary, index=False)
 
 
-def predictions(folder: str | Path = PREDICTED) -> pd.DataFrame:
+def predictions(folder: str | Path = STORED) -> pd.DataFrame:
     """The rows of `predict` for all stored collections."""
-    if not (files := sorted(Path(folder).glob("*.csv"))):
-        raise UserError(
-            f"{folder} holds no rows of `python -m l2p_utils.index predict`; `git restore "
-            "data/frontier` brings the stored ones back."
-        )
-    return pd.concat(map(pd.read_csv, files), ignore_index=True)
+    return frontier.read(folder, "predicted")
 
 
 def predicted_loss(
@@ -503,33 +485,54 @@ def predicted_loss(
 
 def draw_predictions(rows: pd.DataFrame) -> NotebookFigure:
     """Predicted against true loss, each collection's predicted from the others, with 95 % bands."""
+    told = []
     with matplotlib.rc_context(STYLE):
         figure = NotebookFigure(figsize=(7, 5.4), layout="constrained")
         axis = figure.subplots()
-        errors, inside = [], []
         for (name, part), marker in zip(rows.groupby("collection"), "o^sDvP*X", strict=False):
             others = rows[rows["collection"] != name]
             loss, error = predicted_loss(part["best"], part["best_error"], others)
             axis.plot(loss, part["true"], marker, markersize=4, label=name)
-            errors += [*(part["true"] - loss)]
-            inside += [*(part["true"] <= loss + 1.96 * error)]
+            told.append(part.assign(loss=loss, upper=loss + 1.96 * error))
         x = np.linspace(0, rows["true"].max(), 50)
-        relative = predicted_loss(0, 0, rows)[1]
-        half = 1.96 * relative * (1 + x)
+        half = 1.96 * predicted_loss(0, 0, rows)[1] * (1 + x)
         axis.fill_between(x, x - half, x + half, color="#BBBBBB", alpha=0.4, label="95 % of errors")
         axis.plot(x, x, color="black", linewidth=1)
         axis.set(xlabel="Predicted loss (% of NDCG@10)", ylabel="Loss by judgments (%)")
         axis.legend(fontsize=9)
         figure.suptitle("Loss, predicted without judgments", fontweight="bold")
+    found = pd.concat(told)
     figure.alt = (
-        f"Predicted against true loss of {len(rows)} ways on {rows['collection'].nunique()} "
-        f"collections: the mean absolute error is {np.abs(errors).mean():.1f} percent, "
-        f"{100 * np.mean(inside):.0f} % lie below the upper bound."
+        f"Predicted against true loss of {len(found)} ways on {len(told)} collections: the mean "
+        f"absolute error is {(found['true'] - found['loss']).abs().mean():.1f} percent, "
+        f"{100 * (found['true'] <= found['upper']).mean():.0f} % lie below the upper bound."
     )
     return figure
 
 
 # ---------------------------------------------------------------- the index
+
+
+def _pool(vectors: list, sizes: list | None, pool_method: str, budget: Budget) -> tuple[list, list]:
+    options = {"renormalize": True, "weights": sizes, "return_sizes": True, **vars(budget)}
+    return pool(vectors, pool_method=pool_method, **options)
+
+
+class _Encoder:
+    """From documents, (id, text), to a table of them, their pooled vectors, and clusters' sizes."""
+
+    def __init__(self, model: PooledColBERT, settings: dict[str, Any]):
+        self.model, self.settings = model, settings
+
+    def __getitem__(self, documents: list[tuple[str, str]]) -> tuple[pd.DataFrame, list, list]:
+        frame = pd.DataFrame(documents, columns=["id", "text"])
+        frame["pieces"] = [len(_pieces(self.model, text)["input_ids"]) for text in frame["text"]]
+        frame["lost"] = (frame["pieces"] - readable(self.model)).clip(lower=0)
+        vectors, sizes = encode(self.model, frame["text"].tolist(), is_query=False), None
+        frame["tokens"] = [*map(len, vectors)]
+        for budget in self.settings["budgets"]:
+            vectors, sizes = _pool(vectors, sizes, self.settings["pool_method"], Budget(**budget))
+        return frame, [some.numpy() for some in vectors], sizes
 
 
 class Index:
@@ -543,7 +546,6 @@ class Index:
 
     def __init__(self, folder: Path, settings: dict[str, Any], model: PooledColBERT | None = None):
         self.folder, self.settings, self._model = folder, settings, model
-        self.timing: dict[str, float] = {}  # of what was encoded last
 
     @classmethod
     def open(cls, folder: str | Path, model: PooledColBERT | None = None) -> Index:
@@ -561,29 +563,25 @@ class Index:
         name: str,
         budget: float | Budget = 4,
         pool_method: str = "kmeans",
-        code: str | None = None,
-        progress: bool = True,
-        engine: str | None = None,
-        url: str | None = None,
         graph: bool | None = None,
+        progress: bool = True,
+        **stored: str | None,
     ) -> Index:
         """Encode, pool and code documents (ids and texts), and put the index in place of a former.
 
         What was finished when a build was broken off is not encoded twice: the same call goes on.
         Means have unit length. Empty texts and ids that come again are left out and counted (see
-        `stats`). `name` is what `open` loads the model from.
+        `stats`).
 
         Parameters
         ----------
-        code
-            A key of `frontier.CODES`; float16 by default, 4 bits for PLAID.
-        engine
-            ``"qdrant"``, ``"exact"`` or ``"plaid"``; by default Qdrant, if it can store `code`.
-        url
-            A Qdrant server's; without one, Qdrant Edge keeps the vectors in the folder.
+        name
+            What `open` loads the model from.
         graph
             Whether Qdrant searches through an HNSW graph, which misses some documents: `stats`
             says how many. By default from `engines.GRAPH_FROM` documents on.
+        stored
+            ``code``, ``engine`` and ``url``: see `engines.storage`.
         """
         folder, budget = _free_place(folder), Budget.of(budget)
         budget.check(pool_method, 1)
@@ -595,13 +593,13 @@ class Index:
             "budgets": [vars(budget)],  # and those that it was shrunk by
             "weights": _weights(model),
             "graph": graph,
-            **storage(engine, code, url),
+            **storage(**stored),
         }
         work = folder.with_name(f".{folder.name}.building")
         if not settings_match(work, settings):
             if (work / PROVENANCE).is_file():
                 begun = read_json(work / PROVENANCE)
-                cls(work, begun["settings"] | begun.get("new", {})).engine.drop()
+                cls(work, begun["settings"] | begun["new"]).engine.drop()
             remove(work)
             write_json(work / PROVENANCE, {"settings": settings, "new": _empty(folder)})
         index = cls(work, settings | read_json(work / PROVENANCE)["new"], model)
@@ -622,14 +620,12 @@ class Index:
             former.engine.drop()
         index = Index.open(folder, self._model)
         index.engine.publish()
-        index.timing = self.timing
         return index
 
     @cached_property
     def engine(self) -> Engine:
         """What keeps the vectors."""
-        server = self.settings.get("url")
-        kind = QdrantServer if server else ENGINES[self.settings.get("engine", "exact")]
+        kind = QdrantServer if self.settings["url"] else ENGINES[self.settings["engine"]]
         return kind(self.folder, self.settings)
 
     def close(self) -> None:
@@ -656,8 +652,8 @@ class Index:
     @cached_property
     def model(self) -> PooledColBERT:
         """The model that encodes queries and what is added."""
-        model = self._model or load_any(self.settings["model"])
-        if self.settings.get("weights", made := _weights(model)) != made:
+        model = self._model or named_model(self.settings["model"])[1]
+        if self.settings["weights"] != _weights(model):
             raise UserError(
                 f"{self.folder} was made with another model than {self.settings['model']} now is. "
                 "Expected the same weights: open the index with that model, or build it again."
@@ -668,77 +664,59 @@ class Index:
     def _save(self) -> None:
         write_json(self.folder / INDEX, self.settings)
 
-    def _extend(self, documents: Iterable[tuple[str, str]], progress: bool) -> None:
-        """Write documents as further segments; of one that is there already nothing is encoded."""
+    def _extend(self, documents: Iterable[tuple[str, str]], progress: bool) -> set[str]:
+        """Write documents as further segments, if they are not there already; gives their ids."""
         seen, left_out = set(), Counter(self.settings["left_out"])
 
         def fresh() -> Iterator[tuple[str, str]]:
             for identifier, text in documents:
-                kind = "empty" if not text.strip() else "repeated" if identifier in seen else ""
-                left_out[kind or "none"] += 1
-                if not kind:
+                if not text.strip():
+                    left_out["empty"] += 1
+                elif identifier in seen:
+                    left_out["repeated"] += 1
+                else:
                     seen.add(identifier)
                     yield identifier, text
 
+        names = list(self.settings["segments"])
+
+        def missing() -> Iterator[tuple]:
+            rest, start = fresh(), len(self.rows) if names else 0
+            while part := list(itertools.islice(rest, SEGMENT)):
+                names.append(f"{len(names):05d}")
+                segment = self.folder / names[-1]
+                content = hashlib.sha256(json.dumps([start, part]).encode()).hexdigest()
+                if settings_match(segment, {"content": content}):
+                    bar.update(len(part))
+                else:
+                    yield segment, start, content, part
+                start += len(part)
+
         self.engine.begin()
-        bar = tqdm(desc="Indexing", unit=" documents", disable=not progress)
-        rest, names = fresh(), list(self.settings["segments"])
-        start, encoded, began = len(self.rows) if names else 0, 0, time.perf_counter()
-        while part := list(itertools.islice(rest, SEGMENT)):
-            names.append(f"{len(names):05d}")
-            content = hashlib.sha256(json.dumps([start, part]).encode()).hexdigest()
-            segment = self.folder / names[-1]
-            if not settings_match(segment, {"content": content}):
-                self._write(segment, start, *zip(*part, strict=True), content)
-                encoded += len(part)
-            start += len(part)
-            bar.update(len(part))
-        bar.close()
-        seconds = time.perf_counter() - began
-        self.timing = {"documents encoded": encoded, "seconds": round(seconds, 1)}
-        self.timing["documents per second"] = round(encoded / seconds, 1)
-        del left_out["none"]
+        with tqdm(desc="Indexing", unit=" documents", disable=not progress) as bar:
+            encoder = _Encoder(self.model, self.settings)
+            for segment, start, content, part in missing():
+                self._store(segment, start, content, *encoder[part])
+                bar.update(len(part))
         self.settings |= {"left_out": dict(left_out), "segments": names}
         self.__dict__.pop("rows", None)
-
-    def _write(
-        self, segment: Path, start: int, ids: Sequence[str], texts: Sequence[str], content: str
-    ) -> None:
-        lengths = [
-            len(self.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-            for text in texts
-        ]
-        lost = np.maximum(np.array(lengths) - readable(self.model), 0)
-        tokens = encode(self.model, texts, is_query=False)
-        vectors, sizes = tokens, None
-        for budget in self.settings["budgets"]:
-            vectors, sizes = self._pool(vectors, sizes, Budget(**budget))
-        frame = pd.DataFrame({"id": ids, "text": texts, "pieces": lengths, "lost": lost})
-        frame["tokens"] = [*map(len, tokens)]
-        self._store(segment, start, frame, vectors, sizes, content)
-
-    def _pool(self, vectors: list[torch.Tensor], sizes: list | None, budget: Budget) -> tuple:
-        options = {"renormalize": True, "weights": sizes, "return_sizes": True, **vars(budget)}
-        return pool(vectors, pool_method=self.settings["pool_method"], **options)
+        return seen
 
     def _store(
-        self,
-        segment: Path,
-        start: int,
-        frame: pd.DataFrame,
-        vectors: list[torch.Tensor],
-        sizes: list[np.ndarray],
-        content: str = "",
+        self, segment: Path, start: int, content: str, frame: pd.DataFrame, vectors: Any, sizes: Any
     ) -> None:
+        """Write a segment: its table, and each document's vectors and sizes of clusters."""
         with atomic_path(segment) as temporary:
             temporary.mkdir(parents=True)
+            frame = frame.assign(vectors=[*map(len, vectors)])
             # Qdrant Edge maps its files: on a full disk the process would be killed.
-            needed = 4 * sum(v.numel() for v in vectors) + frame["text"].str.len().sum()
+            needed = (
+                4 * self.settings["dim"] * frame["vectors"].sum() + frame["text"].str.len().sum()
+            )
             if (free := shutil.disk_usage(temporary).free) < needed + SPARE_BYTES:
                 raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB are free", str(self.folder))
             self.engine.write(temporary, start, frame["id"].tolist(), vectors)
             np.save(temporary / "sizes.npy", np.concatenate(sizes).astype(np.uint16))
-            frame = frame.assign(vectors=[*map(len, vectors)])
             options = {"index": False, "compression": "zstd", "row_group_size": TEXTS}
             frame.to_parquet(temporary / "documents.parquet", **options)
             write_json(temporary / PROVENANCE, {"settings": {"content": content}})
@@ -776,9 +754,8 @@ class Index:
     def add(self, documents: Iterable[tuple[str, str]], progress: bool = False) -> None:
         """Add documents; one whose id is there already takes its place."""
         self.engine.editable("grow")
-        documents, before = list(documents), len(self.rows)
-        self._extend(documents, progress)
-        replaced = self._forget([name for name, _ in documents], before)
+        before = len(self.rows)
+        replaced = self._forget(self._extend(documents, progress), before)
         self.engine.finish(self.rows)
         self._save()
         if replaced:
@@ -786,16 +763,16 @@ class Index:
 
     def remove(self, ids: Iterable[str]) -> int:
         """Remove documents; gives how many there were."""
-        removed = self._forget(list(ids), len(self.rows))
+        removed = self._forget(ids, len(self.rows))
         self._save()
         if removed:
             self.engine.delete(removed)
         return len(removed)
 
-    def _forget(self, ids: Sequence[str], before: int) -> list[int]:
+    def _forget(self, ids: Iterable[str], before: int) -> list[int]:
         """Note as removed the documents with these ids and a number below `before`."""
         rows = self.rows[:before]
-        rows = rows[rows["live"] & rows["id"].isin(ids)]
+        rows = rows[rows["live"] & rows["id"].isin([*ids])]
         for name, part in rows.groupby("segment", observed=True):
             gone = self.settings["removed"].get(name, [])
             self.settings["removed"][name] = sorted([*gone, *part["id"]])
@@ -803,97 +780,73 @@ class Index:
         return rows.index.tolist()
 
     def shrink(
-        self,
-        folder: str | Path,
-        budget: float | Budget = 1,
-        code: str | None = None,
-        engine: str | None = None,
-        url: str | None = None,
+        self, folder: str | Path, budget: float | Budget = 1, code: str | None = None, **where: Any
     ) -> Index:
         """Another index, in `folder`, of the same documents with fewer vectors or bits.
 
         The model is not needed: what is stored is pooled further, by its clusters' sizes. Removed
         documents are gone for good. The engine stays the same, if it can store `code` and no other
-        is named.
+        is named (``engine``, ``url``).
         """
-        budget = Budget.of(budget)
-        new = self._stored_anew(code, engine, url)
-        new["budgets"] = [*self.settings["budgets"], vars(budget)]
-        return Index._rewritten(folder, [self], new, lambda *stored: self._pool(*stored, budget))
+        return Index.merge(folder, [self], Budget.of(budget), code=code, **where)
 
     @classmethod
     def merge(
         cls,
         folder: str | Path,
         indexes: Sequence[Index],
-        engine: str | None = None,
-        url: str | None = None,
+        budget: Budget | None = None,
+        **where: str | None,
     ) -> Index:
         """One index, in `folder`, of several that were made alike, such as parts of a collection.
 
-        Of documents with the same id the first stays; the others are counted as repeated.
+        Of documents with the same id the first stays; the others are counted as repeated. `budget`
+        and the rest are as in `shrink`.
         """
-        alike = ["weights", "document_length", "dim", "pool_method", "budgets", "code"]
-        first, *others = indexes
-        for other in others:
-            for key in alike:
-                one, two = first.settings.get(key), other.settings.get(key)
-                if one != two:
+        target, first, own = _free_place(folder), indexes[0], indexes[0].settings
+        for source in indexes:
+            for key in ("weights", "document_length", "dim", "pool_method", "budgets", "code"):
+                if own[key] != (other := source.settings[key]):
                     raise UserError(
-                        f"{first.folder} and {other.folder} were made differently: {key} is {one} "
-                        f"and {two}. Expected parts of one collection, built with the same options."
+                        f"{first.folder} and {source.folder} were made differently: {key} is "
+                        f"{own[key]} and {other}. Expected parts of one collection, built with the "
+                        "same options."
                     )
-        new = first._stored_anew(None, engine, url)
-        return cls._rewritten(folder, indexes, new, lambda *stored: stored)
-
-    def _stored_anew(self, code: str | None, engine: str | None, url: str | None) -> dict[str, Any]:
-        """Settings of another index of these documents: what is not given stays, if it can."""
-        own = {"engine": "exact", "url": None, "graph": False} | self.settings
-        code = code or own["code"]
-        if engine is None and url is None and code in ENGINES[own["engine"]].codes:
-            engine, url = own["engine"], own["url"]
-        if engine in ENGINES and code == own["code"] and code not in ENGINES[engine].codes:
-            code = None
-        return {"graph": own["graph"]} | storage(engine, code, url)
-
-    @classmethod
-    def _rewritten(
-        cls, folder: str | Path, sources: Sequence[Index], new: dict[str, Any], change: Callable
-    ) -> Index:
-        """An index in `folder` of what is left of others, their vectors and sizes changed."""
-        target = _free_place(folder)
-        for source in sources:
             source.engine.editable("be written anew")
             if target.resolve() == source.folder.resolve():
                 raise UserError(f"{folder} is the index itself; name another folder for the new.")
+        new = storage(**where, own=own) | _empty(target)
+        if budget:
+            new["budgets"] = [*own["budgets"], vars(budget)]
         work = target.with_name(f".{target.name}.writing")
         remove(work)
-        made = cls(work, sources[0].settings | new | _empty(target), sources[0]._model)
-        left_out, seen, start = Counter(), set(), 0
+        made = cls(work, own | new, first._model)
+        left_out, seen, names, start = Counter(), set(), made.settings["segments"], 0
         made.engine.begin()
         try:
-            for source in sources:
+            for source in indexes:
                 left_out.update(source.settings["left_out"])
                 for name in tqdm(source.settings["segments"], "Writing", disable=None):
-                    frame, vectors, sizes = source._segment(name)
-                    kept = [i for i, known in enumerate(frame["id"].isin(seen)) if not known]
-                    left_out["repeated"] += len(frame) - len(kept)
+                    frame, *stored = source._segment(name)
+                    fresh = ~frame["id"].isin(seen)
+                    left_out["repeated"] += int((~fresh).sum())
                     seen.update(frame["id"])
-                    if not kept:
+                    if not fresh.any():
                         continue
-                    stored = change([vectors[i] for i in kept], [sizes[i] for i in kept])
-                    made.settings["segments"].append(f"{len(made.settings['segments']):05d}")
-                    segment = work / made.settings["segments"][-1]
-                    made._store(segment, start, frame.iloc[kept], *stored)
-                    start += len(kept)
+                    stored = [list(itertools.compress(part, fresh)) for part in stored]
+                    if budget:
+                        stored = _pool(*stored, own["pool_method"], budget)
+                    names.append(f"{len(names):05d}")
+                    made._store(work / names[-1], start, "", frame[fresh], *stored)
+                    start += int(fresh.sum())
             if not start:
-                raise UserError(f"{sources[0].folder} has no documents left.")
+                raise UserError(f"{first.folder} has no documents left.")
         except BaseException:
             made.engine.drop()
             made.engine.close()
             remove(work)
             raise
-        made.settings["left_out"] = {kind: n for kind, n in left_out.items() if n}
+        made.settings["left_out"] = dict(+left_out)
         return made._publish(target)
 
     def export(self, file: str | Path) -> None:
@@ -917,30 +870,27 @@ class Index:
         """
         documents, dim = self.rows[self.rows["live"]], self.settings["dim"]
         count, size = len(documents), self.engine.size(self.rows)
-        whole = count * stored_bytes(documents["tokens"].mean() if count else 0.0, dim)
+        whole = count * frontier.stored_bytes(documents["tokens"].mean() if count else 0.0, dim)
         disk = sum(file.stat().st_blocks * 512 for file in self.folder.rglob("*"))
         memory = self.rows.memory_usage(deep=True).sum() + (size if self.engine.here else 0)
-        settings = {"engine": "exact", "code": None} | self.settings
-        where = {"url": "server", "graph_recall": "recall@10 of the graph, against a scan"}
-        return pd.Series(
-            {
-                "engine": f"{settings['engine']}, {settings['code']}",
-                **{label: settings[key] for key, label in where.items() if settings.get(key)},
-                "documents": count,
-                "vectors per document": round(documents["vectors"].mean(), 1),
-                "bytes per document": round(size / max(count, 1), 1),
-                "times smaller than unpooled float32": round(whole / max(size, 1), 1),
-                "bytes of vectors": round(size),
-                "bytes on this disk, texts included": disk,
-                "bytes of memory that search needs here": round(memory),
-                "documents cut": int((documents["lost"] > 0).sum()),
-                "word pieces lost, %": round(
-                    100 * documents["lost"].sum() / max(documents["pieces"].sum(), 1), 1
-                ),
-                **{f"left out: {kind}": n for kind, n in self.settings["left_out"].items()},
-            },
-            dtype=object,
-        )
+        settings = self.settings
+        lost = documents["lost"].sum() / max(documents["pieces"].sum(), 1)
+        found = {
+            "engine": f"{settings['engine']}, {settings['code']}",
+            "server": settings["url"],
+            "recall@10 of the graph, against a scan": settings["graph_recall"],
+            "documents": count,
+            "vectors per document": round(documents["vectors"].mean(), 1),
+            "bytes per document": round(size / max(count, 1), 1),
+            "times smaller than unpooled float32": round(whole / max(size, 1), 1),
+            "bytes of vectors": round(size),
+            "bytes on this disk, texts included": disk,
+            "bytes of memory that search needs here": round(memory),
+            "documents cut": int((documents["lost"] > 0).sum()),
+            "word pieces lost, %": round(100 * lost, 1),
+        }
+        found |= {f"left out: {kind}": n for kind, n in settings["left_out"].items()}
+        return pd.Series(found, dtype=object).dropna()
 
 
 # ---------------------------------------------------------------- the notebook
@@ -983,63 +933,57 @@ def search_box(
 # ---------------------------------------------------------------- the shell
 
 
+BITS = {str(how.bits): code for code, how in CODES.items()}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m l2p_utils.index", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, what: str, *places: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=what, description=what)
-        for place in places:
-            sub.add_argument(place)
-        return sub
-
-    def placed(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--engine", choices=ENGINES, help="qdrant, unless --bits is 4 or 1")
-        sub.add_argument("--url", help="of a Qdrant server; its key is in $QDRANT_API_KEY")
-
-    def sized(sub: argparse.ArgumentParser, default: str, losing: bool = False) -> None:
-        budget = sub.add_mutually_exclusive_group()
-        budget.add_argument("--pool-factor", type=float, help="about how many vectors become one")
-        budget.add_argument("--max-vectors", type=int, help="at most so many per document")
-        if losing:
-            what = "choose size and bits: lose at most so much of NDCG@10, such as 1%%"
-            budget.add_argument("--max-loss", type=_share, help=what)
-        bits = dict(zip(("32", "16", "8", "4", "1"), CODES, strict=True))
-        sub.add_argument("--bits", choices=bits, help=f"per value ({default})")
-        placed(sub)
-
-    def read(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--column", help="the field with the text")
-        sub.add_argument("--passages", action="store_true", help="split what is too long to read")
-
-    build = command("build", "Make an index, or go on with one that was broken off.", "documents")
-    build.add_argument("--out", required=True, help="the index's folder")
-    build.add_argument("--model", default="bundled", help="bundled, a folder or a hub id")
-    build.add_argument("--document-length", type=int, help="word pieces that are read")
-    build.add_argument("--queries", help="with --max-loss: a file of yours, or titles")
-    build.add_argument("--part", help="such as 2/3: every third document, from the second on")
     graph = "search through a graph: faster, and misses documents (from 50,000 documents on)"
-    build.add_argument("--graph", action=argparse.BooleanOptionalAction, help=graph)
-    sized(build, "16; 4 for PLAID", losing=True)
-    read(build)
-    search = command("search", "Print the best documents for a query.", "index", "query")
-    search.add_argument("-k", type=int, default=10)
-    read(command("add", "Add documents; known ids are replaced.", "index", "documents"))
-    command("remove", "Remove documents.", "index").add_argument("ids", nargs="+")
-    what = "How well `choose` predicts collections' judgments; of none: redraw the figure."
-    predicts = command("predict", what)
-    predicts.add_argument("collections", nargs="*")
-    predicts.add_argument("--model", default="bundled", help="bundled, a folder or a hub id")
+    loss = "choose size and bits: lose at most so much of NDCG@10, such as 1%%"
+    known: dict[str, dict[str, Any]] = {
+        "ids": {"nargs": "+"},
+        "indexes": {"nargs": "+"},
+        "collections": {"nargs": "*"},
+        "--out": {"required": True, "help": "the folder that is made"},
+        "--model": {"default": "bundled", "help": "bundled, a folder or a hub id"},
+        "--document-length": {"type": int, "help": "word pieces that are read"},
+        "--column": {"help": "the field with the text"},
+        "--passages": {"action": "store_true", "help": "split what is too long to read"},
+        "--part": {"help": "such as 2/3: every third document, from the second on"},
+        "--queries": {"help": "titles (first lines); with --max-loss also a file of yours"},
+        "--max-loss": {"type": _share, "help": loss},
+        "--pool-factor": {"type": float, "help": "about how many vectors become one"},
+        "--max-vectors": {"type": int, "help": "at most so many per document"},
+        "--bits": {"choices": BITS, "help": "per value (as they are, at first 16; 4 for PLAID)"},
+        "--engine": {"choices": ENGINES, "help": "qdrant, unless --bits is 4 or 1"},
+        "--url": {"help": "of a Qdrant server; its key is in $QDRANT_API_KEY"},
+        "--graph": {"action": argparse.BooleanOptionalAction, "help": graph},
+        "-k": {"type": int, "default": 10, "help": "how many documents"},
+    }
+
+    def command(name: str, what: str, arguments: str) -> None:
+        sub = commands.add_parser(name, help=what, description=what)
+        budget = sub.add_mutually_exclusive_group()
+        for argument in arguments.split():
+            one = argument in ("--pool-factor", "--max-vectors", "--max-loss")
+            (budget if one else sub).add_argument(argument, **known.get(argument, {}))
+
+    read, where = " --column --passages", " --engine --url"
+    sized = " --pool-factor --max-vectors --bits" + where
+    how = "documents --out --model --document-length --part --graph --max-loss --queries"
+    command("build", "Make an index, or go on with one that was broken off.", how + sized + read)
+    command("search", "Print the best documents for a query.", "index query -k")
+    command("add", "Add documents; known ids are replaced.", "index documents" + read)
+    command("remove", "Remove documents.", "index ids")
     command("stats", "What is stored, and how much smaller it is.", "index")
-    sized(
-        command("shrink", "Another index with fewer vectors, without the model.", "index", "out"),
-        "as they are",
-    )
-    merge = command("merge", "One index of several, such as those of --part.")
-    merge.add_argument("indexes", nargs="+")
-    merge.add_argument("--out", required=True, help="the index's folder")
-    placed(merge)
-    command("export", "Write ids, texts and vectors as Parquet.", "index", "file")
+    command("shrink", "Another index with fewer vectors, without the model.", "index out" + sized)
+    command("merge", "One index of several, such as those of --part.", "indexes --out" + where)
+    command("export", "Write ids, texts and vectors as Parquet.", "index file")
+    made = "documents --out --model --document-length --queries"
+    command("queries", "Make queries of documents, and a collection to train on.", made + read)
+    what = "How well `choose` predicts collections' judgments; of none: redraw the figure."
+    command("predict", what, "collections --model")
     return parser
 
 
@@ -1050,7 +994,7 @@ def _share(text: str) -> float:
 def _chosen(options: argparse.Namespace, model: PooledColBERT) -> tuple[Budget, str]:
     """What `choose` finds, told."""
     documents, queries = _documents(options, model), options.queries or "sentences"
-    if (Path(options.documents) / "qrels" / "test.tsv").is_file():
+    if Path(options.documents, "qrels", "test.tsv").is_file():
         documents = load_collection(options.documents)
     if queries not in ("sentences", "titles"):
         if not Path(queries).is_file():
@@ -1060,8 +1004,8 @@ def _chosen(options: argparse.Namespace, model: PooledColBERT) -> tuple[Budget, 
     if engine == "plaid":
         raise UserError("--max-loss chooses for exact search; with PLAID, name a budget and bits.")
     choice = choose(model, documents, options.max_loss, queries, ENGINES[engine].codes)
-    best = choice.table[choice.table["qualifies"]].iloc[0]
     print(choice.table.drop(columns="budget").round(2).to_string(index=False))
+    best = choice.row
     if best["way"] == UNPOOLED:
         print(f"Nothing smaller is sure to lose at most {100 * options.max_loss:g} %: all is kept.")
     else:
@@ -1078,10 +1022,6 @@ def _budget(options: argparse.Namespace, factor: float) -> Budget:
     return Budget(factor if options.pool_factor is None else options.pool_factor)
 
 
-def _code(bits: str | None) -> str | None:
-    return None if bits is None else next(c for c, how in CODES.items() if how.bits == int(bits))
-
-
 def _documents(options: argparse.Namespace, model: PooledColBERT) -> Iterable[tuple[str, str]]:
     documents = read_documents(options.documents, options.column)
     if part := getattr(options, "part", None):
@@ -1092,52 +1032,69 @@ def _documents(options: argparse.Namespace, model: PooledColBERT) -> Iterable[tu
     return passages(model, documents) if options.passages else documents
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Build, search, grow and shrink an index of your own documents."""
-    options = _parser().parse_args(arguments)
-    try:
-        if getattr(options, "bits", None) in ("4", "1") and not (options.engine or options.url):
-            print(
-                f"The exact engine is taken: Qdrant does not store {options.bits} bits per value."
-            )
-        if options.command == "build":
-            name, model = named_model(options.model)
-            model.document_length = options.document_length or model.document_length
-            if options.max_loss is None:
-                budget, code = _budget(options, 4), _code(options.bits)
-            else:
-                budget, code = _chosen(options, model)
-            documents = _documents(options, model)
-            where = {"engine": options.engine, "url": options.url, "graph": options.graph}
-            index = Index.build(options.out, documents, model, name, budget, code=code, **where)
-            print(pd.concat([index.stats(), pd.Series(index.timing, dtype=object)]).to_string())
-            return 0
-        if options.command == "merge":
-            parts = [Index.open(folder) for folder in options.indexes]
-            print(Index.merge(options.out, parts, options.engine, options.url).stats().to_string())
-            return 0
-        if options.command == "predict":
+def _build(options: argparse.Namespace, **stored: str | None) -> Index:
+    name, model = named_model(options.model)
+    model.document_length = options.document_length or model.document_length
+    if options.max_loss is None:
+        budget = _budget(options, 4)
+    else:
+        budget, stored["code"] = _chosen(options, model)
+    documents = _documents(options, model)
+    return Index.build(options.out, documents, model, name, budget, graph=options.graph, **stored)
+
+
+def _make_queries(options: argparse.Namespace) -> None:
+    if options.queries not in (None, "titles"):
+        raise UserError(f"--queries is {options.queries}; expected titles, or nothing.")
+    model = named_model(options.model)[1]
+    model.document_length = options.document_length or model.document_length
+    found = known_items(model, dict(_documents(options, model)), options.queries == "titles")
+    tested = write_known_items(found, options.out)
+    print(
+        f"{len(found.corpus)} documents and {len(found.queries)} queries are in {options.out}; "
+        f"{tested} queries are kept for testing."
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    where = {key: getattr(options, key, None) for key in ("engine", "url")}
+    code = BITS.get(getattr(options, "bits", None))
+    match options.command:
+        case "predict":
             for collection in options.collections:
                 predict(named_model(options.model)[1], collection)
             save_figure(draw_predictions(predictions()), from_root("figures/frontier"), "predicted")
-            return 0
-        index = Index.open(options.index)
-        if options.command == "search":
+            return
+        case "queries":
+            return _make_queries(options)
+        case "build":
+            index = _build(options, code=code, **where)
+        case "merge":
+            index = Index.merge(options.out, [*map(Index.open, options.indexes)], **where)
+        case _:
+            index = Index.open(options.index)
+    match options.command:
+        case "search":
             hits = index.search([options.query], options.k)[0]
             words = matched_words(index.model, options.query, [hit.text for hit in hits])
             for hit, spans in zip(hits, words, strict=True):
                 print(f"{hit.score:6.2f}  {hit.id}\n        {excerpt(hit.text, spans)}")
-        elif options.command == "add":
+            return
+        case "export":
+            return index.export(options.file)
+        case "add":
             index.add(_documents(options, index.model), progress=True)
-        elif options.command == "remove":
+        case "remove":
             print(f"{index.remove(options.ids)} of {len(options.ids)} were in the index.")
-        elif options.command == "export":
-            index.export(options.file)
-        elif options.command == "shrink":
-            how = _budget(options, 1), _code(options.bits), options.engine, options.url
-            index = index.shrink(options.out, *how)
-        if options.command in ("add", "remove", "stats", "shrink"):
-            print(index.stats().to_string())
+        case "shrink":
+            index = index.shrink(options.out, _budget(options, 1), code, **where)
+    print(index.stats().to_string())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build, search, grow and shrink an index of your own documents."""
+    try:
+        _run(_parser().parse_args(arguments))
     except UserError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """Ways of storing less: each by hand, the measurements by evaluation, the front by brute force."""
 
 import shutil
+from operator import attrgetter
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,6 @@ from l2p_utils.frontier import (
     Way,
     all_ways,
     by_idf,
-    by_norm,
     draw,
     fewer_dimensions,
     first_tokens,
@@ -123,17 +123,17 @@ def test_pruning_by_hand():
         return [[int((d == v).all(1).nonzero()) for v in stored] for stored, d in rows]
 
     assert chosen(first_tokens, 2) == [[0, 1, 2], [0, 1], [0, 1]]
-    assert chosen(by_norm, 2) == [[0, 1, 3], [0, 2], [0, 1]]
+    assert chosen(attrgetter("norms"), 2) == [[0, 1, 3], [0, 2], [0, 1]]
     assert chosen(by_idf, 4) == [[0, 3], [0, 1], [0, 1]]  # 3 is in one document, 1 and 2 in two
 
 
 def test_all_dimensions_change_no_score_and_fewer_lose_least(tokens):
-    way = fewer_dimensions(128, lambda t: t.documents)
-    scores = maxsim_scores(way["ask"](tokens), way["store"](tokens))
+    scores = maxsim_scores(
+        *(fewer_dimensions(attrgetter(side), 128)(tokens) for side in ("queries", "documents"))
+    )
     expected = maxsim_scores(tokens.queries, tokens.documents)
     assert torch.allclose(scores, expected, atol=1e-4)
-    few = fewer_dimensions(8, lambda t: t.documents)
-    projected = torch.cat(few["store"](tokens))
+    projected = torch.cat(fewer_dimensions(attrgetter("documents"), 8)(tokens))
     whole = torch.cat(tokens.documents)
     values = torch.linalg.svdvals(whole[::7])
     assert projected.shape[1] == 8
@@ -255,9 +255,9 @@ def test_models_are_measured_once(tmp_path, monkeypatch, model_folder, texts, ca
     sources = content["evaluation"]["collections"]
     out, count = tmp_path / "out", []
     read_ = frontier.read_tokens
-    monkeypatch.setattr(frontier, "read_tokens", lambda *a: count.append(1) or read_(*a))
+    monkeypatch.setattr(frontier, "read_tokens", lambda *a, **k: count.append(1) or read_(*a, **k))
     for _ in range(2):
-        measure_model(str(tmp_path / "mine.yaml"), "baseline", sources, out, 24, ways, False)
+        measure_model(str(tmp_path / "mine.yaml"), "baseline", sources, out, 24, ways)
     assert len(count) == len(sources)
     rows = frontier.read(out)
     assert set(rows["document_length"]) == {24} and set(rows["collection"]) == set(sources)

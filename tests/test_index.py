@@ -17,7 +17,7 @@ from qdrant_client import QdrantClient
 
 from l2p_utils import engines
 from l2p_utils import index as module
-from l2p_utils.collection import Collection
+from l2p_utils.collection import Collection, load_collection
 from l2p_utils.files import UserError
 from l2p_utils.frontier import CODES
 from l2p_utils.index import (
@@ -86,7 +86,7 @@ def test_documents_come_from_folders_and_files(tmp_path):
     frame.to_parquet(tmp_path / "a.parquet")
     frame.to_csv(tmp_path / "a.csv", index=False)
     frame.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
-    lines = "\n".join(map(json.dumps, records))
+    lines = "\n".join(json.dumps(record | {"tags": ["a", "b"]}) for record in records)
     (tmp_path / "beir").mkdir()
     for name in ("a.jsonl", "beir/corpus.jsonl"):
         (tmp_path / name).write_text(lines)
@@ -102,7 +102,7 @@ def test_documents_come_from_folders_and_files(tmp_path):
     [
         ("none", None, "does not exist"),
         ("empty", "", "no .txt or .md"),
-        ("a.pdf", "x", "expected a folder, or a .jsonl"),
+        ("a.pdf", "x", "another kind; expected a folder"),
         ("a.csv", "id,words\n1,x\n", r"record 1 has no text among its fields \['id', 'words'\]"),
         ("a.jsonl", '{"text": ', "cannot be read"),
         ("a.parquet", "x", "cannot be read"),
@@ -173,7 +173,7 @@ def test_a_choice_is_the_smallest_that_qualifies(choice):
 
 def test_where_nothing_is_sure_all_vectors_are_kept(bundled_model, many, monkeypatch):
     monkeypatch.setattr(module, "predicted_loss", lambda best, error: (best, 9 + 0 * best))
-    strict = choose(bundled_model, many, queries=["a spline", "rows"] * 15, progress=False)
+    strict = choose(bundled_model, many, queries=["a row", "rows"] * 15, progress=False)
     assert (strict.budget, strict.code) == (Budget(1), "float32")
     assert "known" not in strict.table  # what is right is not known
 
@@ -242,6 +242,28 @@ def test_known_items_take_the_query_out_of_the_document(bundled_model):
     assert found.qrels == {"sentence": {"sentence": 1}}
     titles = known_items(bundled_model, documents, titles=True)
     assert titles.queries == {"title": "A title"} and titles.corpus["title"].split() == rest.split()
+
+
+def test_made_queries_are_a_collection_to_train_on(tmp_path, model_folder, capsys):
+    rest = " ".join(f"word{i}" for i in range(12))
+    lines = [{"id": f"d{i}", "text": f"Sentence {i} has five words. {rest}"} for i in range(60)]
+    (tmp_path / "in.jsonl").write_text(
+        "\n".join(map(json.dumps, [*lines, {"id": "x", "text": "-"}]))
+    )
+    out = tmp_path / "made"
+    given = ["queries", str(tmp_path / "in.jsonl"), "--out", str(out), "--model", str(model_folder)]
+    assert main(given) == 0
+    splits = [load_collection(out, split) for split in ("train", "dev", "test")]
+    asked = [query for split in splits for query in split.queries]
+    assert sorted(asked) == sorted(line["id"] for line in lines)  # no query twice
+    assert 5 < len(splits[2].queries) < 20 and splits[0].corpus.keys() == splits[2].corpus.keys()
+    assert splits[2].qrels == {query: {query: 1} for query in splits[2].queries}
+    assert all(split.corpus[q].strip() == rest for split in splits for q in split.queries)
+    said = capsys.readouterr().out
+    assert said.startswith("61 documents and 60 queries are in")
+    assert main(given) == 1 and "exists" in capsys.readouterr().err
+    assert main([*given[:-4], "--out", str(tmp_path / "b"), "--queries", "mine.txt"]) == 1
+    assert "expected titles" in capsys.readouterr().err
 
 
 def test_every_document_is_as_likely_in_the_sample():
@@ -425,10 +447,11 @@ def test_a_build_that_is_broken_off_goes_on(built, documents, monkeypatch, engin
     with pytest.raises(KeyboardInterrupt):
         built(**engine)
     assert encoded == [3, 3] and index.stats()["documents"] == 2
-    monkeypatch.setattr(module, "encode", lambda *a, **k: encoded.append(0) or encode_(*a, **k))
+    monkeypatch.setattr(
+        module, "encode", lambda m, texts, **k: encoded.append(len(texts)) or encode_(m, texts, **k)
+    )
     whole = built(**engine)
-    assert encoded == [3, 3, 0] and whole.stats()["documents"] == 8
-    assert whole.timing["documents encoded"] == 2
+    assert encoded == [3, 3, 2] and whole.stats()["documents"] == 8
     assert ids(whole.search(["cubic spline"], k=1)[0]) == ["d5"]
     if "url" in engine:  # the former's collection is gone, and nothing else is left there
         assert len(engines.connect("").get_collections().collections) == 1
@@ -594,7 +617,7 @@ def test_the_shell(tmp_path, documents, model_folder, capsys, texts):
     build = ["build", str(tmp_path / "in"), "--out", out, "--model", str(model_folder)]
     assert main([*build, "--max-vectors", "6", "--bits", "8", "--passages"]) == 0
     said = capsys.readouterr().out
-    assert "times smaller than unpooled float32" in said and "documents per second" in said
+    assert "times smaller than unpooled float32" in said
     assert "qdrant, int8" in said
     assert main(["search", out, "cubic spline", "-k", "2"]) == 0
     assert capsys.readouterr().out.split()[1] == "d5.txt"
@@ -602,7 +625,7 @@ def test_the_shell(tmp_path, documents, model_folder, capsys, texts):
     assert "1 of 2 were in the index" in capsys.readouterr().out
     assert main(["add", out, str(tmp_path / "in")]) == 0
     assert main(["shrink", out, small, "--pool-factor", "2", "--bits", "1"]) == 0
-    assert "The exact engine is taken: Qdrant does not store 1 bit" in capsys.readouterr().out
+    assert "exact, 1 bit" in capsys.readouterr().out
     assert main(["export", small, str(tmp_path / "x.parquet")]) == 0
     assert len(pd.read_parquet(tmp_path / "x.parquet")) == len(texts)
     capsys.readouterr()
