@@ -196,7 +196,7 @@ def test_the_commands_for_an_index_run(tmp_path, model_folder, texts, capsys, mo
     for line in "".join(re.findall(r"```sh\n(.*?)```", text, re.S)).splitlines():
         command = shlex.split(line.replace("DOCUMENTS", "in"))
         assert command[1:3] == ["-m", "l2p_utils.index"]
-        extra = ["--model", str(model_folder)] if command[3] == "build" else []
+        extra = ["--model", str(model_folder)] if command[3] in ("build", "queries") else []
         assert index.main(command[3:] + extra) == 0, line
     found = capsys.readouterr().out
     assert "5.txt" in found and "times smaller than unpooled float32" in found
