@@ -19,12 +19,15 @@ import heapq
 import html
 import itertools
 import json
+import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
 import sys
 import tempfile
+import threading
 import uuid
 from bisect import bisect_right
 from collections import Counter
@@ -42,6 +45,7 @@ import pyarrow.parquet as pq
 import torch
 from IPython.display import HTML
 from numpy.typing import ArrayLike
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BatchEncoding
 
@@ -519,12 +523,20 @@ def _pool(vectors: list, sizes: list | None, pool_method: str, budget: Budget) -
 
 
 class _Encoder:
-    """From documents, (id, text), to a table of them, their pooled vectors, and clusters' sizes."""
+    """What a segment stores of its documents; PyTorch's loader calls it, in processes or here."""
 
     def __init__(self, model: PooledColBERT, settings: dict[str, Any]):
         self.model, self.settings = model, settings
 
-    def __getitem__(self, documents: list[tuple[str, str]]) -> tuple[pd.DataFrame, list, list]:
+    def __getstate__(self) -> bytes:  # by value: containers have little shared memory
+        return pickle.dumps(vars(self))
+
+    def __setstate__(self, state: bytes) -> None:
+        vars(self).update(pickle.loads(state))
+
+    def __getitem__(self, part: tuple) -> tuple:
+        """Segment, first number, hash, documents (id, text) → arguments of `Index._store`."""
+        *place, documents = part
         frame = pd.DataFrame(documents, columns=["id", "text"])
         frame["pieces"] = [len(_pieces(self.model, text)["input_ids"]) for text in frame["text"]]
         frame["lost"] = (frame["pieces"] - readable(self.model)).clip(lower=0)
@@ -532,7 +544,14 @@ class _Encoder:
         frame["tokens"] = [*map(len, vectors)]
         for budget in self.settings["budgets"]:
             vectors, sizes = _pool(vectors, sizes, self.settings["pool_method"], Budget(**budget))
-        return frame, [some.numpy() for some in vectors], sizes
+        return *place, frame, [some.numpy() for some in vectors], sizes
+
+
+def _begin_worker(threads: int, number: int) -> None:
+    """Limit a process that encodes to so many threads, and end it with its parent."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 class Index:
@@ -565,6 +584,7 @@ class Index:
         pool_method: str = "kmeans",
         graph: bool | None = None,
         progress: bool = True,
+        processes: int | None = 1,
         **stored: str | None,
     ) -> Index:
         """Encode, pool and code documents (ids and texts), and put the index in place of a former.
@@ -580,6 +600,9 @@ class Index:
         graph
             Whether Qdrant searches through an HNSW graph, which misses some documents: `stats`
             says how many. By default from `engines.GRAPH_FROM` documents on.
+        processes
+            That encode, segments of `SEGMENT` documents; None: as many as there are cores for the
+            threads of each. Started by a script, they need its ``if __name__ == "__main__":``.
         stored
             ``code``, ``engine`` and ``url``: see `engines.storage`.
         """
@@ -603,7 +626,7 @@ class Index:
             remove(work)
             write_json(work / PROVENANCE, {"settings": settings, "new": _empty(folder)})
         index = cls(work, settings | read_json(work / PROVENANCE)["new"], model)
-        index._extend(documents, progress)
+        index._extend(documents, progress, processes)
         if not index.settings["segments"]:
             raise UserError("There are no documents with a text to make an index of.")
         return index._publish(folder)
@@ -664,7 +687,9 @@ class Index:
     def _save(self) -> None:
         write_json(self.folder / INDEX, self.settings)
 
-    def _extend(self, documents: Iterable[tuple[str, str]], progress: bool) -> set[str]:
+    def _extend(
+        self, documents: Iterable[tuple[str, str]], progress: bool, processes: int | None
+    ) -> set[str]:
         """Write documents as further segments, if they are not there already; gives their ids."""
         seen, left_out = set(), Counter(self.settings["left_out"])
 
@@ -693,11 +718,36 @@ class Index:
                 start += len(part)
 
         self.engine.begin()
+        cores = len(os.sched_getaffinity(0))
+        if processes is None:
+            on_cpu = self.model.device.type == "cpu"
+            processes = max(cores // torch.get_num_threads(), 1) if on_cpu else 1
         with tqdm(desc="Indexing", unit=" documents", disable=not progress) as bar:
-            encoder = _Encoder(self.model, self.settings)
-            for segment, start, content, part in missing():
-                self._store(segment, start, content, *encoder[part])
-                bar.update(len(part))
+            todo = missing()
+            first = list(itertools.islice(todo, processes))
+            workers = len(first) if len(first) > 1 else 0
+            threads = min(torch.get_num_threads(), max(cores // max(workers, 1), 1))
+            loader = DataLoader(
+                _Encoder(self.model, self.settings),
+                batch_size=None,
+                sampler=itertools.chain(first, todo),
+                num_workers=workers,
+                collate_fn=tuple,
+                multiprocessing_context="spawn" if workers else None,
+                worker_init_fn=functools.partial(_begin_worker, threads),
+                generator=torch.Generator(),
+            )
+            try:
+                for segment in loader:
+                    self._store(*segment)
+                    bar.update(len(segment[3]))
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                raise UserError(
+                    "A process that encodes was ended, perhaps because memory ran out. What was "
+                    "finished is kept: give the same command again, with fewer --processes."
+                ) from error
         self.settings |= {"left_out": dict(left_out), "segments": names}
         self.__dict__.pop("rows", None)
         return seen
@@ -751,11 +801,16 @@ class Index:
         group, row = divmod(int(place), file.metadata.row_group(0).num_rows)
         return file.read_row_group(group, ["text"], use_threads=False)["text"][row].as_py()
 
-    def add(self, documents: Iterable[tuple[str, str]], progress: bool = False) -> None:
-        """Add documents; one whose id is there already takes its place."""
+    def add(
+        self,
+        documents: Iterable[tuple[str, str]],
+        progress: bool = False,
+        processes: int | None = 1,
+    ) -> None:
+        """Add documents; one whose id is there already takes its place. See `build`."""
         self.engine.editable("grow")
         before = len(self.rows)
-        replaced = self._forget(self._extend(documents, progress), before)
+        replaced = self._forget(self._extend(documents, progress, processes), before)
         self.engine.finish(self.rows)
         self._save()
         if replaced:
@@ -951,6 +1006,7 @@ def _parser() -> argparse.ArgumentParser:
         "--column": {"help": "the field with the text"},
         "--passages": {"action": "store_true", "help": "split what is too long to read"},
         "--part": {"help": "such as 2/3: every third document, from the second on"},
+        "--processes": {"type": int, "help": "that encode; by default, one for each core"},
         "--queries": {"help": "titles (first lines); with --max-loss also a file of yours"},
         "--max-loss": {"type": _share, "help": loss},
         "--pool-factor": {"type": float, "help": "about how many vectors become one"},
@@ -969,7 +1025,7 @@ def _parser() -> argparse.ArgumentParser:
             one = argument in ("--pool-factor", "--max-vectors", "--max-loss")
             (budget if one else sub).add_argument(argument, **known.get(argument, {}))
 
-    read, where = " --column --passages", " --engine --url"
+    read, where = " --column --passages --processes", " --engine --url"
     sized = " --pool-factor --max-vectors --bits" + where
     how = "documents --out --model --document-length --part --graph --max-loss --queries"
     command("build", "Make an index, or go on with one that was broken off.", how + sized + read)
@@ -980,8 +1036,8 @@ def _parser() -> argparse.ArgumentParser:
     command("shrink", "Another index with fewer vectors, without the model.", "index out" + sized)
     command("merge", "One index of several, such as those of --part.", "indexes --out" + where)
     command("export", "Write ids, texts and vectors as Parquet.", "index file")
-    made = "documents --out --model --document-length --queries"
-    command("queries", "Make queries of documents, and a collection to train on.", made + read)
+    made = "documents --out --model --document-length --queries --column --passages"
+    command("queries", "Make queries of documents, and a collection to train on.", made)
     what = "How well `choose` predicts collections' judgments; of none: redraw the figure."
     command("predict", what, "collections --model")
     return parser
@@ -1039,8 +1095,8 @@ def _build(options: argparse.Namespace, **stored: str | None) -> Index:
         budget = _budget(options, 4)
     else:
         budget, stored["code"] = _chosen(options, model)
-    documents = _documents(options, model)
-    return Index.build(options.out, documents, model, name, budget, graph=options.graph, **stored)
+    documents, how = _documents(options, model), {"processes": options.processes, **stored}
+    return Index.build(options.out, documents, model, name, budget, graph=options.graph, **how)
 
 
 def _make_queries(options: argparse.Namespace) -> None:
@@ -1083,7 +1139,7 @@ def _run(options: argparse.Namespace) -> None:
         case "export":
             return index.export(options.file)
         case "add":
-            index.add(_documents(options, index.model), progress=True)
+            index.add(_documents(options, index.model), True, options.processes)
         case "remove":
             print(f"{index.remove(options.ids)} of {len(options.ids)} were in the index.")
         case "shrink":
@@ -1098,6 +1154,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Stopped. What was finished is kept: the same command goes on.", file=sys.stderr)
+        return 130
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -1,19 +1,24 @@
 """An index of one's own documents: what goes in, comes out, and survives."""
 
+import gc
 import http.server
 import json
+import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from qdrant_client import QdrantClient
+from tiny import tiny_colbert
 
 from l2p_utils import engines
 from l2p_utils import index as module
@@ -30,7 +35,7 @@ from l2p_utils.index import (
     passages,
     read_documents,
 )
-from l2p_utils.model import encode
+from l2p_utils.model import PooledColBERT, encode
 from l2p_utils.pooling import Budget, pool
 from l2p_utils.search import exact_search
 
@@ -458,6 +463,49 @@ def test_a_build_that_is_broken_off_goes_on(built, documents, monkeypatch, engin
     assert os.listdir(whole.folder.parent) == ["index"]
     with pytest.raises(UserError, match="'2 bits'; expected one of"):
         built(code="2 bits")
+
+
+def test_processes_write_what_one_does_and_a_killed_one_loses_nothing(
+    built, documents, monkeypatch
+):
+    given = [(f"{name} {i}", f"{text} {i}") for i in range(4) for name, text in documents]
+    one = built(name="one", given=given, engine="exact")
+
+    def killing():
+        for number, document in enumerate(given):
+            if number == 24:  # of the ninth segment
+                multiprocessing.active_children()[0].kill()
+            yield document
+
+    with pytest.raises(UserError, match="was ended, .* with fewer --processes"):
+        built(given=killing(), engine="exact", processes=2)
+    gc.collect()  # the error's traceback holds what ends the other
+    for child in multiprocessing.active_children():
+        child.join(60)
+    assert not multiprocessing.active_children()
+    encoded, encode_ = [], module.encode
+    monkeypatch.setattr(module, "encode", lambda *a, **k: encoded.append(0) or encode_(*a, **k))
+    other = built(given=given, engine="exact")
+    assert 0 < len(encoded) < 11
+    for file in one.folder.glob("0*/*"):
+        assert file.read_bytes() == (other.folder / file.relative_to(one.folder)).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["exact", "qdrant"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, texts, monkeypatch, name):
+    monkeypatch.setattr(module, "SEGMENT", 250)
+    model = PooledColBERT(str(tiny_colbert(tmp_path / "model", texts)))
+    anonymous = []  # without the page cache, KiB
+
+    def documents():
+        for number in range(5000):
+            if number % 1000 == 0:
+                status = Path("/proc/self/status").read_text()
+                anonymous.append(int(re.search(r"RssAnon:\s+(\d+)", status)[1]))
+            yield str(number), f"{number} {texts[number % 8]} {' ' * 2000}"
+
+    Index.build(tmp_path / "index", documents(), model, "", 1, engine=name, progress=False)
+    assert anonymous[-1] - anonymous[1] < 2000  # 3,000 documents: 6 MB of text, 2.5 of vectors
 
 
 @pytest.mark.parametrize("method", ["span", "kmeans"])
