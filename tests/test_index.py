@@ -43,6 +43,7 @@ from l2p_utils.search import exact_search
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     monkeypatch.setattr(module, "SEGMENT", 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # one process where none is named
 
 
 @pytest.fixture(params=["exact", "qdrant", "server"])
